@@ -1,0 +1,367 @@
+"""The actor process: joins a learner, rolls out leases, follows its weights.
+
+| loop      | consumes        | waits for           | unblocked by      | produces         |
+|-----------|-----------------|---------------------|-------------------|------------------|
+| receive   | messages        | the learner         | the learner       | tasks, events    |
+| roll out  | one lease each  | engine, rewards     | finished requests | one group each   |
+| weights   | announcements   | a newer version     | the learner       | `WeightsReady`   |
+| heartbeat | -               | its interval        | the clock         | `Status`         |
+
+A lease ends in exactly one `GroupHeader` or `Failed`. Groups are kept until they are acknowledged
+and sent again if that takes too long; the learner knows a group that it already has.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
+from transformers import AutoTokenizer
+
+from actors.engine import Engine, Request
+from actors.link import LearnerLink
+from actors.metrics import StatusCollector
+from actors.rewards import DEFAULT_MODULES, RewardScorer
+from actors.transformers_engine import TransformersEngine
+from actors.weights import WeightsReceiver
+from protocol.config import ActorConfig
+from protocol.errors import BadMessage, PeerLost, Refused, RewardError
+from protocol.framing import Buffer
+from protocol.groups import Group, pack_group
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Drain,
+    Error,
+    Failed,
+    Goodbye,
+    Header,
+    Hello,
+    Lease,
+    Status,
+    Weights,
+    WeightsChunk,
+    Welcome,
+)
+from protocol.observability import Heartbeat, ObservabilityServer
+from protocol.weights import layout
+
+log = logging.getLogger("actor")
+
+DRAIN_TIMEOUT_S = 8.0
+RESEND_AFTER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ActorOptions:
+    """What the command line of an actor says; the rest is in the welcome."""
+
+    learner: str
+    metrics_port: int = 0
+    metrics_host: str = "127.0.0.1"
+    connect_timeout_s: float = 30.0
+    allowed_modules: tuple[str, ...] = DEFAULT_MODULES
+    folder: Path = field(default_factory=Path.cwd)
+    """Reward modules that lie here may be imported too."""
+
+
+@dataclass(slots=True)
+class _Unacknowledged:
+    header: Header
+    payloads: list[Buffer]
+    sent_at: float
+
+
+class Actor:
+    """One inference actor; `run` returns when the run is over or the actor is told to stop."""
+
+    def __init__(self, options: ActorOptions) -> None:
+        self._options = options
+        self._session = uuid.uuid4().hex
+        self._started = time.monotonic()
+        self._link = LearnerLink(options.learner, self._session)
+        self._stopping = asyncio.Event()
+        self._stop_cause = ""
+        self._rollouts: dict[int, asyncio.Task[None]] = {}
+        self._unacknowledged: dict[int, _Unacknowledged] = {}
+        self._groups_generated = 0
+        self._failed: Counter[str] = Counter()
+        self._sequence = 0
+        self._heartbeat = Heartbeat(limit_s=30.0)
+        self._engine: Engine | None = None
+
+    def stop(self, cause: str) -> None:
+        """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
+        self._stop_cause = self._stop_cause or cause
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Join, work, leave. Raises the errors of `protocol.errors`."""
+        registry = CollectorRegistry()
+        registry.register(StatusCollector(self._status, self._failed))
+        server = ObservabilityServer(
+            registry,
+            host=self._options.metrics_host,
+            port=self._options.metrics_port,
+            heartbeat=self._heartbeat,
+            ready=lambda: self._engine is not None and self._engine.version >= 0,
+        )
+        self._hello = Hello(
+            protocol=PROTOCOL_VERSION,
+            session=self._session,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            metrics_port=server.port,
+        )
+        try:
+            welcome, files = await self._link.join(self._hello, self._options.connect_timeout_s)
+            log.info("joined run %s; metrics on %s", welcome.run_id, server.address)
+            with tempfile.TemporaryDirectory(prefix="gdpo-actor-") as folder:
+                _write_model_files(Path(folder), welcome.files, files)
+                await self._work(welcome, Path(folder))
+        finally:
+            self._link.close()
+            server.close()
+
+    async def _work(self, welcome: Welcome, folder: Path) -> None:
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.stop, signal.Signals(signum).name)
+        goodbye = "error"
+        try:
+            await self._build(welcome, folder)
+            async with asyncio.TaskGroup() as self._tasks:
+                loops = [
+                    self._tasks.create_task(self._receive()),
+                    self._tasks.create_task(self._weights.run()),
+                    self._tasks.create_task(self._send_status()),
+                ]
+                await self._stopping.wait()
+                await self._drain()
+                for loop_task in loops:
+                    loop_task.cancel()
+            goodbye = self._stop_cause
+        except BaseExceptionGroup as errors:
+            # The loops fail one at a time; the first failure cancels the others.
+            goodbye = f"error: {errors.exceptions[0]}"
+            raise errors.exceptions[0] from None
+        except Exception as error:
+            goodbye = f"error: {error}"
+            raise
+        finally:
+            log.info("leaving: %s", goodbye)
+            await self._link.send(Goodbye(cause=goodbye))
+            if self._engine is not None:
+                await self._engine.close()
+
+    async def _build(self, welcome: Welcome, folder: Path) -> None:
+        """Rewards, tokenizer, engine and weights receiver, as the welcome says."""
+        try:
+            config = ActorConfig.model_validate(welcome.actor)
+        except ValidationError as error:
+            raise BadMessage(f"the welcome's configuration is invalid: {error}") from error
+        self._config = config
+        self._welcome = welcome
+        self._scorer = RewardScorer(
+            config.rewards,
+            allowed_modules=self._options.allowed_modules,
+            folder=self._options.folder,
+            timeout_s=config.reward_timeout_s,
+        )
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        engine = TransformersEngine(
+            folder,
+            dtype=config.dtype,
+            device=config.device,
+            max_rows=config.max_leases * config.sampling.num_rollouts,
+        )
+        self._weights = WeightsReceiver(
+            self._link, engine, layout(welcome.manifest), config.learner_timeout_s
+        )
+        self._engine = engine
+
+    # --- loops ----------------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        """Dispatch the learner's messages; nothing here waits for work to be done."""
+        while True:
+            message, payloads = await self._link.receive()
+            match message:
+                case Lease():
+                    task = self._tasks.create_task(self._roll_out(message))
+                    self._rollouts[message.lease] = task
+                    task.add_done_callback(partial(self._forget, message.lease))
+                case Ack():
+                    self._unacknowledged.pop(message.lease, None)
+                    if message.verdict in ("rejected", "stale"):
+                        log.info("lease %d %s: %s", message.lease, message.verdict, message.cause)
+                case Weights():
+                    self._weights.announce(message)
+                case WeightsChunk():
+                    self._weights.chunk(message, payloads)
+                case Welcome():
+                    self._welcome_back(message)
+                case Drain():
+                    for task in list(self._rollouts.values()):
+                        task.cancel()
+                    self.stop(message.cause)
+                case Error(code="unknown_session"):
+                    # The learner gave us up during a silence; our leases are already reissued.
+                    await self._link.send(self._hello_again())
+                case Error(code="refused"):
+                    raise Refused(f"the learner refuses this actor: {message.message}")
+                case Error():
+                    log.warning("the learner: %s", message.message)
+
+    async def _roll_out(self, lease: Lease) -> None:
+        """Generate and score one lease; ends in a group or a failure, never in neither."""
+        assert self._engine is not None
+        try:
+            group = await self._generate_and_score(self._engine, lease)
+        except (RewardError, _Unusable) as error:
+            self._failed[type(error).__name__.strip("_").lower()] += 1
+            log.warning("lease %d (%s) failed: %s", lease.lease, lease.prompt_id, error)
+            await self._link.send(Failed(lease=lease.lease, cause=str(error)))
+            return
+        self._groups_generated += 1
+        header, payloads = pack_group(group)
+        self._unacknowledged[lease.lease] = _Unacknowledged(header, payloads, time.monotonic())
+        await self._link.send(header, payloads)
+
+    async def _generate_and_score(self, engine: Engine, lease: Lease) -> Group:
+        prompt_tokens = self._encode(lease.row["prompt"])
+        started = time.monotonic()
+        rollouts = await engine.generate(
+            Request(
+                prompt_tokens=prompt_tokens,
+                num_rollouts=lease.num_rollouts,
+                temperature=lease.temperature,
+                max_tokens=lease.max_tokens,
+                seed=lease.seed,
+            )
+        )
+        generated = time.monotonic()
+        ids = [rollout.tokens.tolist() for rollout in rollouts]
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        scores = await self._scorer.score(lease.row, texts, ids)
+        return Group(
+            lease=lease.lease,
+            prompt_tokens=np.array(prompt_tokens, dtype=np.int32),
+            rollouts=tuple(rollouts),
+            reward_names=self._scorer.names,
+            scores=scores,
+            generation_seconds=generated - started,
+            reward_seconds=time.monotonic() - generated,
+        )
+
+    async def _send_status(self) -> None:
+        """Heartbeat; also sends groups again whose acknowledgement is overdue."""
+        while True:
+            if self._link.silence_s > self._config.learner_timeout_s:
+                raise PeerLost(
+                    f"the learner at {self._options.learner} has been silent for "
+                    f"{self._link.silence_s:.0f} s; this actor stops"
+                )
+            self._sequence += 1
+            await self._link.send(self._status())
+            now = time.monotonic()
+            for message in self._unacknowledged.values():
+                if now - message.sent_at > RESEND_AFTER_S:
+                    message.sent_at = now
+                    await self._link.send(message.header, message.payloads)
+            self._heartbeat.beat()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), self._config.status_interval_s)
+            if self._stopping.is_set():
+                await self._link.send(self._status())
+                return
+
+    async def _drain(self) -> None:
+        """Finish the leases at hand, within `DRAIN_TIMEOUT_S`; the learner reissues the rest."""
+        if self._rollouts:
+            log.info("finishing %d leases", len(self._rollouts))
+            await asyncio.wait(list(self._rollouts.values()), timeout=DRAIN_TIMEOUT_S)
+        for task in list(self._rollouts.values()):
+            task.cancel()
+
+    def _forget(self, lease: int, _: asyncio.Task[None]) -> None:
+        del self._rollouts[lease]
+
+    # --- details --------------------------------------------------------------------------------
+
+    def _status(self) -> Status:
+        engine = self._engine
+        ready = engine is not None and engine.version >= 0 and not self._stopping.is_set()
+        return Status(
+            sequence=self._sequence,
+            capacity=self._config.max_leases if ready else 0,
+            version=engine.version if engine else -1,
+            active_leases=len(self._rollouts),
+            tokens_generated=engine.stats.tokens_generated if engine else 0,
+            groups_generated=self._groups_generated,
+            idle_seconds=engine.stats.idle_seconds if engine else 0.0,
+            stall_seconds=engine.stats.stall_seconds if engine else 0.0,
+            uptime_seconds=time.monotonic() - self._started,
+        )
+
+    def _encode(self, prompt: Any) -> tuple[int, ...]:
+        """Token ids of a prompt: plain text, or chat messages through the chat template."""
+        if isinstance(prompt, str):
+            ids = self._tokenizer(prompt)["input_ids"]
+        else:
+            ids = self._tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=False
+            )
+        longest = self._config.sampling.max_prompt_tokens
+        if not 1 <= len(ids) <= longest:
+            raise _Unusable(
+                f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens is {longest}"
+            )
+        return tuple(ids)
+
+    def _hello_again(self) -> Hello:
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            session=self._session,
+            run_id=self._welcome.run_id,
+            model_digest=self._welcome.model_digest,
+            host=self._hello.host,
+            pid=self._hello.pid,
+            metrics_port=self._hello.metrics_port,
+        )
+
+    def _welcome_back(self, welcome: Welcome) -> None:
+        if welcome.run_id != self._welcome.run_id:
+            raise Refused(
+                f"the learner now runs {welcome.run_id}, this actor was built for "
+                f"{self._welcome.run_id}; start it again"
+            )
+        log.info("joined again after a silence")
+
+
+class _Unusable(Exception):
+    """A data row that cannot be rolled out."""
+
+
+def _write_model_files(folder: Path, names: Sequence[str], contents: list[memoryview]) -> None:
+    if len(names) != len(contents):
+        raise BadMessage(f"the welcome names {len(names)} files and brings {len(contents)}")
+    for name, content in zip(names, contents, strict=True):
+        # The names come from the network: never leave the folder.
+        if Path(name).name != name or not name.endswith((".json", ".jinja", ".txt", ".model")):
+            raise BadMessage(f"the welcome brings a file named {name!r}")
+        (folder / name).write_bytes(content)

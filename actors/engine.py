@@ -1,0 +1,63 @@
+"""What the rollout loop needs of an inference engine: the seam to transformers and others."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from protocol.groups import Rollout
+from protocol.weights import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be completed ``num_rollouts`` times."""
+
+    prompt_tokens: tuple[int, ...]
+    num_rollouts: int
+    temperature: float
+    """0 takes the most likely token, and records its log-probability at temperature 1."""
+    max_tokens: int
+    seed: int
+    """Rollout j draws from the stream (seed, j), whatever else is in the batch."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the start of the engine."""
+
+    tokens_generated: int = 0
+    idle_seconds: float = 0.0
+    """Nothing to generate."""
+    stall_seconds: float = 0.0
+    """Generation stood still to load weights."""
+
+
+class Engine(Protocol):
+    """Generates groups while its weights change underneath.
+
+    Log-probabilities are of the sampled tokens under the distribution really sampled from, and
+    every token carries the version of the weights that produced its distribution.
+    """
+
+    stats: EngineStats
+    version: int
+    """Of the weights in use; -1 before the first `load_weights`."""
+
+    async def generate(self, request: Request) -> list[Rollout]:
+        """Complete a prompt; raises `EngineError` when the engine is dead or closed."""
+        ...
+
+    async def load_weights(
+        self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
+    ) -> tuple[str, float]:
+        """Switch to new weights between two tokens; requests in flight continue under them.
+
+        ``packed`` is uint8 [num_bytes] in the layout of ``specs`` and may be reused afterwards.
+        Returns the digest of the parameters as loaded and the seconds generation stood still.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop; unfinished requests raise `EngineError`."""
+        ...

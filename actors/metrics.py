@@ -1,0 +1,42 @@
+"""What an actor exports to Prometheus; read off its counters at every scrape."""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from protocol.messages import Status
+
+_COUNTERS = {
+    "gdpo_tokens_generated": ("tokens_generated", "Completion tokens sampled"),
+    "gdpo_groups_generated": ("groups_generated", "Groups finished and scored"),
+    "gdpo_actor_idle_seconds": ("idle_seconds", "Time without anything to generate"),
+    "gdpo_actor_stall_seconds": ("stall_seconds", "Time in which weights were loaded"),
+}
+_GAUGES = {
+    "gdpo_policy_version": ("version", "Version of the weights in use"),
+    "gdpo_leases_active": ("active_leases", "Leases being worked on"),
+    "gdpo_leases_capacity": ("capacity", "Leases that can be held at once"),
+    "gdpo_uptime_seconds": ("uptime_seconds", "Age of the process"),
+}
+
+
+class StatusCollector(Collector):
+    """The actor's `Status` as metrics."""
+
+    def __init__(self, status: Callable[[], Status], failed: dict[str, int]) -> None:
+        self._status = status
+        self._failed = failed
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        for name, (field, text) in _COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=getattr(status, field))
+        for name, (field, text) in _GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=getattr(status, field))
+        failed = CounterMetricFamily(
+            "gdpo_groups_failed", "Groups given up, by cause", labels=["cause"]
+        )
+        for cause, count in self._failed.items():
+            failed.add_metric([cause], count)
+        yield failed

@@ -1,0 +1,149 @@
+"""Loading and calling reward functions with TRL's signature.
+
+    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+plain or async; every argument is a list with one entry per rollout, ``columns`` are the data
+set's further columns by name. None means "does not apply" and travels as NaN. Completions are
+strings, or ``[{"role": "assistant", "content": ...}]`` where the prompt is a list of messages.
+"""
+
+import asyncio
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protocol.config import RewardConfig
+from protocol.errors import RewardError
+from protocol.groups import Floats
+
+DEFAULT_MODULES = ("actors.tasks",)
+
+RewardFunction = Callable[..., Any]
+
+
+def load_reward(path: str, allowed_modules: Iterable[str], folder: Path) -> RewardFunction:
+    """Import ``package.module:function``; raises `RewardError` with what to change.
+
+    The path comes from the learner, so only modules below ``allowed_modules`` and modules that lie
+    in ``folder`` (where the actor was started) are imported, and only functions defined there.
+    """
+    module_name, _, function_name = path.partition(":")
+    top = module_name.partition(".")[0]
+    in_folder = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
+    if not in_folder and not any(
+        module_name == allowed or module_name.startswith(f"{allowed}.")
+        for allowed in allowed_modules
+    ):
+        raise RewardError(
+            f"reward function {path}: module {module_name} is not allowed here; start the actor in "
+            f"the folder that holds it, or with --allow-rewards {module_name}"
+        )
+    if in_folder and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise RewardError(
+            f"reward function {path} does not import: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not inspect.isfunction(function) or function.__module__ != module_name:
+        raise RewardError(
+            f"reward function {path}: {module_name} defines no function {function_name}"
+        )
+    return function
+
+
+@dataclass(frozen=True, slots=True)
+class _Reward:
+    name: str
+    function: RewardFunction
+
+
+class RewardScorer:
+    """Scores groups with the run's reward functions."""
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardConfig],
+        *,
+        allowed_modules: Iterable[str],
+        folder: Path,
+        timeout_s: float,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._rewards = [
+            _Reward(r.name, load_reward(r.function, allowed_modules, folder)) for r in rewards
+        ]
+        self.names = tuple(reward.name for reward in self._rewards)
+
+    async def score(
+        self, row: dict[str, Any], completions: list[str], completion_ids: list[list[int]]
+    ) -> Floats:
+        """Scores [G, K] of the completions of one data row; raises `RewardError`."""
+        conversational = not isinstance(row["prompt"], str)
+        arguments = {
+            "prompts": [row["prompt"]] * len(completions),
+            "completions": [
+                [{"role": "assistant", "content": text}] if conversational else text
+                for text in completions
+            ],
+            "completion_ids": completion_ids,
+        }
+        columns = {
+            name: [value] * len(completions) for name, value in row.items() if name != "prompt"
+        }
+        scores = [
+            await self._call(reward, {**columns, **arguments}, len(completions))
+            for reward in self._rewards
+        ]
+        return np.array(scores, dtype=np.float32).T
+
+    async def _call(
+        self, reward: _Reward, arguments: dict[str, Any], num_rollouts: int
+    ) -> list[float]:
+        try:
+            if inspect.iscoroutinefunction(reward.function):
+                call = reward.function(**arguments)
+            else:
+                call = asyncio.to_thread(reward.function, **arguments)
+            scores = await asyncio.wait_for(call, self._timeout_s)
+        except TimeoutError as error:
+            raise RewardError(
+                f"reward {reward.name!r} took longer than {self._timeout_s:g} s"
+            ) from error
+        except Exception as error:
+            raise RewardError(
+                f"reward {reward.name!r} raised {type(error).__name__}: {error}"
+            ) from error
+        return [_valid(reward.name, score) for score in _of_length(reward, scores, num_rollouts)]
+
+
+def _of_length(reward: _Reward, scores: Any, num_rollouts: int) -> list[Any]:
+    if not isinstance(scores, Sequence) or len(scores) != num_rollouts:
+        raise RewardError(
+            f"reward {reward.name!r} returned {type(scores).__name__} instead of a list of "
+            f"{num_rollouts} scores"
+        )
+    return list(scores)
+
+
+def _valid(name: str, score: Any) -> float:
+    if score is None:
+        return math.nan
+    try:
+        value = float(score)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(f"reward {name!r} returned {score!r}, which is no number") from error
+    if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+        raise RewardError(
+            f"reward {name!r} returned {value}; return None where the reward does not apply"
+        )
+    return value

@@ -1,0 +1,199 @@
+"""The `transformers` engine: `BatchGenerator` on its own thread, behind the async interface."""
+
+import asyncio
+import queue
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.initialization import no_init_weights
+
+from actors.batch_generator import BatchGenerator
+from actors.engine import EngineStats, Request
+from protocol import weights
+from protocol.errors import ConfigError, EngineError
+from protocol.groups import Rollout
+from protocol.weights import TensorSpec
+
+
+class TransformersEngine:
+    """Runs anywhere torch runs; see `actors.engine.Engine`."""
+
+    def __init__(self, folder: Path, *, dtype: str, device: str, max_rows: int) -> None:
+        self.stats = EngineStats()
+        self.version = -1
+        self._model = _empty_model(folder, dtype, device)
+        self._generator = BatchGenerator(
+            self._model, eos_ids=_eos_ids(folder, self._model.config), max_rows=max_rows
+        )
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
+        self._next_key = 0
+        self._failure: EngineError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> list[Rollout]:
+        self._raise_if_dead()
+        key, self._next_key = self._next_key, self._next_key + 1
+        future: asyncio.Future[list[Rollout]] = self._loop.create_future()
+        self._futures[key] = future
+        self._commands.put(lambda: self._generator.add(key, request))
+        try:
+            return await future
+        finally:
+            self._futures.pop(key, None)
+
+    async def load_weights(
+        self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
+    ) -> tuple[str, float]:
+        self._raise_if_dead()
+        future: asyncio.Future[tuple[str, float]] = self._loop.create_future()
+
+        def load() -> None:
+            started = time.monotonic()
+            unpack_weights(self._model, packed, specs)
+            self._generator.weights_changed(version)
+            self.version = version
+            digest = model_digest(self._model, specs)
+            seconds = time.monotonic() - started
+            self.stats.stall_seconds += seconds
+            self._resolve(future, (digest, seconds))
+
+        self._commands.put(load)
+        digest_and_seconds: tuple[str, float] = await self._or_failure(future)
+        return digest_and_seconds
+
+    async def close(self) -> None:
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join, 5.0)
+        self._fail(EngineError("the engine is closed"))
+
+    # --- on the engine's thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._obey_commands():
+                self._generate()
+        except Exception as error:
+            failure = EngineError(f"the engine died: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._loop.call_soon_threadsafe(self._fail, failure)
+
+    def _obey_commands(self) -> bool:
+        """Everything queued; waits for a command while there is nothing to generate."""
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                if self._generator.busy:
+                    return True
+                started = time.monotonic()
+                command = self._commands.get()
+                self.stats.idle_seconds += time.monotonic() - started
+            if command is None:
+                return False
+            command()
+
+    def _generate(self) -> None:
+        num_tokens, finished = self._generator.step()
+        self.stats.tokens_generated += num_tokens
+        for key, rollouts in finished:
+            future = self._futures.get(key)
+            if future is not None:
+                self._resolve(future, rollouts)
+
+    def _resolve(self, future: asyncio.Future[Any], result: Any) -> None:
+        def resolve() -> None:
+            if not future.done():
+                future.set_result(result)
+
+        self._loop.call_soon_threadsafe(resolve)
+
+    # --- failure --------------------------------------------------------------------------------
+
+    def _raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _or_failure(self, future: asyncio.Future[Any]) -> Any:
+        key, self._next_key = self._next_key, self._next_key + 1
+        self._futures[key] = future
+        try:
+            return await future
+        finally:
+            self._futures.pop(key, None)
+
+    def _fail(self, failure: EngineError) -> None:
+        self._failure = self._failure or failure
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(self._failure)
+
+
+def unpack_weights(model: torch.nn.Module, packed: torch.Tensor, specs: list[TensorSpec]) -> None:
+    """Copy packed weights into the parameters that ``specs`` names; shapes must agree.
+
+    Raises `EngineError` before the first copy if they do not, so a model is never half loaded.
+    """
+    parameters = dict(model.named_parameters())
+    if missing := parameters.keys() ^ {spec.name for spec in specs}:
+        raise EngineError(f"weights and model differ in parameters: {', '.join(sorted(missing))}")
+    for spec in specs:
+        if tuple(parameters[spec.name].shape) != spec.shape:
+            raise EngineError(
+                f"{spec.name}: the model has {tuple(parameters[spec.name].shape)}, "
+                f"the weights {spec.shape}"
+            )
+    with torch.no_grad():
+        for spec in specs:
+            raw = packed[spec.offset : spec.offset + spec.num_bytes]
+            # A view needs its dtype's alignment, which an offset among mixed dtypes may lack.
+            if spec.offset % 4:
+                raw = raw.clone()
+            parameters[spec.name].copy_(raw.view(getattr(torch, spec.dtype)).view(spec.shape))
+
+
+def model_digest(model: torch.nn.Module, specs: list[TensorSpec]) -> str:
+    """Digest of the parameters as the model holds them, in the types of ``specs``."""
+    parameters = dict(model.named_parameters())
+
+    def data(spec: TensorSpec) -> memoryview:
+        tensor = parameters[spec.name].detach().to("cpu", getattr(torch, spec.dtype))
+        return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+    return weights.digest((spec.name, data(spec)) for spec in specs)
+
+
+def _empty_model(folder: Path, dtype: str, device: str) -> Any:
+    """The model of a configuration, without weights: they come from the learner."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with no_init_weights(), torch.device(_resolve_device(device)):
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"the learner's model cannot be built here: {error}") from error
+    return model.requires_grad_(False)
+
+
+def _resolve_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
+    """End-of-sequence ids: of generation_config.json where there is one, else of config.json."""
+    ids = config.eos_token_id
+    if (folder / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids
+    if ids is None:
+        raise ConfigError("the model's configuration names no eos_token_id; add it to config.json")
+    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,66 @@
+"""The part of the configuration that an actor gets in its welcome."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class StrictModel(BaseModel):
+    """Unknown keys are errors; values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _is_import_path(value: str) -> str:
+    module, _, name = value.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"{value!r} is no function; write package.module:function")
+    return value
+
+
+class When(StrictModel):
+    """Condition of a reward (GDPO paper, eq. 8): it counts only where another one is reached."""
+
+    reward: str
+    at_least: float
+
+
+class RewardConfig(StrictModel):
+    """One reward."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    function: Annotated[str, AfterValidator(_is_import_path)]
+    """``package.module:function`` with TRL's signature."""
+    weight: float = 1.0
+    """Multiplies the reward's normalised advantage (GDPO) or its raw score (GRPO)."""
+    when: When | None = None
+
+
+class SamplingConfig(StrictModel):
+    """How completions are sampled. No top-p, top-k or penalties: the recorded log-probabilities
+    are those of the full distribution at this temperature."""
+
+    num_rollouts: PositiveInt = 8
+    """Rollouts per prompt: the group size G."""
+    temperature: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 1024
+    """Longest completion in tokens."""
+    max_prompt_tokens: PositiveInt = 4096
+
+
+class ActorConfig(StrictModel):
+    """What an actor needs to generate; resolved by the learner and sent in the welcome."""
+
+    engine: Literal["auto", "transformers"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    """``auto``: a GPU where there is one."""
+    max_leases: PositiveInt = 16
+    """Groups that one actor generates at once."""
+    reward_timeout_s: PositiveFloat = 60.0
+    """Longest time for one reward function on one group."""
+    status_interval_s: PositiveFloat = 0.5
+    learner_timeout_s: PositiveFloat = 60.0
+    """An actor that hears nothing from the learner for so long gives up."""
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: tuple[RewardConfig, ...] = ()

@@ -1,0 +1,51 @@
+"""Every error of the system that is not a plain ``ValueError`` of a pure function.
+
+AsyncGdpoError
+├── ConfigError          what the user wrote (configuration, command line, data)
+├── ProtocolError
+│   ├── BadMessage       a peer sent bytes that are no valid message
+│   └── Refused          the other side refused us, and says why
+├── PeerLost             the other side is unreachable or silent for too long
+├── EngineError          the inference engine failed
+├── RewardError          a reward function raised, hung or returned nonsense
+└── TrainingError        training cannot go on (non-finite loss, nothing left to train on)
+
+The command line prints the message of any of these as one line and exits non-zero; every other
+exception is a bug of ours and keeps its stack trace.
+"""
+
+
+class AsyncGdpoError(Exception):
+    """Root of the tree; catching it catches everything foreseen."""
+
+
+class ConfigError(AsyncGdpoError, ValueError):
+    """The user's configuration, command line or data is wrong; the text says what to change."""
+
+
+class ProtocolError(AsyncGdpoError):
+    """Something went wrong between two processes."""
+
+
+class BadMessage(ProtocolError):
+    """A peer sent frames that are not a valid message. Never trained on, never a crash."""
+
+
+class Refused(ProtocolError):
+    """The other side refused what we asked for."""
+
+
+class PeerLost(ProtocolError):
+    """The other side did not answer within its deadline."""
+
+
+class EngineError(AsyncGdpoError):
+    """The inference engine cannot generate."""
+
+
+class RewardError(AsyncGdpoError):
+    """A reward function could not be loaded, or failed on a group."""
+
+
+class TrainingError(AsyncGdpoError):
+    """Training cannot continue; the run ends with a non-zero exit."""

@@ -1,0 +1,71 @@
+"""Messages to ZeroMQ frames and back; the only place that decodes bytes from the network.
+
+Decoding is bounded (number of frames, header bytes, lengths and depth inside the header), then
+validated against the types of `protocol.messages`, then the payload frames are checked against
+the sizes that the header declares. Whatever is wrong becomes `BadMessage`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import msgpack
+import msgspec
+
+from protocol.errors import BadMessage
+from protocol.messages import Header, ToActor, ToLearner
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+HeaderT = TypeVar("HeaderT", bound=Header)
+
+MAX_FRAMES = 64
+MAX_HEADER_BYTES = 4 << 20
+MAX_PAYLOAD_BYTES = 256 << 20
+"""One payload frame; weights travel in chunks far below it."""
+
+
+def encode(header: Header, payloads: Sequence[Buffer] = ()) -> list[Buffer]:
+    """Frames of one message: the header with the payloads' sizes filled in, then the payloads."""
+    sizes = tuple(memoryview(payload).nbytes for payload in payloads)
+    return [msgspec.msgpack.encode(msgspec.structs.replace(header, sizes=sizes)), *payloads]
+
+
+def decode_to_learner(frames: Sequence[Buffer]) -> tuple[ToLearner, list[memoryview]]:
+    """A message from an actor and its payload frames; raises `BadMessage`."""
+    return _decode(frames, ToLearner)
+
+
+def decode_to_actor(frames: Sequence[Buffer]) -> tuple[ToActor, list[memoryview]]:
+    """A message from the learner and its payload frames; raises `BadMessage`."""
+    return _decode(frames, ToActor)
+
+
+def _decode(frames: Sequence[Buffer], types: Any) -> tuple[Any, list[memoryview]]:
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise BadMessage(f"{len(frames)} frames; a message has 1 to {MAX_FRAMES}")
+    header = _decode_header(frames[0], types)
+    payloads = [memoryview(frame).toreadonly() for frame in frames[1:]]
+    actual = tuple(payload.nbytes for payload in payloads)
+    if actual != header.sizes:
+        raise BadMessage(f"payload frames have {actual} bytes, the header declares {header.sizes}")
+    if actual and max(actual) > MAX_PAYLOAD_BYTES:
+        raise BadMessage(f"a payload frame of {max(actual)} bytes exceeds {MAX_PAYLOAD_BYTES}")
+    return header, payloads
+
+
+def _decode_header(frame: Buffer, types: Any) -> Any:
+    if memoryview(frame).nbytes > MAX_HEADER_BYTES:
+        raise BadMessage(f"header frame exceeds {MAX_HEADER_BYTES} bytes")
+    try:
+        untyped = msgpack.unpackb(
+            frame, raw=False, strict_map_key=True, max_buffer_size=MAX_HEADER_BYTES
+        )
+        return msgspec.convert(untyped, types, strict=True)
+    except (
+        msgspec.ValidationError,
+        msgpack.exceptions.UnpackException,
+        ValueError,
+        TypeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise BadMessage(f"not a valid message: {error}") from error

@@ -1,0 +1,195 @@
+"""The messages between actors and learner, as typed headers.
+
+A message on the wire is one small msgpack header, ``{"type": ..., <fields>, "sizes": [...]}``,
+followed by ``len(sizes)`` raw payload frames of exactly those sizes in bytes (see
+`protocol.framing`). Arrays never go through msgpack: token ids, log-probabilities, scores and
+weights are payload frames.
+
+    actor -> learner    Hello  GroupHeader  Failed  Status  WeightsPull  WeightsReady  Goodbye
+    learner -> actor    Welcome  Lease  Ack  Weights  WeightsChunk  Pong  Drain  Error
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+"""Raised whenever a peer of the old version could misread a message of the new one."""
+
+Purpose = Literal["train", "eval"]
+Verdict = Literal["accepted", "duplicate", "stale", "rejected"]
+FinishReason = Literal["stop", "length"]
+
+
+class Header(
+    msgspec.Struct, kw_only=True, frozen=True, tag_field="type", forbid_unknown_fields=True
+):
+    """Base of all headers."""
+
+    sizes: tuple[int, ...] = ()
+    """Bytes of each payload frame that follows; filled in by `protocol.framing.encode`."""
+
+
+# --- actor -> learner ---------------------------------------------------------------------------
+
+
+class Hello(Header, tag="hello", frozen=True):
+    """First message of a session; answered by `Welcome` or `Error`."""
+
+    protocol: int
+    session: str
+    """Random per process start: ZeroMQ silently ignores the second of two peers with one id."""
+    run_id: str | None = None
+    """The run that the actor was built for, when it says hello again after a silence."""
+    model_digest: str | None = None
+    """`Welcome.model_digest` that the actor was built from, likewise."""
+    engine: str = "auto"
+    host: str = ""
+    pid: int = 0
+    metrics_port: int = 0
+
+
+class GroupHeader(Header, tag="group", frozen=True):
+    """A finished group; the arrays are the payload frames that `protocol.groups` lists."""
+
+    lease: int
+    reward_names: tuple[str, ...]
+    finish: tuple[FinishReason, ...]
+    generation_seconds: float
+    reward_seconds: float
+
+
+class Failed(Header, tag="failed", frozen=True):
+    """The lease will not be fulfilled. A failed rollout is never a zero reward."""
+
+    lease: int
+    cause: str
+
+
+class Status(Header, tag="status", frozen=True):
+    """Heartbeat, sent by the loop that does the work; answered by `Pong`."""
+
+    sequence: int
+    capacity: int
+    """Leases the actor can hold at once; 0 until its engine has weights, and while draining."""
+    version: int
+    """Policy version that the engine samples from; -1 before the first one."""
+    active_leases: int
+    tokens_generated: int
+    """Since the start of the process, like the four below."""
+    groups_generated: int
+    idle_seconds: float
+    """Time in which the engine had nothing to generate."""
+    stall_seconds: float
+    """Time in which generation stood still to load weights."""
+    uptime_seconds: float
+
+
+class WeightsPull(Header, tag="weights_pull", frozen=True):
+    """Ask for ``num_bytes`` of the packed weights of ``version`` from ``offset`` on."""
+
+    version: int
+    offset: int
+    num_bytes: int
+
+
+class WeightsReady(Header, tag="weights_ready", frozen=True):
+    """The engine now samples from ``version``, and its parameters have this digest."""
+
+    version: int
+    digest: str
+    route: Literal["collective", "stream"]
+    receive_seconds: float
+    load_seconds: float
+
+
+class Goodbye(Header, tag="goodbye", frozen=True):
+    """The actor leaves; its unfinished leases are to be issued again."""
+
+    cause: str
+
+
+# --- learner -> actor ---------------------------------------------------------------------------
+
+
+class Welcome(Header, tag="welcome", frozen=True):
+    """Everything an actor needs. Payload frames: the files of the model folder, in order."""
+
+    run_id: str
+    actor: dict[str, Any]
+    """The resolved `protocol.config.ActorConfig`."""
+    model_digest: str
+    files: tuple[str, ...]
+    """Names of config and tokenizer files (no weights); plain names, no folders."""
+    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]
+    """(name, dtype, shape) of every tensor, in the order in which weights are packed."""
+
+
+class Lease(Header, tag="lease", frozen=True):
+    """One prompt row to be rolled out ``num_rollouts`` times."""
+
+    lease: int
+    row: dict[str, Any]
+    """The data set's columns; ``prompt`` is a string or a list of chat messages."""
+    prompt_id: str
+    seed: int
+    num_rollouts: int
+    temperature: float
+    max_tokens: int
+    purpose: Purpose
+    deadline_s: float
+    """Seconds from receipt after which the learner issues the row again."""
+
+
+class Ack(Header, tag="ack", frozen=True):
+    """The terminal answer to a group."""
+
+    lease: int
+    verdict: Verdict
+    cause: str = ""
+
+
+class Weights(Header, tag="weights", frozen=True):
+    """A new version exists. ``epoch`` None: pull it with `WeightsPull`."""
+
+    version: int
+    num_bytes: int
+    digest: str
+    epoch: int | None = None
+    """The collective to receive it in; the fields below belong to it."""
+    rank: int = 0
+    world_size: int = 0
+    store_port: int = 0
+    bucket_bytes: int = 0
+    timeout_s: float = 0.0
+
+
+class WeightsChunk(Header, tag="weights_chunk", frozen=True):
+    """Payload frame: the bytes asked for by `WeightsPull`; none if the version is gone."""
+
+    version: int
+    offset: int
+
+
+class Pong(Header, tag="pong", frozen=True):
+    """Answer to `Status`: the learner lives."""
+
+    sequence: int
+    version: int
+
+
+class Drain(Header, tag="drain", frozen=True):
+    """Finish nothing more: the run is over. The actor says `Goodbye` and exits 0."""
+
+    cause: str
+
+
+class Error(Header, tag="error", frozen=True):
+    """What the peer sent was refused."""
+
+    code: Literal["unknown_session", "refused", "bad_message"]
+    message: str
+
+
+ToLearner = Hello | GroupHeader | Failed | Status | WeightsPull | WeightsReady | Goodbye
+ToActor = Welcome | Lease | Ack | Weights | WeightsChunk | Pong | Drain | Error

@@ -1,0 +1,115 @@
+"""The HTTP endpoint that every process offers: /metrics, /healthz, /readyz and JSON routes.
+
+One small server on a daemon thread. /healthz tells the age of the working loop's last progress,
+so a process that answers HTTP while its loop hangs is reported as unhealthy.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from protocol.errors import ConfigError
+
+
+class Heartbeat:
+    """Age of the last progress of a loop; beat from the loop, read from anywhere."""
+
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit_s = limit_s
+        self._clock = clock
+        self._last = clock()
+
+    def beat(self) -> None:
+        self._last = self._clock()
+
+    @property
+    def age_s(self) -> float:
+        return self._clock() - self._last
+
+    @property
+    def healthy(self) -> bool:
+        return self.age_s < self.limit_s
+
+
+class ObservabilityServer:
+    """Serves ``registry`` and the given JSON routes until `close`."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        host: str,
+        port: int,
+        heartbeat: Heartbeat,
+        ready: Callable[[], bool],
+        routes: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> None:
+        handler = _handler(registry, heartbeat, ready, dict(routes or {}))
+        try:
+            self._server = ThreadingHTTPServer((host, port), handler)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another port"
+            ) from error
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        self.address = f"{host}:{self.port}"
+        self._thread = Thread(
+            target=self._server.serve_forever, args=(0.1,), name="http", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _handler(
+    registry: CollectorRegistry,
+    heartbeat: Heartbeat,
+    ready: Callable[[], bool],
+    routes: dict[str, Callable[[], Any]],
+) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            if path == "/metrics":
+                encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+                self._reply(HTTPStatus.OK, encode(registry), content_type)
+            elif path == "/healthz":
+                body = {"age_s": round(heartbeat.age_s, 3), "limit_s": heartbeat.limit_s}
+                self._reply_json(body, ok=heartbeat.healthy)
+            elif path == "/readyz":
+                is_ready = ready()
+                self._reply_json({"ready": is_ready}, ok=is_ready)
+            elif path in routes:
+                self._reply_json(routes[path](), ok=True)
+            else:
+                known = ["/metrics", "/healthz", "/readyz", *routes]
+                self._reply(HTTPStatus.NOT_FOUND, " ".join(known).encode() + b"\n", "text/plain")
+
+        def _reply_json(self, body: Any, *, ok: bool) -> None:
+            status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
+            self._reply(status, json.dumps(body).encode() + b"\n", "application/json")
+
+        def _reply(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """A scrape every few seconds is no news."""
+
+    return Handler

@@ -25,23 +25,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from actors.engine import Engine, Request
+from actors.engine import Engine
 from actors.link import LearnerLink
 from actors.metrics import StatusCollector
 from actors.rewards import DEFAULT_MODULES, RewardScorer
+from actors.rollout import RolloutWorker, UnusableRow
 from actors.transformers_engine import TransformersEngine
 from actors.weights import WeightsReceiver
 from protocol.config import ActorConfig
 from protocol.errors import BadMessage, PeerLost, Refused, RewardError
 from protocol.framing import Buffer
-from protocol.groups import Group, pack_group
+from protocol.groups import pack_group
 from protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -176,18 +175,23 @@ class Actor:
             raise BadMessage(f"the welcome's configuration is invalid: {error}") from error
         self._config = config
         self._welcome = welcome
-        self._scorer = RewardScorer(
+        scorer = RewardScorer(
             config.rewards,
             allowed_modules=self._options.allowed_modules,
             folder=self._options.folder,
             timeout_s=config.reward_timeout_s,
         )
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         engine = TransformersEngine(
             folder,
             dtype=config.dtype,
             device=config.device,
             max_rows=config.max_leases * config.sampling.num_rollouts,
+        )
+        self._worker = RolloutWorker(
+            engine,
+            AutoTokenizer.from_pretrained(folder),
+            scorer,
+            max_prompt_tokens=config.sampling.max_prompt_tokens,
         )
         self._weights = WeightsReceiver(
             self._link, engine, layout(welcome.manifest), config.learner_timeout_s
@@ -229,11 +233,10 @@ class Actor:
 
     async def _roll_out(self, lease: Lease) -> None:
         """Generate and score one lease; ends in a group or a failure, never in neither."""
-        assert self._engine is not None
         try:
-            group = await self._generate_and_score(self._engine, lease)
-        except (RewardError, _Unusable) as error:
-            self._failed[type(error).__name__.strip("_").lower()] += 1
+            group = await self._worker.roll_out(lease)
+        except (RewardError, UnusableRow) as error:
+            self._failed["reward" if isinstance(error, RewardError) else "prompt"] += 1
             log.warning("lease %d (%s) failed: %s", lease.lease, lease.prompt_id, error)
             await self._link.send(Failed(lease=lease.lease, cause=str(error)))
             return
@@ -241,32 +244,6 @@ class Actor:
         header, payloads = pack_group(group)
         self._unacknowledged[lease.lease] = _Unacknowledged(header, payloads, time.monotonic())
         await self._link.send(header, payloads)
-
-    async def _generate_and_score(self, engine: Engine, lease: Lease) -> Group:
-        prompt_tokens = self._encode(lease.row["prompt"])
-        started = time.monotonic()
-        rollouts = await engine.generate(
-            Request(
-                prompt_tokens=prompt_tokens,
-                num_rollouts=lease.num_rollouts,
-                temperature=lease.temperature,
-                max_tokens=lease.max_tokens,
-                seed=lease.seed,
-            )
-        )
-        generated = time.monotonic()
-        ids = [rollout.tokens.tolist() for rollout in rollouts]
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        scores = await self._scorer.score(lease.row, texts, ids)
-        return Group(
-            lease=lease.lease,
-            prompt_tokens=np.array(prompt_tokens, dtype=np.int32),
-            rollouts=tuple(rollouts),
-            reward_names=self._scorer.names,
-            scores=scores,
-            generation_seconds=generated - started,
-            reward_seconds=time.monotonic() - generated,
-        )
 
     async def _send_status(self) -> None:
         """Heartbeat; also sends groups again whose acknowledgement is overdue."""
@@ -318,21 +295,6 @@ class Actor:
             uptime_seconds=time.monotonic() - self._started,
         )
 
-    def _encode(self, prompt: Any) -> tuple[int, ...]:
-        """Token ids of a prompt: plain text, or chat messages through the chat template."""
-        if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-        else:
-            ids = self._tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False
-            )
-        longest = self._config.sampling.max_prompt_tokens
-        if not 1 <= len(ids) <= longest:
-            raise _Unusable(
-                f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens is {longest}"
-            )
-        return tuple(ids)
-
     def _hello_again(self) -> Hello:
         return Hello(
             protocol=PROTOCOL_VERSION,
@@ -351,10 +313,6 @@ class Actor:
                 f"{self._welcome.run_id}; start it again"
             )
         log.info("joined again after a silence")
-
-
-class _Unusable(Exception):
-    """A data row that cannot be rolled out."""
 
 
 def _write_model_files(folder: Path, names: Sequence[str], contents: list[memoryview]) -> None:

@@ -29,7 +29,7 @@ _DTYPES = ("<i4", "<i4", "<i4", "<f4", "<i4", "<f4")
 _NAMES = ("prompt_tokens", "lengths", "tokens", "logprobs", "spans", "scores")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """One completion."""
 
@@ -42,7 +42,7 @@ class Rollout:
     finish: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """G rollouts of one prompt, scored."""
 

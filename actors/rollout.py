@@ -1,0 +1,69 @@
+"""From a lease to a scored group."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from actors.engine import Engine, Request
+from actors.rewards import RewardScorer
+from protocol.groups import Group
+from protocol.messages import Lease
+
+
+class UnusableRow(Exception):
+    """A data row that cannot be rolled out."""
+
+
+class RolloutWorker:
+    """Encodes a prompt, has it completed, decodes and scores the completions."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Any, scorer: RewardScorer, *, max_prompt_tokens: int
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._scorer = scorer
+        self._max_prompt_tokens = max_prompt_tokens
+
+    async def roll_out(self, lease: Lease) -> Group:
+        """One group; raises `UnusableRow`, `RewardError` or `EngineError`."""
+        prompt_tokens = self._encode(lease.row["prompt"])
+        started = time.monotonic()
+        rollouts = await self._engine.generate(
+            Request(
+                prompt_tokens=prompt_tokens,
+                num_rollouts=lease.num_rollouts,
+                temperature=lease.temperature,
+                max_tokens=lease.max_tokens,
+                seed=lease.seed,
+            )
+        )
+        generated = time.monotonic()
+        ids = [rollout.tokens.tolist() for rollout in rollouts]
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        scores = await self._scorer.score(lease.row, texts, ids)
+        return Group(
+            lease=lease.lease,
+            prompt_tokens=np.array(prompt_tokens, dtype=np.int32),
+            rollouts=tuple(rollouts),
+            reward_names=self._scorer.names,
+            scores=scores,
+            generation_seconds=generated - started,
+            reward_seconds=time.monotonic() - generated,
+        )
+
+    def _encode(self, prompt: Any) -> tuple[int, ...]:
+        """Token ids of a prompt: plain text, or chat messages through the chat template."""
+        if isinstance(prompt, str):
+            ids = self._tokenizer(prompt)["input_ids"]
+        else:
+            ids = self._tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=False
+            )
+        if not 1 <= len(ids) <= self._max_prompt_tokens:
+            raise UnusableRow(
+                f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens is "
+                f"{self._max_prompt_tokens}"
+            )
+        return tuple(ids)

@@ -1,0 +1,176 @@
+"""The `gdpo` command. Parsing imports nothing heavy: ``--help`` answers at once."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import AsyncGdpoError, ConfigError, RewardError
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[Any], int] = options.command
+    try:
+        return command(options)
+    except (ConfigError, RewardError) as error:
+        print(f"gdpo: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except AsyncGdpoError as error:
+        print(f"gdpo: error: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gdpo", description="Asynchronous multi-reward reinforcement learning with GDPO."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _with_config(
+        commands.add_parser("run", help="train on this machine: a learner and its actors"),
+    )
+    run.set_defaults(command=_run)
+
+    learner = _with_config(
+        commands.add_parser("learner", help="start a learner; actors join it from anywhere")
+    )
+    learner.add_argument("--run-folder", type=Path, help=argparse.SUPPRESS)
+    _add_child_options(learner)
+    learner.set_defaults(command=_learner)
+
+    actor = commands.add_parser("actor", help="join a running learner with one more actor")
+    actor.add_argument("--learner", required=True, metavar="tcp://HOST:PORT")
+    actor.add_argument("--metrics-port", type=int, default=0, help="0 (default): any free port")
+    actor.add_argument("--metrics-host", default="127.0.0.1")
+    actor.add_argument("--connect-timeout", type=float, default=30.0, metavar="SECONDS")
+    actor.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    actor.add_argument(
+        "--allow-rewards",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import reward functions from this module too; may be repeated",
+    )
+    _add_child_options(actor)
+    actor.set_defaults(command=_actor)
+
+    check = _with_config(
+        commands.add_parser("check", help="validate a configuration and print it resolved")
+    )
+    check.set_defaults(command=_check)
+
+    evaluate = _with_config(
+        commands.add_parser("eval", help="score a model on held-out prompts, without a learner")
+    )
+    evaluate.add_argument("--model", type=Path, help="checkpoint (default: the config's model)")
+    evaluate.set_defaults(command=_evaluate)
+
+    plot = commands.add_parser("plot", help="draw the curves of a run again")
+    plot.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    plot.set_defaults(command=_plot)
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="for example learner.lr=1e-6"
+    )
+    return parser
+
+
+def _add_child_options(parser: argparse.ArgumentParser) -> None:
+    # The launcher holds the other end of standard input: when it dies, its children end too.
+    parser.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+
+
+# --- commands: each imports what it needs -------------------------------------------------------
+
+
+def _run(options: Any) -> int:
+    from deploy.launcher import launch
+
+    return launch(_load(options), Path.cwd())
+
+
+def _learner(options: Any) -> int:
+    from learner.config import load_config
+    from learner.runlog import RunFolder
+
+    config = load_config(options.config, options.overrides)
+    _start_logging()
+    folder = RunFolder(options.run_folder) if options.run_folder else RunFolder.create(config)
+    if config.learner.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.learner.threads)
+    from deploy.learner_process import run_with_display
+
+    return run_with_display(config, folder, as_child=options.exit_with_parent)
+
+
+def _actor(options: Any) -> int:
+    _start_logging()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    from actors.app import ActorOptions
+    from actors.rewards import DEFAULT_MODULES
+    from deploy.actor_process import run_actor
+
+    return run_actor(
+        ActorOptions(
+            learner=options.learner,
+            metrics_port=options.metrics_port,
+            metrics_host=options.metrics_host,
+            connect_timeout_s=options.connect_timeout,
+            allowed_modules=(*DEFAULT_MODULES, *options.allow_rewards),
+        ),
+        threads=options.threads,
+        as_child=options.exit_with_parent,
+    )
+
+
+def _check(options: Any) -> int:
+    print(_load(options).to_toml(), end="")
+    return 0
+
+
+def _evaluate(options: Any) -> int:
+    config = _load(options)
+    from deploy.evaluate import evaluate
+
+    return evaluate(config, options.model)
+
+
+def _plot(options: Any) -> int:
+    from deploy.plot import plot_run
+
+    print(plot_run(options.run))
+    return 0
+
+
+def _load(options: Any) -> Any:
+    """The configuration, with its reward functions imported to see that they are there."""
+    from actors.rewards import DEFAULT_MODULES, load_reward
+    from learner.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    for reward in config.rewards:
+        load_reward(reward.function, DEFAULT_MODULES, Path.cwd())
+    return config
+
+
+def _start_logging() -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    for name in ("actor", "learner"):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,83 @@
+"""``gdpo eval``: score a model on the held-out prompts in this process.
+
+The same prompts, seeds and sampling loop as the evaluations of a run, so a run's checkpoint gives
+the figures of its summary.
+"""
+
+import asyncio
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoTokenizer
+
+from actors.rewards import DEFAULT_MODULES, RewardScorer
+from actors.rollout import RolloutWorker
+from actors.transformers_engine import TransformersEngine
+from learner.config import RunConfig
+from learner.data import evaluation_work, load_rows
+from learner.evaluation import Evaluation
+from learner.policy import Policy, load_policy
+from learner.snapshots import pack
+from protocol.errors import ConfigError
+from protocol.leases import LeaseBook, Work
+
+IN_FLIGHT = 32
+
+
+def evaluate(config: RunConfig, model: Path | None) -> int:
+    """Print the mean of every reward; returns the exit code."""
+    heldout = config.data.heldout
+    if heldout is None:
+        raise ConfigError("data.heldout is not set: there are no prompts to evaluate on")
+    if model is not None:
+        if not model.is_dir():
+            raise ConfigError(f"--model {model}: no such folder")
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"path": str(model)})}
+        )
+    works = evaluation_work(load_rows(heldout, config.data.heldout_split), config)
+    evaluation = asyncio.run(_evaluate(config, load_policy(config), works))
+    print(f"{evaluation.num_prompts} prompts x {config.eval.num_rollouts} rollouts")
+    for name, mean in evaluation.means(tuple(r.name for r in config.rewards)).items():
+        print(f"{name}: {'-' if mean is None else f'{mean:.4f}'}")
+    return 0
+
+
+async def _evaluate(config: RunConfig, policy: Policy, works: list[Work]) -> Evaluation:
+    engine = TransformersEngine(
+        policy.folder,
+        dtype=config.actor.dtype,
+        device=config.actor.device,
+        max_rows=IN_FLIGHT * config.eval.num_rollouts,
+    )
+    await engine.load_weights(0, pack(0, policy.model, policy.specs).packed, policy.specs)
+    scorer = RewardScorer(
+        config.rewards,
+        allowed_modules=DEFAULT_MODULES,
+        folder=Path.cwd(),
+        timeout_s=config.actor.reward_timeout_s,
+    )
+    worker = RolloutWorker(
+        engine,
+        AutoTokenizer.from_pretrained(policy.folder),
+        scorer,
+        max_prompt_tokens=config.sampling.max_prompt_tokens,
+    )
+    evaluation = Evaluation(works, version=0)
+    book = LeaseBook(timeout_s=config.eval.timeout_s)
+    room = asyncio.Semaphore(IN_FLIGHT)
+
+    async def roll_out(work: Work) -> None:
+        async with room:
+            group = await worker.roll_out(book.issue(work, "gdpo eval", now=0.0))
+        evaluation.receive(work, group)
+
+    tasks = [asyncio.create_task(roll_out(work)) for work in works]
+    console = Console(stderr=True)
+    for task in track(
+        asyncio.as_completed(tasks), "evaluating", total=len(tasks), console=console, transient=True
+    ):
+        await task
+    await engine.close()
+    return evaluation

@@ -1,0 +1,232 @@
+"""``gdpo run``: a learner and its actors on this machine, watched until the run is over.
+
+Children get their own sessions, so that one Ctrl-C reaches the launcher alone, which ends them in
+order: the learner first, which saves and lets its actors go. A dead actor is started again.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+from deploy.display import Display
+from deploy.plot import plot_run
+from deploy.report import print_summary
+from learner.config import RunConfig
+from learner.runlog import RunFolder
+from protocol.errors import TrainingError
+
+USER_ERROR = 2
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 10.0
+RESTART_DELAY_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self) -> str:
+        """The error line that it ended with."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return next(
+            (line.removeprefix("gdpo: error: ") for line in reversed(lines) if "error: " in line),
+            lines[-1] if lines else "nothing was logged",
+        )
+
+
+def launch(config: RunConfig, cwd: Path) -> int:
+    """Run to the end; returns the exit code. Raises `TrainingError` if the run fails."""
+    folder = RunFolder.create(config)
+    launcher = Launcher(config, folder, cwd)
+    with Display(launcher.status):
+        launcher.run()
+    summary_path = folder.path / "summary.json"
+    if not summary_path.exists():
+        raise TrainingError(launcher.failure or "the learner ended without a summary")
+    summary = json.loads(summary_path.read_text())
+    has_steps = (folder.path / "metrics.jsonl").exists()
+    print_summary(summary, plot_run(folder.path) if has_steps else None)
+    if launcher.failure:
+        raise TrainingError(launcher.failure)
+    return 0
+
+
+class Launcher:
+    """Starts, restarts and stops the processes of one run."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, cwd: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._cwd = cwd
+        self._exits: SimpleQueue[_Child] = SimpleQueue()
+        self._actors: dict[str, _Child] = {}
+        self._restarts = 0
+        self._stop_requested = False
+        self._metrics_url = ""
+        self.failure = ""
+        (folder.path / "logs").mkdir(exist_ok=True)
+
+    def run(self) -> None:
+        """Until the learner has ended and every child is gone."""
+        previous = {
+            signum: signal.signal(signum, self._on_signal)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
+        self._learner = self._start("learner", self._learner_command(), self._learner_threads())
+        try:
+            endpoints = self._wait_for_endpoints()
+            if endpoints is not None:
+                self._metrics_url = endpoints["metrics"]
+                for index in range(self._config.launch.actors):
+                    self._start_actor(f"actor-{index}", endpoints["learner"])
+                self._supervise(endpoints["learner"])
+        finally:
+            self._stop_children()
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    def status(self) -> dict[str, Any] | None:
+        """The learner's live status; None while it does not answer."""
+        if not self._metrics_url:
+            return None
+        url = self._metrics_url.removesuffix("/metrics") + "/status"
+        try:
+            # Always http:// to our own child.
+            with urllib.request.urlopen(url, timeout=2.0) as response:  # noqa: S310
+                status: dict[str, Any] = json.load(response)
+                return status
+        except (urllib.error.URLError, OSError, ValueError):
+            return None
+
+    # --- supervision ----------------------------------------------------------------------------
+
+    def _wait_for_endpoints(self) -> dict[str, str] | None:
+        """Where the learner listens; None if it ended before it did."""
+        path = self._folder.path / "endpoints.json"
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                self._exits.get(timeout=0.1)
+            except Empty:
+                if path.exists():
+                    endpoints: dict[str, str] = json.loads(path.read_text())
+                    return endpoints
+            else:
+                if not self._stop_requested:
+                    self._fail_with(self._learner)
+                return None
+        self.failure = f"the learner did not start within {START_TIMEOUT_S:.0f} s"
+        return None
+
+    def _supervise(self, url: str) -> None:
+        """React to children that end, until the learner does."""
+        while True:
+            child = self._exits.get()
+            code = child.process.returncode
+            if child is self._learner:
+                if code != 0:
+                    self._fail_with(child)
+                return
+            if self._actors.get(child.name) is not child:
+                continue
+            del self._actors[child.name]
+            if code == 0 or self._stop_requested:
+                continue
+            if code == USER_ERROR or self._restarts >= self._config.launch.max_restarts:
+                # It would fail in the same way again, or does so all the time.
+                self._fail_with(child)
+                self._signal(self._learner, signal.SIGTERM)
+                continue
+            self._restarts += 1
+            self._say(f"{child.name} died ({_how(code)}): {child.last_words()}; starting it again")
+            time.sleep(RESTART_DELAY_S)
+            self._start_actor(child.name, url)
+
+    def _fail_with(self, child: _Child) -> None:
+        self.failure = self.failure or f"{child.name}: {child.last_words()} (log: {child.log})"
+
+    def _on_signal(self, signum: int, _: Any) -> None:
+        if self._stop_requested:
+            self._say("stopping at once")
+            for child in (self._learner, *self._actors.values()):
+                self._signal(child, signal.SIGKILL)
+            return
+        self._stop_requested = True
+        self._say("stopping: the learner finishes its step and saves; once more kills it")
+        self._signal(self._learner, signal.SIGTERM)
+
+    def _stop_children(self) -> None:
+        """Nobody is left afterwards."""
+        children = [self._learner, *self._actors.values()]
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        if self._learner.process.poll() is None:
+            self._signal(self._learner, signal.SIGTERM)
+        for child in children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._say(f"{child.name} does not end; killed")
+                self._signal(child, signal.SIGKILL)
+                child.process.wait()
+
+    # --- processes ------------------------------------------------------------------------------
+
+    def _start(self, name: str, command: list[str], threads: int) -> _Child:
+        log = self._folder.path / "logs" / f"{name}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "deploy", *command, "--exit-with-parent"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                cwd=self._cwd,
+                start_new_session=True,
+            )
+        child = _Child(name, process, log)
+
+        def wait() -> None:
+            process.wait()
+            self._exits.put(child)
+
+        Thread(target=wait, name=f"wait-{name}", daemon=True).start()
+        return child
+
+    def _start_actor(self, name: str, url: str) -> None:
+        threads = self._config.launch.actor_threads
+        command = ["actor", "--learner", url, "--threads", str(threads)]
+        self._actors[name] = self._start(name, command, threads)
+
+    def _learner_command(self) -> list[str]:
+        folder = self._folder.path.resolve()
+        return ["learner", str(folder / "config.toml"), "--run-folder", str(folder)]
+
+    def _learner_threads(self) -> int:
+        """What the actors leave of the machine, unless the configuration says."""
+        config = self._config
+        used = config.launch.actors * config.launch.actor_threads
+        return config.learner.threads or max(1, (os.cpu_count() or 1) - used)
+
+    def _signal(self, child: _Child, signum: int) -> None:
+        if child.process.poll() is None:
+            child.process.send_signal(signum)
+
+    def _say(self, text: str) -> None:
+        print(f"gdpo: {text}", file=sys.stderr)
+
+
+def _how(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,84 @@
+"""The end of a run: rewards before and after, the books, and where things are."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(summary: dict[str, Any], plot: Path | None) -> None:
+    """Print a summary.json for people."""
+    console = Console(highlight=False)
+    if not summary["completed"]:
+        console.print(
+            f"The run ended early after {summary['steps']} steps: {summary['ended_because']}"
+        )
+    if summary["rewards"]["before"] and summary["rewards"]["after"]:
+        console.print(_rewards(summary["rewards"]))
+    console.print(_books(summary["books"]), soft_wrap=True)
+    console.print(_figures(summary), soft_wrap=True)
+    for name, path in (("checkpoint", summary["checkpoint"]), ("curves", plot)):
+        if path:
+            console.print(f"{name}: {path}", soft_wrap=True)
+
+
+def _rewards(rewards: dict[str, Any]) -> Table:
+    before, after = rewards["before"], rewards["after"]
+    table = Table(title=f"mean reward on {after['prompts']} held-out prompts")
+    for column in ("reward", "before", "after", "change"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for name, end in after["means"].items():
+        start = before["means"][name]
+        change = "" if start is None or end is None else f"{end - start:+.3f}"
+        table.add_row(name, _number(start), _number(end), change)
+    lengths = (before["completion_tokens_mean"], after["completion_tokens_mean"])
+    table.add_row("tokens", f"{lengths[0]:.1f}", f"{lengths[1]:.1f}", "")
+    return table
+
+
+def _books(books: dict[str, Any]) -> str:
+    lines = []
+    for purpose, lease in books["leases"].items():
+        lines.append(
+            f"leases ({purpose}): {lease['leased']} leased = {lease['received']} received + "
+            f"{_by_cause(lease['failed'], 'failed')} + {lease['outstanding']} outstanding"
+            f"{_verdict(lease)}"
+        )
+    groups = books["groups"]
+    lines.append(
+        f"groups: {groups['accepted']} accepted = {groups['trained']} trained + "
+        f"{_by_cause(groups['evicted'], 'evicted')} + {groups['buffered']} buffered"
+        f"{_verdict(groups)}"
+    )
+    return "\n".join(lines)
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    throughput, staleness = summary["throughput"], summary["staleness"]
+    text = (
+        f"{summary['steps']} steps in {summary['seconds_training']:.0f} s, "
+        f"{throughput['tokens_trained_per_s']:,.0f} tokens trained a second; "
+        f"largest staleness {staleness['largest']} (limit {staleness['limit']})"
+    )
+    if summary["lag0_logprob_difference"] is not None:
+        text += (
+            "\nlargest difference of actors' and learner's log-probabilities at lag 0: "
+            f"{summary['lag0_logprob_difference']:.1e}"
+        )
+    return text
+
+
+def _by_cause(counts: dict[str, int], what: str) -> str:
+    total = sum(counts.values())
+    if not total:
+        return f"0 {what}"
+    return f"{total} {what} ({', '.join(f'{n} {cause}' for cause, n in counts.items())})"
+
+
+def _verdict(books: dict[str, Any]) -> str:
+    return "  [balanced]".replace("[", "\\[") if books["balanced"] else "  NOT BALANCED"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

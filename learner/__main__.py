@@ -1,0 +1,30 @@
+"""``python -m learner CONFIG [key.sub=value ...]``, also under torchrun; plain lines only."""
+
+import logging
+import sys
+from pathlib import Path
+
+from learner.config import load_config
+from learner.runlog import RunFolder
+from protocol.errors import AsyncGdpoError, ConfigError
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: python -m learner CONFIG [key.sub=value ...]", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    try:
+        config = load_config(Path(arguments[0]), arguments[1:])
+        # Only now torch: a mistake in the configuration is told at once.
+        from learner.main import run_learner
+
+        run_learner(config, RunFolder.create(config))
+    except AsyncGdpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

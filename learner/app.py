@@ -1,0 +1,276 @@
+"""The learner process.
+
+     actors ──groups──► intake ──► replay buffer ──► trainer ──snapshot──► publisher ──► actors
+        ▲                  │                            │
+        └──────leases──────┘◄───────room in the buffer──┘
+
+| loop       | consumes        | waits for              | unblocked by       | produces         |
+|------------|-----------------|------------------------|--------------------|------------------|
+| intake     | messages, ticks | nothing                | -                  | groups, leases   |
+| trainer    | batches         | enough fresh groups    | intake             | a new version    |
+| publisher  | newest version  | actors, with deadlines | actors, the clock  | fresh actors     |
+
+The trainer runs on the main thread; the others on one thread each.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import zmq
+from prometheus_client import CollectorRegistry
+
+from learner.buffer import ReplayBuffer
+from learner.config import RunConfig
+from learner.coordinator import Coordinator
+from learner.data import PromptStream, evaluation_work, load_rows
+from learner.evaluation import Evaluation
+from learner.intake import Intake
+from learner.metrics import StateCollector, StepMetrics
+from learner.pacing import Pacing, largest_group_bytes
+from learner.policy import Policy, load_policy, save_checkpoint
+from learner.progress import Progress
+from learner.publisher import Publisher
+from learner.report import status_report, step_line, summary_report
+from learner.runlog import RunFolder
+from learner.snapshots import SnapshotStore, pack
+from learner.trainer import StepResult, Trainer
+from protocol.errors import TrainingError
+from protocol.groups import Group
+from protocol.messages import Welcome
+from protocol.observability import Heartbeat, ObservabilityServer
+from protocol.sockets import bind_learner, parse_tcp
+
+log = logging.getLogger("learner")
+
+DRAIN_TIMEOUT_S = 5.0
+STOP_CHECK_S = 0.5
+
+
+class Learner:
+    """One training run; `run` returns when it is done or `stop` was called."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        self.config = config
+        self.folder = folder
+        self.phase = "loading"
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self.last_step: StepResult | None = None
+        self.lag0_difference: float | None = None
+        self.training_seconds = 0.0
+        self.interrupted = ""
+        if config.learner.threads:
+            torch.set_num_threads(config.learner.threads)
+        self._load()
+        self._connect()
+
+    def _load(self) -> None:
+        """Model and data: everything that the user may have got wrong, before a port opens."""
+        config = self.config
+        rows = load_rows(config.data.train, config.data.train_split)
+        self._heldout = (
+            load_rows(config.data.heldout, config.data.heldout_split) if config.data.heldout else []
+        )
+        self._stream = PromptStream(rows, config)
+        self.policy: Policy = load_policy(config)
+        self.trainer = Trainer(self.policy, config)
+        self.buffer = ReplayBuffer(
+            max_groups=config.buffer.max_groups,
+            max_bytes=config.buffer.max_bytes,
+            max_staleness=config.learner.max_staleness,
+            max_uses=config.buffer.max_uses,
+            sampling=config.buffer.sampling,
+        )
+        self._pacing = Pacing(
+            max_staleness=config.learner.max_staleness,
+            batch_groups=config.learner.batch_groups,
+            steps=config.learner.steps,
+            max_groups=config.buffer.max_groups,
+            max_bytes=config.buffer.max_bytes,
+            group_bytes=largest_group_bytes(
+                config.sampling.num_rollouts,
+                config.sampling.max_prompt_tokens,
+                config.sampling.max_tokens,
+                len(config.rewards),
+            ),
+        )
+
+    def _connect(self) -> None:
+        """Open the ports and start the threads; from here on actors may join."""
+        config = self.config
+        self._context: zmq.Context[Any] = zmq.Context()
+        socket = bind_learner(self._context, config.learner.bind)
+        self.url = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._snapshots = SnapshotStore(pack(0, self.policy.model, self.policy.specs))
+        self.coordinator = Coordinator(
+            config,
+            welcome=Welcome(
+                run_id=f"{self.folder.path.name}/{uuid.uuid4().hex[:8]}",
+                actor=config.for_actors().model_dump(mode="json"),
+                model_digest=self.policy.files_digest,
+                files=tuple(self.policy.files),
+                manifest=self.policy.manifest,
+            ),
+            files=tuple(self.policy.files.values()),
+            stream=self._stream,
+            buffer=self.buffer,
+            pacing=self._pacing,
+            snapshots=self._snapshots,
+            vocab_size=self.policy.vocab_size,
+            clock=time.monotonic,
+        )
+        self.progress = Progress(self.coordinator, config.learner.batch_groups)
+        self._intake = Intake(socket, self.coordinator, Heartbeat(limit_s=10.0))
+        host, _ = parse_tcp(self.url)
+        self.publisher = Publisher(
+            self.coordinator, self._snapshots, config.weights, host, self._intake.wake
+        )
+        registry = CollectorRegistry()
+        registry.register(StateCollector(self.coordinator, self.buffer, self.progress))
+        self._metrics = StepMetrics(registry)
+        self._heartbeat = Heartbeat(limit_s=120.0)
+        self._server = ObservabilityServer(
+            registry,
+            host=config.learner.metrics_host,
+            port=config.learner.metrics_port,
+            heartbeat=self._heartbeat,
+            ready=lambda: self.phase != "loading",
+            routes={"/status": lambda: status_report(self), "/sd": self._service_discovery},
+        )
+        self.metrics_url = f"http://{self._server.address}/metrics"
+        self.folder.write_endpoints(self.url, self.metrics_url)
+
+    # --- the run --------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, train, evaluate, save; returns the summary.
+
+        A stop request ends training after the step at hand, skips the evaluation and still saves.
+        Raises `TrainingError` when going on is impossible; the summary is written even then.
+        """
+        failure: TrainingError | None = None
+        try:
+            self.before = self._evaluate("evaluating before")
+            self._train()
+            self.after = self._evaluate("evaluating after")
+        except TrainingError as error:
+            failure = error
+            self.interrupted = str(error)
+        self.phase = "saving"
+        if failure is None:
+            save_checkpoint(self.policy, self.folder.checkpoint)
+        self._leave()
+        summary = summary_report(self)
+        self.folder.write_summary(summary)
+        if failure is not None:
+            raise failure
+        return summary
+
+    def stop(self, cause: str) -> None:
+        """End after the step at hand; callable from a signal handler."""
+        self.interrupted = self.interrupted or cause
+
+    def close(self) -> None:
+        """Threads and ports; after `run`."""
+        self.publisher.close()
+        self._intake.close()
+        self._server.close()
+        self._context.term()
+        self.folder.close()
+
+    def _train(self) -> None:
+        self.phase = "training"
+        started = time.monotonic()
+        self.coordinator.open_training()
+        while self.trainer.version < self.config.learner.steps:
+            groups = self._next_batch()
+            if groups is None:
+                break
+            step_started = time.monotonic()
+            step = self.trainer.step(groups)
+            self.coordinator.advance(step.version)
+            self.publisher.publish(pack(step.version, self.policy.model, self.policy.specs))
+            self._intake.wake()
+            self._record(step, time.monotonic() - step_started)
+            self._pause()
+            self.training_seconds = time.monotonic() - started
+        self.coordinator.close_training()
+
+    def _next_batch(self) -> list[Group] | None:
+        """Wait for a batch; None if the run is to stop. Raises what ends the run."""
+        started = time.monotonic()
+        try:
+            while not self.interrupted:
+                self.coordinator.raise_if_failed()
+                self._heartbeat.beat()
+                groups = self.buffer.take(
+                    self.config.learner.batch_groups, self.trainer.version, STOP_CHECK_S
+                )
+                # Room in the buffer: leases can be issued.
+                self._intake.wake()
+                if groups is not None:
+                    return groups
+            return None
+        finally:
+            self.progress.wait_seconds += time.monotonic() - started
+
+    def _evaluate(self, phase: str) -> Evaluation | None:
+        """Roll the held-out prompts out under the current version; None if stopped or no data."""
+        if not self._heldout or self.interrupted:
+            return None
+        self.phase = phase
+        version = self.trainer.version
+        works = evaluation_work(self._heldout, self.config)
+        evaluation = self.coordinator.start_evaluation(works, version)
+        self._intake.wake()
+        while self._wait(evaluation.done.wait):
+            if evaluation.done.is_set():
+                return evaluation
+        return None
+
+    def _wait(self, wait: Callable[[float], bool]) -> bool:
+        """One bounded wait; False if the run is to stop."""
+        self.coordinator.raise_if_failed()
+        self._heartbeat.beat()
+        wait(STOP_CHECK_S)
+        return not self.interrupted
+
+    def _record(self, step: StepResult, seconds: float) -> None:
+        self.last_step = step
+        if step.lag0_difference is not None:
+            self.lag0_difference = max(self.lag0_difference or 0.0, step.lag0_difference)
+        self.progress.tokens_trained += step.num_tokens
+        self.progress.steps = step.version
+        self.progress.sample()
+        self._metrics.step(step, seconds)
+        for report in self.publisher.take_reports():
+            self._metrics.push(report)
+        self.folder.append_step(step_line(self, step, seconds))
+
+    def _pause(self) -> None:
+        deadline = time.monotonic() + self.config.learner.pause_per_step_s
+        while not self.interrupted and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, STOP_CHECK_S))
+
+    def _leave(self) -> None:
+        """Let the actors go."""
+        self.phase = "leaving"
+        self.coordinator.drain(self.interrupted or "the run is complete")
+        self._intake.wake()
+        if not self.coordinator.wait_until_empty(DRAIN_TIMEOUT_S):
+            log.warning("%d actors did not say goodbye", self.coordinator.num_live)
+
+    def _service_discovery(self) -> list[dict[str, Any]]:
+        """Prometheus HTTP service discovery: the live actors' metrics endpoints."""
+        return [
+            {
+                "targets": [f"{self.config.learner.metrics_host}:{actor.hello.metrics_port}"],
+                "labels": {"actor": str(actor.number), "run": self.folder.path.name},
+            }
+            for actor in self.coordinator.actors()
+            if actor.hello.metrics_port
+        ]

@@ -1,0 +1,138 @@
+"""The replay buffer: complete groups between intake and trainer.
+
+    add ──► buffered ──► trained          used `max_uses` times
+                    └──► evicted[cause]   too stale when a batch was cut, or no room
+
+    invariant:   accepted = trained + evicted + buffered
+
+Raw scores are stored; advantages are computed when a batch is cut. Staleness is measured then
+too, so time in the queue counts: trainer version minus the oldest version in the group.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Condition
+from typing import Literal
+
+from protocol.groups import Group
+
+
+@dataclass(slots=True)
+class BufferBooks:
+    """Counts of groups since the start of the run."""
+
+    accepted: int = 0
+    trained: int = 0
+    evicted: Counter[str] = field(default_factory=Counter)
+    """By cause."""
+    evicted_tokens: Counter[str] = field(default_factory=Counter)
+    """By cause: dropping by age is biased against long rollouts, which this shows."""
+    buffered: int = 0
+
+    @property
+    def balanced(self) -> bool:
+        return self.accepted == self.trained + self.evicted.total() + self.buffered
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    group: Group
+    uses: int = 0
+
+
+class ReplayBuffer:
+    """Bounded in groups and bytes; one thread adds, one takes."""
+
+    def __init__(
+        self,
+        *,
+        max_groups: int,
+        max_bytes: int,
+        max_staleness: int,
+        max_uses: int = 1,
+        sampling: Literal["fifo", "freshest"] = "fifo",
+    ) -> None:
+        if min(max_groups, max_bytes, max_uses) < 1 or max_staleness < 0:
+            raise ValueError("max_groups, max_bytes, max_uses must be positive, max_staleness >= 0")
+        self._max_groups = max_groups
+        self._max_bytes = max_bytes
+        self._max_staleness = max_staleness
+        self._max_uses = max_uses
+        self._sampling = sampling
+        self._entries: list[_Entry] = []
+        self._changed = Condition()
+        self.size_bytes = 0
+        self.largest_staleness = 0
+        """Of any group that `take` returned."""
+        self.books = BufferBooks()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, group: Group) -> None:
+        """Store a group; when full, the oldest makes room. Leases are paced so that it never is."""
+        with self._changed:
+            self.books.accepted += 1
+            self._insert(_Entry(group))
+            while len(self._entries) > self._max_groups or self.size_bytes > self._max_bytes:
+                self._evict(self._entries[0], "overflow")
+            self._changed.notify_all()
+
+    def take(self, num_groups: int, version: int, timeout_s: float) -> list[Group] | None:
+        """Cut a batch of ``num_groups`` for the trainer at ``version``; None after ``timeout_s``.
+
+        Groups that are too stale by now are evicted first. ``fifo`` takes the oldest arrivals,
+        ``freshest`` those whose oldest token is youngest.
+        """
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: self._evict_stale(version) >= num_groups, timeout_s
+            ):
+                return None
+            chosen = self._choose(num_groups)
+            for entry in chosen:
+                entry.uses += 1
+                staleness = version - entry.group.oldest_version
+                self.largest_staleness = max(self.largest_staleness, staleness)
+                if entry.uses == self._max_uses:
+                    self._remove(entry)
+                    self.books.trained += 1
+            return [entry.group for entry in chosen]
+
+    def wake(self) -> None:
+        """Make a waiting `take` look again, for example because the run is being stopped."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _choose(self, num_groups: int) -> Sequence[_Entry]:
+        if self._sampling == "freshest":
+            by_age = sorted(self._entries, key=lambda e: e.group.oldest_version, reverse=True)
+            return by_age[:num_groups]
+        return self._entries[:num_groups]
+
+    def _evict_stale(self, version: int) -> int:
+        """Number of groups left that are fresh enough."""
+        oldest_allowed = version - self._max_staleness
+        for entry in [e for e in self._entries if e.group.oldest_version < oldest_allowed]:
+            self._evict(entry, "stale")
+        return len(self._entries)
+
+    def _insert(self, entry: _Entry) -> None:
+        self._entries.append(entry)
+        self.size_bytes += entry.group.size_bytes
+        self.books.buffered += 1
+
+    def _remove(self, entry: _Entry) -> None:
+        self._entries.remove(entry)
+        self.size_bytes -= entry.group.size_bytes
+        self.books.buffered -= 1
+
+    def _evict(self, entry: _Entry, cause: str) -> None:
+        self._remove(entry)
+        if entry.uses:
+            # It was trained on, if fewer times than allowed.
+            self.books.trained += 1
+        else:
+            self.books.evicted[cause] += 1
+            self.books.evicted_tokens[cause] += entry.group.num_tokens

@@ -1,0 +1,288 @@
+"""The configuration tree, and how it is read: TOML file, then ``key.sub=value`` overrides."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
+from protocol.errors import ConfigError
+
+EstimatorName = Literal["gdpo", "grpo", "grpo_no_std", "grpo_batch_norm"]
+CorrectionName = Literal["decoupled_ppo", "ppo", "none"]
+AggregationName = Literal["token_mean", "sequence_mean", "constant"]
+
+
+class ModelConfig(StrictModel):
+    """The policy. The learner loads it; actors get its configuration and weights over the wire."""
+
+    path: str
+    """Hub name, or a folder with config, safetensors and tokenizer files."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    device: str = "auto"
+
+
+class DataConfig(StrictModel):
+    """Anything `datasets` loads: a hub name, or a .jsonl, .json, .parquet or .csv file."""
+
+    train: str
+    """Needs a ``prompt`` column; all other columns reach the reward functions by name."""
+    train_split: str = "train"
+    heldout: str | None = None
+    """Prompts for the evaluation before and after training."""
+    heldout_split: str = "train"
+
+
+class EvalConfig(StrictModel):
+    """Evaluation on held-out prompts, before the first step and after the last."""
+
+    prompts: PositiveInt = 128
+    num_rollouts: PositiveInt = 4
+    temperature: NonNegativeFloat = 1.0
+    timeout_s: PositiveFloat = 600.0
+
+
+class AlgorithmConfig(StrictModel):
+    """Advantages and loss; see the package `gdpo`."""
+
+    estimator: EstimatorName = "gdpo"
+    correction: CorrectionName = "decoupled_ppo"
+    aggregation: AggregationName = "token_mean"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    weight_cap: PositiveFloat = 5.0
+    """Truncation of the importance weight of stale tokens."""
+    advantage_eps: PositiveFloat = 1e-6
+
+
+class BufferConfig(StrictModel):
+    """The replay buffer."""
+
+    sampling: Literal["fifo", "freshest"] = "fifo"
+    max_groups: PositiveInt = 4096
+    max_bytes: PositiveInt = 1 << 30
+    max_uses: PositiveInt = 1
+    """How often a group may be trained on."""
+
+
+class WeightsConfig(StrictModel):
+    """The weight push."""
+
+    timeout_s: PositiveFloat = 10.0
+    """Deadline of a collective: joining it, each bucket, and each actor's confirmation."""
+    bucket_bytes: PositiveInt = 32 << 20
+
+
+class LearnerConfig(StrictModel):
+    """Training, and what the learner expects of its actors."""
+
+    bind: str = "tcp://127.0.0.1:5555"
+    """Where actors connect; port 0 takes any free one."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: NonNegativeInt = 9400
+    """Prometheus endpoint; 0 takes any free port."""
+    steps: PositiveInt = 100
+    """Training batches."""
+    batch_groups: PositiveInt = 32
+    """Prompts P in a training batch."""
+    minibatches: PositiveInt = 4
+    """Optimiser steps per training batch."""
+    microbatch_sequences: PositiveInt = 64
+    """Sequences in one forward and backward pass: lower it when memory runs out."""
+    lr: PositiveFloat = 1e-6
+    warmup_steps: NonNegativeInt = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_staleness: NonNegativeInt = 4
+    """Oldest policy version, in training batches back, that a group may contain."""
+    threads: NonNegativeInt = 0
+    """CPU threads of the trainer; 0 leaves torch's choice."""
+    lease_timeout_s: PositiveFloat = 600.0
+    """An actor that has not returned a group after so long loses it to another."""
+    actor_timeout_s: PositiveFloat = 10.0
+    """An actor that is silent for so long is lost."""
+    join_timeout_s: PositiveFloat = 300.0
+    """Longest time from an actor's hello to its first weights."""
+    wait_for_actors_s: PositiveFloat = 600.0
+    """Without any live actor for so long, the run ends with an error."""
+    pause_per_step_s: NonNegativeFloat = 0.0
+    """Sleep after every step: to watch back-pressure work, and to test it."""
+
+
+class LaunchConfig(StrictModel):
+    """What `gdpo run` starts on this machine."""
+
+    actors: PositiveInt = 2
+    actor_threads: PositiveInt = 1
+    """CPU threads of each actor."""
+    max_restarts: NonNegativeInt = 10
+    """Of dead actors, in the whole run."""
+
+
+class RunConfig(StrictModel):
+    """The whole tree."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Of the run folder ``runs/NAME``."""
+    runs_folder: str = "runs"
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    data: DataConfig
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    learner: LearnerConfig = LearnerConfig()
+    buffer: BufferConfig = BufferConfig()
+    weights: WeightsConfig = WeightsConfig()
+    eval: EvalConfig = EvalConfig()
+    actor: ActorConfig = ActorConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError("two rewards have the same name; give each its own")
+        for reward in self.rewards:
+            if reward.when and reward.when.reward not in names:
+                raise ValueError(
+                    f"rewards.{reward.name}.when names {reward.when.reward!r}; "
+                    f"the rewards are {', '.join(names)}"
+                )
+        if {"rewards", "sampling"} & self.actor.model_fields_set:
+            raise ValueError("write [[rewards]] and [sampling] at the top level, not below [actor]")
+        sequences = self.learner.batch_groups * self.sampling.num_rollouts
+        if sequences < self.learner.minibatches:
+            raise ValueError(
+                f"learner.minibatches = {self.learner.minibatches} exceeds the {sequences} "
+                "sequences of a batch"
+            )
+        if self.buffer.max_groups < self.learner.batch_groups:
+            raise ValueError(
+                f"buffer.max_groups = {self.buffer.max_groups} can never hold a batch of "
+                f"learner.batch_groups = {self.learner.batch_groups}: training would wait for ever"
+            )
+        return self
+
+    def for_actors(self) -> ActorConfig:
+        """What goes into the welcome."""
+        return self.actor.model_copy(update={"rewards": self.rewards, "sampling": self.sampling})
+
+    def to_toml(self) -> str:
+        """The resolved configuration; reading it back gives the same run."""
+        tree = self.model_dump(mode="json", exclude_none=True)
+        for part in ("rewards", "sampling"):
+            del tree["actor"][part]
+        return tomli_w.dumps(tree)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply ``key.sub=value`` overrides; raises `ConfigError`.
+
+    The name defaults to the file's; paths of models and data that exist relative to the file are
+    made absolute, others are left for the hub.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    for override in overrides:
+        _override(tree, override)
+    tree.setdefault("name", path.stem)
+    _resolve_paths(tree, path.parent)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(dict(problem)) for problem in error.errors())
+        raise ConfigError(f"{path}: {problems}") from error
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r} is no override; write key.sub=value, e.g. learner.lr=1e-6")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node: Any = tree
+    for part in parts[:-1]:
+        node = _child(node, part, override)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{override!r}: {'.'.join(parts[:-1])} holds no keys")
+    node[parts[-1]] = value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    """Descend one level; a reward in the list of rewards goes by its name."""
+    if isinstance(node, list):
+        named = [item for item in node if isinstance(item, dict) and item.get("name") == part]
+        if not named:
+            raise ConfigError(f"{override!r}: nothing is named {part!r}")
+        return named[0]
+    if not isinstance(node, dict):
+        raise ConfigError(f"{override!r}: {part!r} is below a plain value")
+    return node.setdefault(part, {})
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    for section, keys in (("model", ("path",)), ("data", ("train", "heldout"))):
+        table = tree.get(section)
+        for key in keys:
+            if isinstance(table, dict) and isinstance(table.get(key), str):
+                candidate = folder / Path(table[key]).expanduser()
+                if candidate.exists():
+                    table[key] = str(candidate.resolve())
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(RunConfig, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        parent = "".join(f"{part}." for part in location[:-1])
+        return f"unknown key {where}; did you mean {parent}{near[0]}?" if near else where
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
+    """Field names of the table at ``location``."""
+    for part in location:
+        if part.isdigit():
+            continue
+        model = _table_type(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _table_type(annotation: Any) -> Any:
+    """The model inside Annotated, Optional and tuple types."""
+    if get_origin(annotation) is None:
+        return annotation
+    return next(
+        found
+        for argument in get_args(annotation)
+        if isinstance(found := _table_type(argument), type) and issubclass(found, BaseModel)
+    )

@@ -1,0 +1,485 @@
+"""The learner's side of the protocol as a state machine: messages and time in, messages out.
+
+No sockets and no clock of its own, so every rule is tested without either. `learner.intake` feeds
+it from the network; the trainer's thread calls the few methods marked so. One lock covers all.
+
+An actor's life:   hello ──► joining ──► ready (has weights, gets leases) ──► gone
+                                                    │                          ▲
+                                                    └─ silence, goodbye ───────┘
+A silent actor is forgotten and its leases are issued again; if it turns up later it is told that
+its session is unknown, says hello again and is fed the current weights.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from threading import Condition, RLock
+
+from learner.buffer import ReplayBuffer
+from learner.config import RunConfig
+from learner.data import PromptStream
+from learner.evaluation import Evaluation
+from learner.pacing import Pacing
+from learner.snapshots import SnapshotStore
+from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
+from protocol.framing import Buffer
+from protocol.groups import Group, GroupLimits, unpack_group
+from protocol.leases import Held, LeaseBook, Work
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Drain,
+    Error,
+    Failed,
+    Goodbye,
+    GroupHeader,
+    Header,
+    Hello,
+    Pong,
+    Status,
+    ToLearner,
+    Weights,
+    WeightsChunk,
+    WeightsPull,
+    WeightsReady,
+    Welcome,
+)
+from protocol.weights import CHUNK_BYTES
+
+log = logging.getLogger("learner")
+
+MAX_ATTEMPTS = 3
+"""A row that its actors reported as failed so often is left out."""
+
+
+@dataclass(slots=True, eq=False)
+class ActorState:
+    """What the learner knows of one actor."""
+
+    session: str
+    hello: Hello
+    joined_at: float
+    last_heard: float
+    number: int
+    version: int = -1
+    digest: str = ""
+    route: str = ""
+    status: Status | None = None
+    held: int = 0
+    """Outstanding leases."""
+    groups: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return self.version >= 0
+
+    @property
+    def room(self) -> int:
+        """Leases that it can take on top."""
+        return (self.status.capacity if self.status and self.ready else 0) - self.held
+
+
+@dataclass(slots=True)
+class WireCounters:
+    """What arrived that was of no use."""
+
+    bad_messages: int = 0
+    unknown_session: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter)
+    actors_lost: int = 0
+    digest_mismatches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message for one actor."""
+
+    session: str
+    header: Header
+    payloads: tuple[Buffer, ...] = ()
+
+
+class Coordinator:
+    """Actors, leases, evaluation and weights requests of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        welcome: Welcome,
+        files: tuple[bytes, ...],
+        stream: PromptStream,
+        buffer: ReplayBuffer,
+        pacing: Pacing,
+        snapshots: SnapshotStore,
+        vocab_size: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._welcome = welcome
+        self._files = files
+        self._stream = stream
+        self._buffer = buffer
+        self._pacing = pacing
+        self._snapshots = snapshots
+        self._vocab_size = vocab_size
+        self._clock = clock
+        self._lock = RLock()
+        self._changed = Condition(self._lock)
+        self._actors: dict[str, ActorState] = {}
+        self._num_joined = 0
+        self._retries: deque[Work] = deque()
+        self._evaluation: Evaluation | None = None
+        self._training = False
+        self._trainer_version = 0
+        self._failures_in_a_row = 0
+        self._last_actor_at = clock()
+        self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
+        self.counters = WireCounters()
+        self.outbox: deque[Outgoing] = deque()
+        self.failure: AsyncGdpoError | None = None
+
+    # --- called by intake -----------------------------------------------------------------------
+
+    def handle(self, session: str, message: ToLearner, payloads: list[memoryview]) -> None:
+        """Take one message from the network; answers go to `outbox`."""
+        with self._lock:
+            now = self._clock()
+            if isinstance(message, Hello):
+                self._hello(session, message, now)
+                return
+            actor = self._actors.get(session)
+            if actor is None:
+                self.counters.unknown_session += 1
+                self._send(session, Error(code="unknown_session", message="say hello first"))
+                return
+            actor.last_heard = self._last_actor_at = now
+            match message:
+                case GroupHeader():
+                    self._group(actor, message, payloads)
+                case Failed():
+                    self._failed(actor, message)
+                case Status():
+                    actor.status = message
+                    pong = Pong(sequence=message.sequence, version=self._trainer_version)
+                    self._send(session, pong)
+                case WeightsPull():
+                    self._weights_pull(session, message)
+                case WeightsReady():
+                    self._weights_ready(actor, message)
+                case Goodbye():
+                    self._forget(actor, f"goodbye ({message.cause})")
+            self._issue(now)
+
+    def bad_message(self, session: str, error: BadMessage) -> None:
+        """Frames that were no message: counted, logged, answered."""
+        with self._lock:
+            self.counters.bad_messages += 1
+            log.warning("bad message from %s: %s", session[:8], error)
+            self._send(session, Error(code="bad_message", message=str(error)))
+
+    def unreachable(self, session: str) -> None:
+        """The connection to an actor is gone, or its queue is full."""
+        with self._lock:
+            if actor := self._actors.get(session):
+                self._forget(actor, "unreachable")
+
+    def fail(self, error: AsyncGdpoError) -> None:
+        """Going on is impossible; the trainer's thread raises ``error``."""
+        with self._lock:
+            self.failure = self.failure or error
+        self._buffer.wake()
+
+    def tick(self) -> None:
+        """What time brings: silent actors, overdue leases, leases to issue."""
+        with self._lock:
+            now = self._clock()
+            for actor in list(self._actors.values()):
+                limit = self._config.learner
+                patience = limit.actor_timeout_s if actor.ready else limit.join_timeout_s
+                if now - actor.last_heard > patience:
+                    self._forget(actor, f"silent for {now - actor.last_heard:.1f} s")
+            for held in self.leases.overdue(now):
+                log.warning("lease %d overran its deadline; issued again", held.lease)
+                self._end(held, "deadline")
+                self._again(held.work)
+            self._issue(now)
+
+    # --- called by the trainer's thread ---------------------------------------------------------
+
+    def open_training(self) -> None:
+        """From now on training leases are issued."""
+        with self._lock:
+            self._training = True
+
+    def advance(self, trainer_version: int) -> None:
+        """The trainer finished a step."""
+        with self._lock:
+            self._trainer_version = trainer_version
+
+    def close_training(self) -> None:
+        with self._lock:
+            self._training = False
+
+    def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
+        """Have ``works`` rolled out by actors that sample from ``version`` or later."""
+        with self._lock:
+            self._evaluation = Evaluation(works, version)
+            return self._evaluation
+
+    def drain(self, cause: str) -> None:
+        """The run is over: tell every actor."""
+        with self._lock:
+            for session in self._actors:
+                self._send(session, Drain(cause=cause))
+
+    def wait_until_empty(self, timeout_s: float) -> bool:
+        """Whether all actors said goodbye in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._actors, timeout_s)
+
+    def raise_if_failed(self) -> None:
+        """Raise what made going on impossible, if anything did."""
+        with self._lock:
+            if self.failure is not None:
+                raise self.failure
+            waited = self._clock() - self._last_actor_at
+            if not self._actors and waited > self._config.learner.wait_for_actors_s:
+                raise TrainingError(
+                    f"no actor for {waited:.0f} s; start one with: gdpo actor --learner ADDRESS"
+                )
+
+    # --- called by the publisher's thread -------------------------------------------------------
+
+    def ready_sessions(self) -> tuple[str, ...]:
+        """Actors that have weights: the members of the next push."""
+        with self._lock:
+            return tuple(session for session, actor in self._actors.items() if actor.ready)
+
+    def announce(self, session: str, weights: Weights) -> None:
+        with self._lock:
+            if session in self._actors:
+                self._send(session, weights)
+
+    def wait_for_version(
+        self, sessions: Iterable[str], version: int, timeout_s: float
+    ) -> tuple[str, ...]:
+        """Sessions among those given that live, but have not confirmed ``version`` in time."""
+
+        def behind() -> tuple[str, ...]:
+            actors = (self._actors.get(session) for session in sessions)
+            return tuple(a.session for a in actors if a is not None and a.version < version)
+
+        with self._changed:
+            self._changed.wait_for(lambda: not behind(), timeout_s)
+            return behind()
+
+    # --- views ----------------------------------------------------------------------------------
+
+    def actors(self) -> list[ActorState]:
+        """The live actors in the order in which they joined (copies)."""
+        with self._lock:
+            return [replace(actor) for actor in self._actors.values()]
+
+    @property
+    def num_live(self) -> int:
+        with self._lock:
+            return len(self._actors)
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _hello(self, session: str, hello: Hello, now: float) -> None:
+        refusal = self._why_refused(session, hello)
+        if refusal:
+            log.warning("refused an actor on %s: %s", hello.host, refusal)
+            self._send(session, Error(code="refused", message=refusal))
+            return
+        if old := self._actors.get(session):
+            self._forget(old, "said hello again")
+        self._num_joined += 1
+        self._last_actor_at = now
+        self._actors[session] = ActorState(session, hello, now, now, self._num_joined)
+        log.info("actor %d joined: %s, pid %d", self._num_joined, hello.host, hello.pid)
+        self._send(session, self._welcome, self._files)
+        self._send(session, self._snapshots.latest.announcement())
+        self._changed.notify_all()
+
+    def _why_refused(self, session: str, hello: Hello) -> str:
+        if hello.session != session:
+            return f"the session {hello.session!r} is not the connection's {session!r}"
+        pairs = (
+            ("protocol version", hello.protocol, PROTOCOL_VERSION),
+            ("run", hello.run_id or self._welcome.run_id, self._welcome.run_id),
+            ("model", hello.model_digest or self._welcome.model_digest, self._welcome.model_digest),
+        )
+        return "; ".join(
+            f"{what}: the actor has {theirs}, the learner {ours}"
+            for what, theirs, ours in pairs
+            if theirs != ours
+        )
+
+    def _group(self, actor: ActorState, header: GroupHeader, payloads: list[memoryview]) -> None:
+        held = self.leases.find(header.lease, actor.session)
+        if held is None:
+            verdict, cause = self.leases.why_not(header.lease)
+            self._ack(actor, header.lease, verdict, cause)
+            return
+        try:
+            group = unpack_group(header, payloads, self._limits(held.work))
+        except BadMessage as error:
+            self.counters.bad_messages += 1
+            self._end(held, "invalid_group")
+            self._ack(actor, header.lease, "rejected", str(error))
+            self._failed_row(held.work, str(error))
+            return
+        self._failures_in_a_row = 0
+        actor.held -= 1
+        actor.groups += 1
+        self.leases.receive(held)
+        self._store(held.work, group)
+        self._ack(actor, header.lease, "accepted", "")
+
+    def _store(self, work: Work, group: Group) -> None:
+        if work.purpose == "eval":
+            assert self._evaluation is not None
+            self._evaluation.receive(work, group)
+        else:
+            self._buffer.add(group)
+
+    def _limits(self, work: Work) -> GroupLimits:
+        return GroupLimits(
+            num_rollouts=work.num_rollouts,
+            reward_names=tuple(reward.name for reward in self._config.rewards),
+            vocab_size=self._vocab_size,
+            max_prompt_tokens=self._config.sampling.max_prompt_tokens,
+            max_tokens=work.max_tokens,
+            newest_version=self._trainer_version,
+        )
+
+    def _ack(self, actor: ActorState, lease: int, verdict: str, cause: str) -> None:
+        self.counters.verdicts[verdict] += 1
+        if verdict != "accepted":
+            log.info("group of actor %d %s: %s", actor.number, verdict, cause)
+        self._send(actor.session, Ack(lease=lease, verdict=verdict, cause=cause))  # type: ignore[arg-type]
+
+    def _failed(self, actor: ActorState, message: Failed) -> None:
+        held = self.leases.find(message.lease, actor.session)
+        if held is None:
+            return
+        log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, message.cause)
+        self._end(held, "actor_failed")
+        self._failed_row(held.work, message.cause)
+
+    def _weights_pull(self, session: str, pull: WeightsPull) -> None:
+        chunk = self._snapshots.read(pull.version, pull.offset, min(pull.num_bytes, CHUNK_BYTES))
+        reply = WeightsChunk(version=pull.version, offset=pull.offset)
+        self._send(session, reply, (chunk,) if chunk is not None else ())
+        if chunk is None:
+            self._send(session, self._snapshots.latest.announcement())
+
+    def _weights_ready(self, actor: ActorState, ready: WeightsReady) -> None:
+        expected = self._snapshots.digest(ready.version)
+        if expected is not None and ready.digest != expected:
+            self.counters.digest_mismatches += 1
+            log.error("actor %d holds other weights than version %d", actor.number, ready.version)
+            self._send(actor.session, self._snapshots.latest.announcement())
+            return
+        actor.version, actor.digest, actor.route = ready.version, ready.digest, ready.route
+        newest = self._snapshots.latest
+        if ready.version < newest.version and ready.route == "stream":
+            self._send(actor.session, newest.announcement())
+        self._changed.notify_all()
+
+    # --- leases ---------------------------------------------------------------------------------
+
+    def _issue(self, now: float) -> None:
+        """Give work to the actors, the emptiest first, as far as it is allowed."""
+        while actor := self._next_actor():
+            work = self._next_work(actor)
+            if work is None:
+                return
+            lease = self.leases.issue(work, actor.session, now)
+            actor.held += 1
+            self._send(actor.session, lease)
+
+    def _next_actor(self) -> ActorState | None:
+        """The actor with the smallest share of its capacity in use that may be given work."""
+        candidates = [a for a in self._actors.values() if a.room > 0 and self._may_have_work(a)]
+        return min(candidates, key=lambda a: a.held / (a.held + a.room), default=None)
+
+    def _may_have_work(self, actor: ActorState) -> bool:
+        return self._may_evaluate(actor) or self._may_train(actor)
+
+    def _may_evaluate(self, actor: ActorState) -> bool:
+        evaluation = self._evaluation
+        return bool(evaluation and evaluation.waiting and actor.version >= evaluation.version)
+
+    def _may_train(self, actor: ActorState) -> bool:
+        return (
+            self._training
+            and self._pacing.allowed(
+                trainer_version=self._trainer_version,
+                actor_version=actor.version,
+                outstanding=self.leases.outstanding("train"),
+                buffered=len(self._buffer),
+                buffered_bytes=self._buffer.size_bytes,
+            )
+            > 0
+        )
+
+    def _next_work(self, actor: ActorState) -> Work | None:
+        if self._may_evaluate(actor):
+            assert self._evaluation is not None
+            return self._evaluation.waiting.popleft()
+        return self._retries.popleft() if self._retries else self._stream.next()
+
+    def _end(self, held: Held, cause: str) -> None:
+        """Close a lease as failed."""
+        self.leases.fail(held, cause)
+        if actor := self._actors.get(held.holder):
+            actor.held -= 1
+
+    def _again(self, work: Work) -> None:
+        """Put work back to be leased before anything new."""
+        if work.purpose == "train":
+            self._retries.append(work)
+        elif self._evaluation is not None:
+            self._evaluation.waiting.append(work)
+
+    def _failed_row(self, work: Work, cause: str) -> None:
+        """A row whose rollout failed: again, or left out if that happens every time."""
+        self._failures_in_a_row += 1
+        limit = max(MAX_ATTEMPTS, self._config.learner.batch_groups)
+        if self._failures_in_a_row >= limit:
+            self.fail(
+                TrainingError(
+                    f"{self._failures_in_a_row} groups failed in a row, the last one "
+                    f"({work.prompt_id}) because: {cause}"
+                )
+            )
+        work = replace(work, attempts=work.attempts + 1)
+        if work.attempts < MAX_ATTEMPTS:
+            self._again(work)
+        else:
+            log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
+            if work.purpose == "eval" and self._evaluation is not None:
+                self._evaluation.give_up(work)
+
+    # --- details --------------------------------------------------------------------------------
+
+    def _forget(self, actor: ActorState, cause: str) -> None:
+        """The actor is gone; what it held is issued again."""
+        del self._actors[actor.session]
+        lost = self.leases.held_by(actor.session)
+        for held in lost:
+            self._end(held, "actor_lost")
+            self._again(held.work)
+        self._last_actor_at = self._clock()
+        if not cause.startswith("goodbye"):
+            self.counters.actors_lost += 1
+        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, len(lost))
+        self._changed.notify_all()
+
+    def _send(self, session: str, header: Header, payloads: tuple[Buffer, ...] = ()) -> None:
+        self.outbox.append(Outgoing(session, header, payloads))

@@ -1,0 +1,112 @@
+"""Prompts: loading a data set, and the endless seeded stream of work made from it."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from learner.config import RunConfig
+from protocol.errors import ConfigError
+from protocol.leases import Work
+
+_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+Row = dict[str, Any]
+
+
+def load_rows(source: str, split: str) -> list[Row]:
+    """Rows of a file or hub data set as plain values; raises `ConfigError`.
+
+    Every row has a ``prompt``: a string, or a list of chat messages.
+    """
+    # Importing `datasets` takes a second, which commands that load no data need not wait.
+    from datasets import load_dataset
+
+    try:
+        file_type = _FILE_TYPES.get(Path(source).suffix)
+        if file_type and not Path(source).is_file():
+            raise ConfigError(f"no such data file: {source}")
+        if file_type:
+            data = load_dataset(file_type, data_files=source, split="train")
+        else:
+            data = load_dataset(source, split=split)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"cannot load data {source!r}: {_first_line(error)}; give a hub name or a file of "
+            f"type {', '.join(_FILE_TYPES)}"
+        ) from error
+    if "prompt" not in data.column_names:
+        raise ConfigError(f"{source}: no column 'prompt' among {', '.join(data.column_names)}")
+    rows: list[Row] = [_plain(source, index, row) for index, row in enumerate(data)]
+    if not rows:
+        raise ConfigError(f"{source} is empty: there is nothing to train on")
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _plain(source: str, index: int, row: Row) -> Row:
+    if not isinstance(row["prompt"], (str, list)):
+        raise ConfigError(
+            f"{source}, row {index}: prompt is a {type(row['prompt']).__name__}, "
+            "not a string or a list of messages"
+        )
+    try:
+        return dict(msgspec.to_builtins(row))
+    except TypeError as error:
+        raise ConfigError(f"{source}, row {index}: {error}") from error
+
+
+class PromptStream:
+    """Every row once an epoch, in an order that depends on seed and epoch only."""
+
+    def __init__(self, rows: list[Row], config: RunConfig) -> None:
+        if not rows:
+            raise ConfigError("the training data is empty")
+        self._rows = rows
+        self._config = config
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def next(self) -> Work:
+        if not self._order:
+            self._epoch += 1
+            shuffled = np.random.default_rng([self._config.seed, self._epoch]).permutation(
+                len(self._rows)
+            )
+            self._order = shuffled.tolist()[::-1]
+        index = self._order.pop()
+        return Work(
+            prompt_id=f"train/{self._epoch}/{index}",
+            row=self._rows[index],
+            seed=_seed(self._config.seed, 0, self._epoch, index),
+            num_rollouts=self._config.sampling.num_rollouts,
+            temperature=self._config.sampling.temperature,
+            max_tokens=self._config.sampling.max_tokens,
+        )
+
+
+def evaluation_work(rows: list[Row], config: RunConfig) -> list[Work]:
+    """The held-out prompts, with seeds that are the same at every evaluation."""
+    return [
+        Work(
+            prompt_id=f"heldout/{index}",
+            row=row,
+            seed=_seed(config.seed, 1, 0, index),
+            num_rollouts=config.eval.num_rollouts,
+            temperature=config.eval.temperature,
+            max_tokens=config.sampling.max_tokens,
+            purpose="eval",
+        )
+        for index, row in enumerate(rows[: config.eval.prompts])
+    ]
+
+
+def _seed(*parts: int) -> int:
+    """A 63-bit seed; neighbours in any part give unrelated streams."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

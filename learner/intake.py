@@ -1,0 +1,105 @@
+"""The learner's socket thread: frames in, frames out; every decision is the coordinator's."""
+
+import contextlib
+import logging
+import os
+import time
+from threading import Thread
+
+import zmq
+
+from learner.coordinator import Coordinator
+from protocol.errors import BadMessage, TrainingError
+from protocol.framing import decode_to_learner, encode
+from protocol.messages import Pong
+from protocol.observability import Heartbeat
+
+log = logging.getLogger("learner")
+
+TICK_S = 0.1
+_MESSAGES_PER_TURN = 200
+
+
+class Intake:
+    """Runs until `close`; `wake` makes it look at the coordinator at once."""
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], coordinator: Coordinator, heartbeat: Heartbeat
+    ) -> None:
+        self._socket = socket
+        self._coordinator = coordinator
+        self._heartbeat = heartbeat
+        # ZeroMQ sockets belong to one thread, a pipe does not.
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._closing = False
+        self._thread = Thread(target=self._run, name="intake", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Callable from any thread."""
+        # A full pipe has woken the thread already.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"!")
+
+    def close(self) -> None:
+        self._closing = True
+        self.wake()
+        self._thread.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            log.exception("intake died")
+            self._coordinator.fail(TrainingError(f"intake died: {error}"))
+        finally:
+            self._socket.close()
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
+        next_tick = 0.0
+        while not self._closing:
+            ready = dict(poller.poll(int(TICK_S * 1000)))
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)
+                next_tick = 0.0
+            if self._socket in ready:
+                self._receive()
+            if time.monotonic() >= next_tick:
+                self._coordinator.tick()
+                self._heartbeat.beat()
+                next_tick = time.monotonic() + TICK_S
+            self._send()
+        self._send()
+
+    def _receive(self) -> None:
+        for _ in range(_MESSAGES_PER_TURN):
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            session = identity.bytes.decode("ascii", "replace")
+            try:
+                message, payloads = decode_to_learner([frame.buffer for frame in frames])
+            except BadMessage as error:
+                self._coordinator.bad_message(session, error)
+                continue
+            self._coordinator.handle(session, message, payloads)
+
+    def _send(self) -> None:
+        outbox = self._coordinator.outbox
+        while outbox:
+            message = outbox.popleft()
+            frames = [message.session.encode(), *encode(message.header, message.payloads)]
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            except zmq.ZMQError as error:
+                if not isinstance(message.header, Pong):
+                    log.info("cannot reach an actor: %s", error.strerror)
+                self._coordinator.unreachable(message.session)

@@ -1,0 +1,169 @@
+"""What the learner exports to Prometheus."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from learner.buffer import ReplayBuffer
+from learner.coordinator import Coordinator
+from learner.progress import Progress
+from learner.publisher import PushReport
+from learner.trainer import StepResult
+
+
+class StepMetrics:
+    """Metrics that a training step or a weight push updates."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        self._tokens = Counter(
+            "gdpo_tokens_trained", "Completion tokens trained on", registry=registry
+        )
+        self._groups = Counter(
+            "gdpo_group_uses", "Groups put into training batches", registry=registry
+        )
+        self._version = gauge("gdpo_trainer_version", "Training batches done")
+        self._staleness = Histogram(
+            "gdpo_staleness_versions",
+            "Staleness of groups when they were trained on, in versions",
+            buckets=(0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+            registry=registry,
+        )
+        self._step_seconds = Histogram(
+            "gdpo_step_seconds", "Duration of a training step", registry=registry
+        )
+        self._loss = {
+            "ess": gauge("gdpo_effective_sample_size_ratio", "ESS of the importance weights"),
+            "ratio_mean": gauge("gdpo_policy_ratio_mean", "Mean of the clipped ratio"),
+            "ratio_max": gauge("gdpo_policy_ratio_max", "Largest ratio"),
+            "clip_low_share": gauge("gdpo_clip_low_ratio", "Share of tokens clipped from below"),
+            "clip_high_share": gauge("gdpo_clip_high_ratio", "Share of tokens clipped from above"),
+            "mismatch_kl": gauge("gdpo_mismatch_kl", "KL of behaviour and current policy (k3)"),
+            "loss": gauge("gdpo_loss", "Policy loss"),
+            "grad_norm": gauge("gdpo_gradient_norm", "Gradient norm before clipping"),
+            "groups/dead": gauge("gdpo_groups_dead", "Groups of the batch without any signal"),
+            "groups/collapsed": gauge(
+                "gdpo_groups_collapsed", "Groups of the batch whose rewards cancel out"
+            ),
+        }
+        self._reward = {
+            field: gauge(f"gdpo_reward_{name}", text, ("reward",))
+            for field, (name, text) in {
+                "mean": ("mean", "Mean score in the batch"),
+                "std": ("std", "Standard deviation of the score in the batch"),
+                "live_share": ("live_ratio", "Share of groups in which the reward varies"),
+                "advantage_share": ("advantage_ratio", "Share of the absolute advantage"),
+            }.items()
+        }
+        self._correlation = gauge(
+            "gdpo_reward_correlation", "Correlation of two rewards", ("first", "second")
+        )
+        self._push_seconds = Histogram(
+            "gdpo_weight_push_seconds", "Phases of a weight push", ("phase",), registry=registry
+        )
+        self._pushes = Counter(
+            "gdpo_weight_pushes", "Weight pushes by route", ("route",), registry=registry
+        )
+        self._epoch = gauge("gdpo_weight_epoch", "Current epoch of the collective")
+
+    def step(self, result: StepResult, seconds: float) -> None:
+        self._tokens.inc(result.num_tokens)
+        self._groups.inc(len(result.staleness))
+        self._version.set(result.version)
+        self._step_seconds.observe(seconds)
+        for staleness in result.staleness:
+            self._staleness.observe(staleness)
+        for name, value in result.metrics.items():
+            if metric := self._loss.get(name):
+                metric.set(value)
+            elif name.startswith("reward_correlation/"):
+                self._correlation.labels(*name.split("/")[1:]).set(value)
+            elif name.startswith("reward/"):
+                _, reward, field = name.split("/")
+                self._reward[field].labels(reward).set(value)
+
+    def push(self, report: PushReport) -> None:
+        self._pushes.labels("collective" if report.by_collective else "stream").inc()
+        self._epoch.set(report.epoch)
+        for phase in ("join", "broadcast", "confirm"):
+            self._push_seconds.labels(phase).observe(getattr(report, f"{phase}_seconds"))
+
+
+class StateCollector(Collector):
+    """Metrics read off the run's state at every scrape."""
+
+    def __init__(self, coordinator: Coordinator, buffer: ReplayBuffer, progress: Progress) -> None:
+        self._coordinator = coordinator
+        self._buffer = buffer
+        self._progress = progress
+
+    def collect(self) -> Iterator[Metric]:
+        books, counters = self._buffer.books, self._coordinator.counters
+        rates = self._progress.rates
+        yield _gauge("gdpo_buffer_groups", "Groups in the replay buffer", len(self._buffer))
+        yield _gauge("gdpo_buffer_bytes", "Memory of the groups", self._buffer.size_bytes)
+        yield _gauge("gdpo_actors_live", "Actors connected", self._coordinator.num_live)
+        yield _gauge(
+            "gdpo_actors_wanted",
+            "Actors that would keep the learner busy; 0 while unknown",
+            rates.actors_wanted or 0,
+        )
+        yield _gauge("gdpo_actor_idle_ratio", "Idle share of actors", rates.actor_idle_share)
+        yield _gauge("gdpo_learner_wait_ratio", "Waiting share", rates.learner_wait_share)
+        yield _counter(
+            "gdpo_learner_wait_seconds", "Waited for groups", self._progress.wait_seconds
+        )
+        yield _counter(
+            "gdpo_cluster_tokens_generated",
+            "Completion tokens that all actors reported",
+            self._progress.tokens_generated,
+        )
+        yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
+        yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
+        yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
+        yield _by("gdpo_tokens_evicted", "Their tokens", "cause", books.evicted_tokens)
+        yield _by("gdpo_groups_received", "Group messages", "verdict", counters.verdicts)
+        yield _counter("gdpo_bad_messages", "Messages refused as invalid", counters.bad_messages)
+        yield _counter("gdpo_actors_lost", "Actors lost without goodbye", counters.actors_lost)
+        yield _counter(
+            "gdpo_weight_digest_mismatches",
+            "Actors that reported other weights",
+            counters.digest_mismatches,
+        )
+        yield from self._leases()
+
+    def _leases(self) -> Iterator[Metric]:
+        leases = CounterMetricFamily(
+            "gdpo_leases", "Leases by purpose and outcome", labels=["purpose", "outcome"]
+        )
+        outstanding = GaugeMetricFamily(
+            "gdpo_leases_outstanding", "Leases being worked on", labels=["purpose"]
+        )
+        for purpose, books in self._coordinator.leases.books.items():
+            leases.add_metric([purpose, "leased"], books.leased)
+            leases.add_metric([purpose, "received"], books.received)
+            for cause, count in dict(books.failed).items():
+                leases.add_metric([purpose, f"failed_{cause}"], count)
+            outstanding.add_metric([purpose], books.outstanding)
+        yield leases
+        yield outstanding
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _by(name: str, text: str, label: str, counts: dict[str, Any]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for key, count in dict(counts).items():
+        family.add_metric([key], count)
+    return family

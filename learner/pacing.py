@@ -1,0 +1,67 @@
+"""How many leases may be out: one inequality, the capacity rule of AReaL (arXiv 2505.24298).
+
+With V the trainer's version and a the version that an actor samples from, a group leased to it
+now will be trained on after everything that is outstanding or buffered. Its staleness then is at
+most V - a plus the number of whole batches before it, so it stays within the limit exactly while
+
+    outstanding + buffered < (max_staleness + 1 - (V - a)) * batch_groups
+
+and, as no more than the rest of the run can be used, while
+
+    outstanding + buffered < (steps - V) * batch_groups
+
+Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
+largest. The constructor refuses bounds under which a batch could never fill.
+"""
+
+from dataclasses import dataclass
+
+from protocol.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """The limits that decide whether another training lease may be issued."""
+
+    max_staleness: int
+    batch_groups: int
+    steps: int
+    max_groups: int
+    max_bytes: int
+    group_bytes: int
+    """Largest size of one group."""
+
+    def __post_init__(self) -> None:
+        if self.max_groups < self.batch_groups:
+            raise ConfigError(
+                f"buffer.max_groups = {self.max_groups} can never hold a batch of "
+                f"{self.batch_groups} groups: training would wait for ever"
+            )
+        if self.max_bytes < self.batch_groups * self.group_bytes:
+            raise ConfigError(
+                f"buffer.max_bytes = {self.max_bytes} may not hold a batch: "
+                f"{self.batch_groups} groups take up to {self.batch_groups * self.group_bytes} "
+                "bytes; raise it, or lower sampling.max_tokens or learner.batch_groups"
+            )
+
+    def allowed(
+        self,
+        *,
+        trainer_version: int,
+        actor_version: int,
+        outstanding: int,
+        buffered: int,
+        buffered_bytes: int,
+    ) -> int:
+        """Training leases that an actor at ``actor_version`` may be given now; 0 or more."""
+        lag = trainer_version - actor_version
+        by_staleness = (self.max_staleness + 1 - lag) * self.batch_groups
+        by_need = (self.steps - trainer_version) * self.batch_groups
+        by_groups = min(by_staleness, by_need, self.max_groups) - outstanding - buffered
+        by_bytes = (self.max_bytes - buffered_bytes) // self.group_bytes - outstanding
+        return max(0, min(by_groups, by_bytes))
+
+
+def largest_group_bytes(num_rollouts: int, prompt: int, completion: int, rewards: int) -> int:
+    """Memory of a group whose prompt and completions all have their largest length."""
+    return num_rollouts * completion * 8 + prompt * 4 + num_rollouts * rewards * 4

@@ -1,0 +1,129 @@
+"""The policy: loading it, what actors need of it, and writing it as a checkpoint."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from learner.config import RunConfig
+from protocol.errors import ConfigError
+from protocol.weights import TensorSpec, layout
+
+_FILES = ("config.json", "generation_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+)
+_HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Policy:
+    """The model in training and the files that describe it."""
+
+    model: Any
+    folder: Path
+    files: dict[str, bytes]
+    """Configuration and tokenizer files by name, as actors get them."""
+    files_digest: str
+    specs: list[TensorSpec]
+    """Layout of the packed weights, in the actors' type."""
+
+    @property
+    def manifest(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        return tuple((spec.name, spec.dtype, spec.shape) for spec in self.specs)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+
+def load_policy(config: RunConfig) -> Policy:
+    """Load the model and its files; raises `ConfigError`."""
+    folder = _folder(config.model.path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=config.model.attention,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path = {config.model.path!r}: {first_line}") from error
+    _check_lengths(config, model)
+    files = {path.name: path.read_bytes() for path in _model_files(folder)}
+    if not any(name.startswith("tokenizer") for name in files):
+        raise ConfigError(f"model.path = {config.model.path!r} holds no tokenizer files")
+    manifest = [(n, config.actor.dtype, tuple(p.shape)) for n, p in model.named_parameters()]
+    return Policy(
+        # Without dropout, so that log-probabilities are those of the sampled policy.
+        model=model.eval().to(_device(config.model.device)),
+        folder=folder,
+        files=files,
+        files_digest=_files_digest(files),
+        specs=layout(manifest),
+    )
+
+
+def save_checkpoint(policy: Policy, target: Path) -> None:
+    """Write the model with its tokenizer in Hugging Face form; complete or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.model.save_pretrained(partial)
+    for name, content in policy.files.items():
+        if name not in ("config.json", "generation_config.json"):
+            (partial / name).write_bytes(content)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+
+
+def _folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    if path.startswith((".", "/", "~")):
+        raise ConfigError(f"model.path = {path!r}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(_HUB_PATTERNS)))
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.path = {path!r} is no folder, and the hub does not have it: {first_line}"
+        ) from error
+
+
+def _model_files(folder: Path) -> list[Path]:
+    found = {path for pattern in (*_FILES, *_TOKENIZER_FILES) for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
+def _files_digest(files: dict[str, bytes]) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    for name, content in sorted(files.items()):
+        whole.update(name.encode() + b"\0" + hashlib.blake2b(content).digest())
+    return whole.hexdigest()
+
+
+def _check_lengths(config: RunConfig, model: Any) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    needed = config.sampling.max_prompt_tokens + config.sampling.max_tokens
+    if longest is not None and needed > longest:
+        raise ConfigError(
+            f"sampling.max_prompt_tokens + sampling.max_tokens = {needed} exceeds the model's "
+            f"{longest} positions; lower one of them"
+        )
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,142 @@
+"""What the learner tells people: the live status, the line per step, the summary at the end."""
+
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from learner.evaluation import Evaluation
+from learner.trainer import StepResult
+
+if TYPE_CHECKING:
+    from learner.app import Learner
+
+
+def status_report(learner: "Learner") -> dict[str, Any]:
+    """The state of the run now, for displays."""
+    rates = learner.progress.sample()
+    step, done = learner.last_step, learner.trainer.version
+    total = learner.config.learner.steps
+    return {
+        "run": learner.folder.path.name,
+        "phase": learner.phase,
+        "step": done,
+        "steps": total,
+        "seconds_left": learner.training_seconds / done * (total - done) if done else None,
+        "rewards": step.rewards if step else {},
+        "tokens_generated_per_s": rates.tokens_generated_per_s,
+        "tokens_trained_per_s": rates.tokens_trained_per_s,
+        "staleness_mean": fmean(step.staleness) if step else None,
+        "staleness_max": max(step.staleness) if step else None,
+        "max_staleness": learner.config.learner.max_staleness,
+        "buffer_groups": len(learner.buffer),
+        "buffer_bytes": learner.buffer.size_bytes,
+        "batch_groups": learner.config.learner.batch_groups,
+        "actors_live": learner.coordinator.num_live,
+        "actors_wanted": rates.actors_wanted,
+        "actor_idle_share": rates.actor_idle_share,
+        "learner_wait_share": rates.learner_wait_share,
+        "bottleneck": rates.bottleneck if done else None,
+        "actors": [
+            {
+                "number": actor.number,
+                "host": actor.hello.host,
+                "pid": actor.hello.pid,
+                "version": actor.version,
+                "route": actor.route,
+                "leases": actor.held,
+                "groups": actor.groups,
+            }
+            for actor in learner.coordinator.actors()
+        ],
+    }
+
+
+def step_line(learner: "Learner", step: StepResult, seconds: float) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    rates = learner.progress.rates
+    return {
+        "step": step.version,
+        "seconds": learner.training_seconds + seconds,
+        "step_seconds": seconds,
+        "rewards": step.rewards,
+        "completion_tokens_mean": step.mean_tokens,
+        "staleness_mean": fmean(step.staleness),
+        "staleness_max": max(step.staleness),
+        "tokens_generated_per_s": rates.tokens_generated_per_s,
+        "tokens_trained_per_s": rates.tokens_trained_per_s,
+        "actor_idle_share": rates.actor_idle_share,
+        "learner_wait_share": rates.learner_wait_share,
+        "buffer_groups": len(learner.buffer),
+        "buffer_bytes": learner.buffer.size_bytes,
+        "actors_live": learner.coordinator.num_live,
+        "lag0_logprob_difference": step.lag0_difference,
+        **step.metrics,
+    }
+
+
+def summary_report(learner: "Learner") -> dict[str, Any]:
+    """summary.json: what the run achieved, and its books."""
+    leases, books = learner.coordinator.leases.books, learner.buffer.books
+    names = tuple(reward.name for reward in learner.config.rewards)
+    seconds = learner.training_seconds
+    return {
+        "run": learner.folder.path.name,
+        "completed": not learner.interrupted,
+        "ended_because": learner.interrupted or "all steps done",
+        "steps": learner.trainer.version,
+        "seconds_training": seconds,
+        "rewards": {
+            "before": _evaluation(learner.before, names),
+            "after": _evaluation(learner.after, names),
+        },
+        "books": {
+            "leases": {
+                purpose: {
+                    "leased": b.leased,
+                    "received": b.received,
+                    "failed": dict(b.failed),
+                    "outstanding": b.outstanding,
+                    "balanced": b.balanced,
+                }
+                for purpose, b in leases.items()
+            },
+            "groups": {
+                "accepted": books.accepted,
+                "trained": books.trained,
+                "evicted": dict(books.evicted),
+                "evicted_tokens": dict(books.evicted_tokens),
+                "buffered": books.buffered,
+                "balanced": books.balanced,
+            },
+        },
+        "throughput": {
+            "tokens_trained": learner.progress.tokens_trained,
+            "tokens_trained_per_s": learner.progress.tokens_trained / seconds if seconds else 0.0,
+            "tokens_generated": learner.progress.tokens_generated,
+        },
+        "staleness": {
+            "largest": learner.buffer.largest_staleness,
+            "limit": learner.config.learner.max_staleness,
+        },
+        "lag0_logprob_difference": learner.lag0_difference,
+        "actors_lost": learner.coordinator.counters.actors_lost,
+        "bad_messages": learner.coordinator.counters.bad_messages,
+        "weights": {
+            "version": learner.trainer.version,
+            "digest_mismatches": learner.coordinator.counters.digest_mismatches,
+        },
+        "checkpoint": str(learner.folder.checkpoint)
+        if learner.folder.checkpoint.exists()
+        else None,
+    }
+
+
+def _evaluation(evaluation: Evaluation | None, names: tuple[str, ...]) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {
+        "version": evaluation.version,
+        "prompts": evaluation.num_prompts,
+        "failed_prompts": evaluation.num_failed,
+        "completion_tokens_mean": evaluation.mean_tokens,
+        "means": evaluation.means(names),
+    }

@@ -1,0 +1,66 @@
+"""The run folder: resolved configuration, a line per step, and the summary at the end."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from learner.config import RunConfig
+from protocol.errors import ConfigError
+
+
+class RunFolder:
+    """``runs/NAME/``, new for every run: an earlier one of the same name is never touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._metrics: TextIO | None = None
+
+    @classmethod
+    def create(cls, config: RunConfig) -> Self:
+        """Make the folder; NAME-2, NAME-3 ... if NAME exists."""
+        base = Path(config.runs_folder) / config.name
+        for attempt in range(1, 10_000):
+            path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+            folder = cls(path)
+            (path / "config.toml").write_text(config.to_toml())
+            return folder
+        raise ConfigError(f"{base} and its 9,999 successors exist; choose another name")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    def write_endpoints(self, learner: str, metrics: str) -> None:
+        """Where the learner listens, for the launcher and for people."""
+        self._write("endpoints.json", {"learner": learner, "metrics": metrics})
+
+    def append_step(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, on disk at once."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a")
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write("summary.json", summary)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        """Complete or not at all: readers never see half a file."""
+        partial = self.path / f"{name}.partial"
+        with partial.open("w") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(self.path / name)

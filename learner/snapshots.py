@@ -1,0 +1,84 @@
+"""Packed weights of the newest version, and of an older one while somebody still pulls it."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+
+from protocol.messages import Weights
+from protocol.weights import TensorSpec, packed_digest, total_bytes
+
+STILL_PULLED_S = 10.0
+_REMEMBERED_DIGESTS = 10_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """All weights of one version, packed as `protocol.weights` describes."""
+
+    version: int
+    packed: torch.Tensor
+    """uint8 [num_bytes] in CPU memory."""
+    digest: str
+
+    def announcement(self) -> Weights:
+        """By stream; the publisher fills in a collective."""
+        return Weights(version=self.version, num_bytes=len(self.packed), digest=self.digest)
+
+
+def pack(version: int, model: torch.nn.Module, specs: list[TensorSpec]) -> Snapshot:
+    """Copy the model's parameters, cast to the types of ``specs``, into one CPU buffer."""
+    packed = torch.empty(total_bytes(specs), dtype=torch.uint8)
+    parameters = dict(model.named_parameters())
+    for spec in specs:
+        tensor = parameters[spec.name].detach().to("cpu", getattr(torch, spec.dtype))
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        packed[spec.offset : spec.offset + spec.num_bytes] = raw
+    return Snapshot(version, packed, packed_digest(packed.numpy().data, specs))
+
+
+class SnapshotStore:
+    """At most two snapshots, whatever the number of actors that are behind."""
+
+    def __init__(self, first: Snapshot, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = Lock()
+        self._kept: dict[int, Snapshot] = {first.version: first}
+        self._pulled_at: dict[int, float] = {}
+        self._digests: OrderedDict[int, str] = OrderedDict({first.version: first.digest})
+        self._latest = first
+
+    @property
+    def latest(self) -> Snapshot:
+        return self._latest
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Make ``snapshot`` the newest; of the others stays the oldest that is being pulled."""
+        with self._lock:
+            now = self._clock()
+            pulled = [v for v in self._kept if now - self._pulled_at.get(v, -1e9) < STILL_PULLED_S]
+            keep = pulled[:1]
+            self._kept = {v: self._kept[v] for v in keep} | {snapshot.version: snapshot}
+            self._pulled_at = {v: self._pulled_at[v] for v in keep}
+            self._digests[snapshot.version] = snapshot.digest
+            if len(self._digests) > _REMEMBERED_DIGESTS:
+                self._digests.popitem(last=False)
+            self._latest = snapshot
+
+    def read(self, version: int, offset: int, num_bytes: int) -> memoryview | None:
+        """Bytes of a version; None if it is gone or the range is not inside it."""
+        with self._lock:
+            snapshot = self._kept.get(version)
+            if snapshot is None or offset < 0 or num_bytes < 1:
+                return None
+            if offset + num_bytes > len(snapshot.packed):
+                return None
+            self._pulled_at[version] = self._clock()
+            return snapshot.packed[offset : offset + num_bytes].numpy().data
+
+    def digest(self, version: int) -> str | None:
+        """Digest of a version that was published, unless that was very long ago."""
+        return self._digests.get(version)

@@ -9,6 +9,7 @@ Raw scores are stored; advantages are computed when a batch is cut. Staleness is
 too, so time in the queue counts: trainer version minus the oldest version in the group.
 """
 
+import bisect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ class ReplayBuffer:
         self._sampling = sampling
         self._entries: list[_Entry] = []
         self._changed = Condition()
+        self.in_training = 0
+        """Groups that the last `take` removed, until `step_done`."""
         self.size_bytes = 0
         self.largest_staleness = 0
         """Of any group that `take` returned."""
@@ -82,8 +85,9 @@ class ReplayBuffer:
     def take(self, num_groups: int, version: int, timeout_s: float) -> list[Group] | None:
         """Cut a batch of ``num_groups`` for the trainer at ``version``; None after ``timeout_s``.
 
-        Groups that are too stale by now are evicted first. ``fifo`` takes the oldest arrivals,
-        ``freshest`` those whose oldest token is youngest.
+        Groups that are too stale by now are evicted first. ``fifo`` takes them in the order in
+        which they were leased, so that a slow group is not overtaken while it can still be used;
+        ``freshest`` takes those whose oldest token is youngest.
         """
         with self._changed:
             if not self._changed.wait_for(
@@ -98,7 +102,12 @@ class ReplayBuffer:
                 if entry.uses == self._max_uses:
                     self._remove(entry)
                     self.books.trained += 1
+                    self.in_training += 1
             return [entry.group for entry in chosen]
+
+    def step_done(self) -> None:
+        """The trainer has finished with what it took."""
+        self.in_training = 0
 
     def wake(self) -> None:
         """Make a waiting `take` look again, for example because the run is being stopped."""
@@ -119,7 +128,7 @@ class ReplayBuffer:
         return len(self._entries)
 
     def _insert(self, entry: _Entry) -> None:
-        self._entries.append(entry)
+        bisect.insort(self._entries, entry, key=lambda e: e.group.lease)
         self.size_bytes += entry.group.size_bytes
         self.books.buffered += 1
 

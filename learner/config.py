@@ -106,6 +106,9 @@ class LearnerConfig(StrictModel):
     """Sequences in one forward and backward pass: lower it when memory runs out."""
     lr: PositiveFloat = 1e-6
     warmup_steps: NonNegativeInt = 0
+    """Batches over which the learning rate rises linearly."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """After the warm-up: stay, or fall linearly to 0 at the last step."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0

@@ -217,6 +217,7 @@ class Coordinator:
         """The trainer finished a step."""
         with self._lock:
             self._trainer_version = trainer_version
+            self._buffer.step_done()
 
     def close_training(self) -> None:
         with self._lock:
@@ -423,6 +424,7 @@ class Coordinator:
                 actor_version=actor.version,
                 outstanding=self.leases.outstanding("train"),
                 buffered=len(self._buffer),
+                in_training=self._buffer.in_training,
                 buffered_bytes=self._buffer.size_bytes,
             )
             > 0

@@ -1,14 +1,15 @@
 """How many leases may be out: one inequality, the capacity rule of AReaL (arXiv 2505.24298).
 
 With V the trainer's version and a the version that an actor samples from, a group leased to it
-now will be trained on after everything that is outstanding or buffered. Its staleness then is at
-most V - a plus the number of whole batches before it, so it stays within the limit exactly while
+now will be trained on after everything that is outstanding, buffered, or in the batch at hand (V
+counts that batch only when its step is done). Its staleness then is at most V - a plus the number
+of whole batches before it, so it stays within the limit exactly while
 
-    outstanding + buffered < (max_staleness + 1 - (V - a)) * batch_groups
+    outstanding + buffered + in training < (max_staleness + 1 - (V - a)) * batch_groups
 
 and, as no more than the rest of the run can be used, while
 
-    outstanding + buffered < (steps - V) * batch_groups
+    outstanding + buffered + in training < (steps - V) * batch_groups
 
 Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
 largest. The constructor refuses bounds under which a batch could never fill.
@@ -51,13 +52,15 @@ class Pacing:
         actor_version: int,
         outstanding: int,
         buffered: int,
+        in_training: int,
         buffered_bytes: int,
     ) -> int:
         """Training leases that an actor at ``actor_version`` may be given now; 0 or more."""
         lag = trainer_version - actor_version
         by_staleness = (self.max_staleness + 1 - lag) * self.batch_groups
         by_need = (self.steps - trainer_version) * self.batch_groups
-        by_groups = min(by_staleness, by_need, self.max_groups) - outstanding - buffered
+        ahead = outstanding + buffered + in_training
+        by_groups = min(by_staleness - ahead, by_need - ahead, self.max_groups - ahead)
         by_bytes = (self.max_bytes - buffered_bytes) // self.group_bytes - outstanding
         return max(0, min(by_groups, by_bytes))
 

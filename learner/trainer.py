@@ -201,12 +201,24 @@ class Trainer:
             yield (logprobs_BT - batch.behaviour_BT)[fresh_BT].abs().max().item()
 
     def _set_lr(self, minibatch: int) -> None:
-        """Linear warm-up over ``warmup_steps`` batches."""
         config = self._config.learner
-        done = self.version + minibatch / config.minibatches
-        factor = min(1.0, (done + 1 / config.minibatches) / max(config.warmup_steps, 1e-9))
+        factor = lr_factor(
+            self.version * config.minibatches + minibatch,
+            warmup=config.warmup_steps * config.minibatches,
+            total=config.steps * config.minibatches,
+            schedule=config.lr_schedule,
+        )
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * factor
+
+
+def lr_factor(update: int, *, warmup: int, total: int, schedule: str) -> float:
+    """Share of the learning rate at optimiser step ``update`` (from 0) of ``total``."""
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    return (total - update) / (total - warmup)
 
 
 def _add_metrics(sums: dict[str, float], metrics: dict[str, torch.Tensor], *, share: float) -> None:

@@ -1,0 +1,171 @@
+"""Real processes of the system for tests: started, watched over HTTP, and never left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = ROOT / "examples" / "tool_calling_tiny.toml"
+
+QUICK = (
+    "learner.bind=tcp://127.0.0.1:0",
+    "learner.metrics_port=0",
+    "learner.threads=1",
+    "learner.batch_groups=8",
+    "learner.minibatches=2",
+    "eval.prompts=8",
+    "eval.num_rollouts=2",
+    "actor.max_leases=8",
+    "actor.status_interval_s=0.1",
+)
+"""Small batches, free ports, one thread each."""
+
+
+class Process:
+    """A `gdpo` command; its output is in ``log``."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        self.log = folder / f"{name}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with self.log.open("wb") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "deploy", *arguments],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        return self.popen.wait(timeout_s)
+
+    def signal(self, signum: int) -> None:
+        self.popen.send_signal(signum)
+
+    def end(self) -> None:
+        """Kill whatever is left; a stopped process is continued by it."""
+        if self.popen.poll() is None:
+            self.popen.kill()
+            self.popen.wait()
+
+
+class System:
+    """One learner started by hand and its actors, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._processes: list[Process] = []
+
+    def gdpo(self, name: str, *arguments: str) -> Process:
+        process = Process(self.folder, name, *arguments)
+        self._processes.append(process)
+        return process
+
+    def start_learner(self, *overrides: str) -> Process:
+        """A learner that listens."""
+        self.learner = self.gdpo("learner", "learner", str(RECIPE), *QUICK, *overrides)
+        path = self.run_folder / "endpoints.json"
+        wait_for(lambda: path.exists() or self.learner.popen.poll() is not None, "the learner")
+        assert path.exists(), self.learner.output
+        endpoints = json.loads(path.read_text())
+        self.url, self.metrics_url = endpoints["learner"], endpoints["metrics"]
+        return self.learner
+
+    def start_actor(self, name: str, *arguments: str) -> Process:
+        return self.gdpo(name, "actor", "--learner", self.url, *arguments)
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / "runs" / "tool_calling_tiny"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.run_folder / "summary.json").read_text())
+        return summary
+
+    def summary_after_stop(self) -> dict[str, Any]:
+        """Stop the learner in order; what it then reports."""
+        self.learner.signal(signal.SIGTERM)
+        assert self.learner.wait(20) == 0, self.learner.output
+        return self.summary
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(self.get("/status"))
+        return status
+
+    def get(self, path: str) -> str:
+        return http_get(self.metrics_url.removesuffix("/metrics") + path)
+
+    def actor(self, pid: int) -> dict[str, Any] | None:
+        """The learner's view of the actor with this process id."""
+        return next((a for a in self.status()["actors"] if a["pid"] == pid), None)
+
+    def wait_for_step(self, step: int, timeout_s: float = 40.0) -> None:
+        wait_for(lambda: self.status()["step"] >= step, f"step {step}", timeout_s)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.end()
+
+
+def http_get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5.0) as response:
+        text: str = response.read().decode()
+        return text
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 40.0) -> None:
+    """Until ``condition`` holds; fails with ``what`` after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the direct children."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def assert_books_balance(summary: dict[str, Any]) -> None:
+    """leased = received + failed + outstanding; accepted = trained + evicted + buffered."""
+    for lease in summary["books"]["leases"].values():
+        failed = sum(lease["failed"].values())
+        assert lease["leased"] == lease["received"] + failed + lease["outstanding"]
+    groups = summary["books"]["groups"]
+    evicted = sum(groups["evicted"].values())
+    assert groups["accepted"] == groups["trained"] + evicted + groups["buffered"]
+    assert groups["accepted"] == summary["books"]["leases"]["train"]["received"]

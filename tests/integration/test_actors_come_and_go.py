@@ -1,0 +1,114 @@
+"""A learner started by hand, actors that join, die, hang and leave while it trains."""
+
+import json
+import signal
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.integration.processes import System, assert_books_balance, http_get, wait_for
+
+pytestmark = pytest.mark.timeout(120)
+
+LONG_RUN = ("learner.steps=2000", "learner.actor_timeout_s=2", "weights.timeout_s=2")
+
+
+def metrics(text: str) -> dict[str, float]:
+    """Sample values by name, summed over labels."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return values
+
+
+def test_actors_join_die_and_drain_while_the_learner_trains(system: System):
+    system.start_learner(*LONG_RUN)
+    first = system.start_actor("first")
+    system.wait_for_step(2)
+
+    second = system.start_actor("second")
+    wait_for(lambda: (system.actor(second.pid) or {}).get("groups", 0) > 0, "its share")
+
+    # In the middle of a group: it holds leases whenever it is not idle.
+    wait_for(lambda: (system.actor(first.pid) or {}).get("leases", 0) > 0, "leases to lose")
+    first.signal(signal.SIGKILL)
+    wait_for(lambda: system.actor(first.pid) is None, "its loss to be noticed", 10)
+    step = system.status()["step"]
+    system.wait_for_step(step + 5)
+
+    second.signal(signal.SIGTERM)
+    assert second.wait(15) == 0, second.output
+    assert "leaving: SIGTERM" in second.output
+    wait_for(lambda: system.status()["actors_live"] == 0, "its goodbye", 5)
+
+    third = system.start_actor("third")
+    step = system.status()["step"]
+    system.wait_for_step(step + 5)
+    system.learner.signal(signal.SIGTERM)
+    assert system.learner.wait(20) == 0, system.learner.output
+    assert third.wait(15) == 0, third.output
+
+    summary = system.summary
+    assert_books_balance(summary)
+    assert summary["actors_lost"] == 1
+    failed = summary["books"]["leases"]["train"]["failed"]
+    assert failed["actor_lost"] >= 1
+    assert summary["weights"]["digest_mismatches"] == 0
+
+
+def test_prometheus_reads_learner_and_actors_while_they_train(system: System):
+    system.start_learner(*LONG_RUN)
+    system.start_actor("actor")
+    system.wait_for_step(3)
+    learner = metrics(system.get("/metrics"))
+    assert learner["gdpo_trainer_version"] >= 3
+    assert learner["gdpo_tokens_trained_total"] > 0
+    assert learner["gdpo_staleness_versions_count"] >= 3 * 8
+    assert learner["gdpo_actors_live"] == 1
+    assert {"gdpo_buffer_groups", "gdpo_buffer_bytes", "gdpo_reward_mean"} <= learner.keys()
+    [discovered] = json.loads(system.get("/sd"))
+    actor = metrics(http_get(f"http://{discovered['targets'][0]}/metrics"))
+    assert actor["gdpo_tokens_generated_total"] > 0
+    assert actor["gdpo_policy_version"] >= 1
+    for path in ("/healthz", "/readyz"):
+        assert system.get(path)
+        assert http_get(f"http://{discovered['targets'][0]}{path}")
+
+
+def test_a_hung_actor_holds_nobody_up_and_comes_back(system: System):
+    """SIGSTOP leaves its connection open and its place in the collective taken."""
+    system.start_learner(*LONG_RUN)
+    hung, healthy = system.start_actor("hung"), system.start_actor("healthy")
+    wait_for(lambda: system.status()["actors_live"] == 2, "both actors")
+    system.wait_for_step(2)
+    hung.signal(signal.SIGSTOP)
+    wait_for(lambda: system.actor(hung.pid) is None, "its loss to be noticed", 15)
+    step = system.status()["step"]
+    system.wait_for_step(step + 5)
+    assert (system.actor(healthy.pid) or {})["version"] >= step
+    hung.signal(signal.SIGCONT)
+    wait_for(lambda: (system.actor(hung.pid) or {}).get("groups", 0) > 0, "its return", 20)
+    assert system.summary_after_stop()["weights"]["digest_mismatches"] == 0
+    assert_books_balance(system.summary)
+
+
+def test_actors_wait_for_a_slow_learner(system: System):
+    """Back-pressure: the buffer stays within its bound, nothing grows and nothing goes stale."""
+    system.start_learner(
+        *LONG_RUN, "learner.pause_per_step_s=0.5", "learner.max_staleness=2", "eval.prompts=1"
+    )
+    for name in ("one", "two"):
+        system.start_actor(name)
+    system.wait_for_step(3)
+    fills = []
+    for step in range(4, 14):
+        system.wait_for_step(step)
+        fills.append(system.status()["buffer_groups"])
+    # (max_staleness + 1) * batch_groups = 3 * 8
+    assert max(fills) <= 24
+    assert system.status()["bottleneck"] == "learner"
+    summary = system.summary_after_stop()
+    assert summary["staleness"]["largest"] <= 2
+    assert summary["books"]["groups"]["evicted"].get("overflow", 0) == 0
+    assert_books_balance(summary)

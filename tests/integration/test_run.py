@@ -1,0 +1,111 @@
+"""`gdpo run`: the whole loop on this machine, from a configuration to a checkpoint."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.integration.processes import (
+    QUICK,
+    RECIPE,
+    System,
+    assert_books_balance,
+    children_of,
+    is_alive,
+    wait_for,
+)
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def start_run(system: System, *overrides: str):
+    """A run under the launcher; its learner's addresses as soon as they are known."""
+    run = system.gdpo("run", "run", str(RECIPE), *QUICK, *overrides)
+    path = system.run_folder / "endpoints.json"
+    wait_for(lambda: path.exists() or run.popen.poll() is not None, "the learner")
+    assert path.exists(), run.output
+    endpoints = json.loads(path.read_text())
+    system.url, system.metrics_url = endpoints["learner"], endpoints["metrics"]
+    return run
+
+
+def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
+    run = start_run(system, "learner.steps=8")
+    assert run.wait(100) == 0, run.output
+    folder = system.run_folder
+    summary = system.summary
+    assert summary["completed"]
+    assert summary["steps"] == 8
+    assert_books_balance(summary)
+    assert summary["books"]["groups"]["trained"] == 8 * 8
+    assert summary["staleness"]["largest"] <= summary["staleness"]["limit"]
+    assert summary["lag0_logprob_difference"] < 1e-4
+    assert summary["weights"]["digest_mismatches"] == 0
+    for when in ("before", "after"):
+        assert summary["rewards"][when]["prompts"] == 8
+        assert summary["rewards"][when]["means"].keys() == {"format", "correctness"}
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert (folder / "plots" / "curves.png").stat().st_size > 10_000
+    for text in ("before", "after", "[balanced]", "checkpoint:", "curves:", "step"):
+        assert text in run.output
+
+    AutoTokenizer.from_pretrained(folder / "checkpoint")
+    AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    evaluation = system.gdpo(
+        "eval", "eval", str(folder / "config.toml"), "--model", str(folder / "checkpoint")
+    )
+    assert evaluation.wait(60) == 0, evaluation.output
+    for name, mean in summary["rewards"]["after"]["means"].items():
+        printed = re.search(rf"{name}: (\S+)", evaluation.output)
+        assert printed is not None
+        assert float(printed[1]) == pytest.approx(mean, abs=1e-4)
+
+
+def test_an_earlier_run_of_the_same_name_is_never_touched(system):
+    for expected in ("tool_calling_tiny", "tool_calling_tiny-2"):
+        run = system.gdpo("run", "run", str(RECIPE), *QUICK, "learner.steps=1", "launch.actors=1")
+        assert run.wait(60) == 0, run.output
+        assert (system.folder / "runs" / expected / "summary.json").exists()
+
+
+def test_a_dead_actor_is_started_again(system):
+    run = start_run(system, "learner.steps=400", "learner.actor_timeout_s=2")
+    wait_for(lambda: system.status()["step"] >= 1, "the first step")
+    victim = system.status()["actors"][0]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    wait_for(
+        lambda: (
+            len({a["pid"] for a in system.status()["actors"]} - {victim}) == 2
+            and system.actor(victim) is None
+        ),
+        "a new actor",
+    )
+    assert "died (killed by SIGKILL)" in run.output
+    run.signal(signal.SIGINT)
+    assert run.wait(30) == 0, run.output
+    assert_books_balance(system.summary)
+
+
+def test_one_ctrl_c_stops_everything_and_saves(system):
+    run = start_run(system, "learner.steps=400")
+    system.wait_for_step(2)
+    children = children_of(run.pid)
+    assert len(children) == 3
+    run.signal(signal.SIGINT)
+    assert run.wait(30) == 0, run.output
+    assert not any(map(is_alive, children))
+    assert not system.summary["completed"]
+    assert_books_balance(system.summary)
+    AutoModelForCausalLM.from_pretrained(system.run_folder / "checkpoint")
+
+
+def test_no_process_outlives_a_killed_launcher(system):
+    run = start_run(system, "learner.steps=400")
+    system.wait_for_step(1)
+    children = children_of(run.pid)
+    run.signal(signal.SIGKILL)
+    wait_for(lambda: not any(map(is_alive, children)), "the children's end", 20)

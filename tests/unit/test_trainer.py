@@ -1,0 +1,169 @@
+"""The trainer on the shipped policy, fed with groups that the real sampling loop made."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.batch_generator import BatchGenerator
+from actors.engine import Request
+from learner.batch import collate
+from learner.config import RunConfig, load_config
+from learner.policy import load_policy, save_checkpoint
+from learner.snapshots import pack
+from learner.trainer import Trainer, lr_factor
+from protocol.errors import TrainingError
+from protocol.groups import Group, Rollout
+
+NUM_PROMPTS, NUM_ROLLOUTS = 6, 4
+
+
+@pytest.fixture
+def config(recipe: Path) -> RunConfig:
+    return load_config(recipe, [f"learner.batch_groups={NUM_PROMPTS}", "learner.minibatches=2"])
+
+
+def make_groups(config: RunConfig, version: int = 0, seed: int = 0) -> list[Group]:
+    """Groups sampled from the base policy with random scores."""
+    generator = BatchGenerator(
+        load_policy(config).model, eos_ids=frozenset([1]), max_rows=64, version=version
+    )
+    for key in range(NUM_PROMPTS):
+        prompt = tuple(range(10, 14 + key))
+        generator.add(key, Request(prompt, NUM_ROLLOUTS, 1.0, 16, seed + key))
+    random = np.random.default_rng(seed)
+    groups = []
+    while generator.busy:
+        for key, rollouts in generator.step()[1]:
+            groups.append(
+                Group(
+                    lease=key,
+                    prompt_tokens=np.arange(10, 14 + key, dtype=np.int32),
+                    rollouts=tuple(rollouts),
+                    reward_names=("format", "correctness"),
+                    scores=random.random((NUM_ROLLOUTS, 2)).astype(np.float32),
+                )
+            )
+    return sorted(groups, key=lambda g: g.lease)
+
+
+def test_the_samplers_log_probabilities_equal_the_trainers_at_lag_0(config):
+    result = Trainer(load_policy(config), config).step(make_groups(config))
+    print(f"largest difference: {result.lag0_difference:.2e}")
+    assert result.lag0_difference < 1e-4
+    assert result.metrics["ess"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_stale_tokens_do_not_count_as_lag_0(config):
+    trainer = Trainer(load_policy(config), config)
+    trainer.version = 3
+    result = trainer.step(make_groups(config, version=1))
+    assert result.lag0_difference is None
+    assert result.staleness == [2] * NUM_PROMPTS
+    assert result.version == 4
+
+
+def test_microbatches_do_not_change_the_step(config):
+    groups = make_groups(config)
+    digests, losses = [], []
+    weights = []
+    for size in (64, 5, 1):
+        policy = load_policy(config)
+        changed = config.model_copy(
+            update={"learner": config.learner.model_copy(update={"microbatch_sequences": size})}
+        )
+        losses.append(Trainer(policy, changed).step(groups).metrics["loss"])
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+        digests.append(pack(1, policy.model, policy.specs).digest)
+    for loss, weight in zip(losses[1:], weights[1:], strict=True):
+        assert loss == pytest.approx(losses[0], abs=1e-6)
+        # AdamW's first steps are lr * sign(gradient): only gradients near 0 may differ, by 2 lr
+        # in each of the two minibatches.
+        assert (weight - weights[0]).abs().max() <= 4 * config.learner.lr
+        assert (weight - weights[0]).abs().mean() < 1e-2 * config.learner.lr
+
+
+def test_a_step_makes_better_rollouts_more_likely(config):
+    groups = make_groups(config)
+    policy = load_policy(config)
+    trainer = Trainer(policy, config)
+    batch = collate(groups, torch.device("cpu"))
+    before = trainer._proximal_logprobs(batch)
+    for _ in range(3):
+        trainer.step(groups)
+    change = ((trainer._proximal_logprobs(batch) - before) * batch.mask_BT).sum(1)
+    totals = torch.tensor(np.stack([g.scores.sum(1) for g in groups]))
+    best = totals.argmax(1) + torch.arange(NUM_PROMPTS) * NUM_ROLLOUTS
+    worst = totals.argmin(1) + torch.arange(NUM_PROMPTS) * NUM_ROLLOUTS
+    assert change[best].mean() > change[worst].mean()
+
+
+def test_groups_without_any_difference_leave_the_weights_alone(config):
+    policy = load_policy(config)
+    before = pack(0, policy.model, policy.specs).digest
+    groups = make_groups(config)
+    for group in groups:
+        group.scores[:] = 1.0
+    result = Trainer(policy, config).step(groups)
+    assert pack(1, policy.model, policy.specs).digest == before
+    assert result.metrics["groups/dead"] == NUM_PROMPTS
+
+
+@pytest.mark.parametrize("correction", ["decoupled_ppo", "ppo", "none"])
+@pytest.mark.parametrize("estimator", ["gdpo", "grpo", "grpo_no_std", "grpo_batch_norm"])
+def test_every_estimator_trains_with_every_correction(config, correction, estimator):
+    changed = config.model_copy(
+        update={
+            "algorithm": config.algorithm.model_copy(
+                update={"correction": correction, "estimator": estimator}
+            )
+        }
+    )
+    result = Trainer(load_policy(changed), changed).step(make_groups(changed))
+    assert math.isfinite(result.metrics["loss"])
+    assert result.metrics["grad_norm"] > 0
+
+
+def test_a_gradient_that_is_not_finite_ends_training_with_a_message(config):
+    policy = load_policy(config)
+    with torch.no_grad():
+        next(policy.model.parameters())[:] = float("nan")
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*learner\.lr"):
+        Trainer(policy, config).step(make_groups(config))
+
+
+def test_token_versions_follow_the_spans():
+    rollout = Rollout(
+        tokens=np.array([3, 4, 5, 6], dtype=np.int32),
+        logprobs=np.full(4, -1.0, dtype=np.float32),
+        spans=((0, 2), (3, 5)),
+        finish="stop",
+    )
+    group = Group(1, np.array([8, 9], dtype=np.int32), (rollout,), ("a",), np.zeros((1, 1)))
+    batch = collate([group], torch.device("cpu"))
+    # Two prompt tokens, four sampled ones; position t predicts token t + 1.
+    assert batch.tokens_BL.tolist() == [[8, 9, 3, 4, 5, 6]]
+    assert batch.mask_BT.tolist() == [[False, True, True, True, True]]
+    assert batch.versions_BT.tolist() == [[-1, 2, 2, 2, 5]]
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    factors = [lr_factor(u, warmup=2, total=6, schedule="linear") for u in range(6)]
+    # 1/3, 2/3, then 4/4, 3/4, 2/4, 1/4
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
+    assert lr_factor(5, warmup=2, total=6, schedule="constant") == 1.0
+
+
+def test_a_checkpoint_opens_with_the_same_weights_and_tokenizer(config, tmp_path):
+    policy = load_policy(config)
+    target = tmp_path / "checkpoint"
+    save_checkpoint(policy, target)
+    save_checkpoint(policy, target)
+    opened = load_policy(
+        config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
+    )
+    assert pack(0, opened.model, opened.specs).digest == pack(0, policy.model, policy.specs).digest
+    assert {n for n in opened.files if n.startswith("tokenizer")} <= policy.files.keys()
+    assert not target.with_name("checkpoint.partial").exists()

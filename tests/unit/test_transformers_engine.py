@@ -1,0 +1,105 @@
+"""The engine as actors use it: empty until it gets weights, never half loaded."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.engine import Request
+from actors.transformers_engine import TransformersEngine, unpack_weights
+from learner.snapshots import pack
+from protocol.errors import ConfigError, EngineError
+from protocol.weights import TensorSpec, layout
+
+
+def load(folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    manifest = [(n, "float32", tuple(p.shape)) for n, p in model.named_parameters()]
+    return model, layout(manifest)
+
+
+def make_engine(folder: Path) -> TransformersEngine:
+    return TransformersEngine(folder, dtype="float32", device="cpu", max_rows=32)
+
+
+def make_request(max_tokens: int = 16, temperature: float = 0.0) -> Request:
+    return Request(
+        prompt_tokens=(7, 20, 30),
+        num_rollouts=2,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=1,
+    )
+
+
+async def test_weights_from_the_learner_give_its_digest_and_its_generations(base_folder):
+    model, specs = load(base_folder)
+    snapshot = pack(5, model, specs)
+    engine = make_engine(base_folder)
+    digest, seconds = await engine.load_weights(5, snapshot.packed, specs)
+    assert digest == snapshot.digest
+    assert engine.version == 5
+    assert seconds >= 0
+    rollouts = await engine.generate(make_request())
+    expected = model.generate(torch.tensor([[7, 20, 30]]), max_new_tokens=16, do_sample=False)[
+        0, 3:
+    ]
+    assert rollouts[0].tokens.tolist() == expected.tolist()
+    assert rollouts[0].spans == ((0, 5),)
+    assert engine.stats.tokens_generated == sum(len(r.tokens) for r in rollouts)
+    await engine.close()
+
+
+async def test_a_request_in_flight_continues_under_new_weights(base_folder):
+    model, specs = load(base_folder)
+    engine = make_engine(base_folder)
+    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    # Without an end token in sight the request runs until its limit.
+    running = asyncio.create_task(engine.generate(make_request(max_tokens=200, temperature=50.0)))
+    while engine.stats.tokens_generated < 20:
+        await asyncio.sleep(0)
+    await engine.load_weights(1, pack(1, model, specs).packed, specs)
+    rollouts = await running
+    assert any([version for _, version in r.spans] == [0, 1] for r in rollouts)
+    await engine.close()
+
+
+async def test_closing_ends_requests_in_flight(base_folder):
+    model, specs = load(base_folder)
+    engine = make_engine(base_folder)
+    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
+    await asyncio.sleep(0)
+    await engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        await running
+    with pytest.raises(EngineError, match="closed"):
+        await engine.generate(make_request())
+
+
+async def test_an_engine_that_dies_tells_every_caller_why(base_folder):
+    engine = make_engine(base_folder)
+    wrong = [TensorSpec("no.such.weight", "float32", (1,), 0, 4)]
+    with pytest.raises(EngineError, match=r"no\.such\.weight"):
+        await engine.load_weights(0, torch.zeros(4, dtype=torch.uint8), wrong)
+    with pytest.raises(EngineError, match=r"no\.such\.weight"):
+        await engine.generate(make_request())
+    await engine.close()
+
+
+def test_weights_of_another_shape_change_nothing(base_folder):
+    model, specs = load(base_folder)
+    before = pack(0, model, specs).digest
+    last = specs[-1]
+    specs[-1] = TensorSpec(last.name, last.dtype, (*last.shape, 1), last.offset, last.num_bytes)
+    packed = torch.zeros(last.offset + last.num_bytes, dtype=torch.uint8)
+    with pytest.raises(EngineError, match=last.name):
+        unpack_weights(model, packed, specs)
+    assert pack(0, model, load(base_folder)[1]).digest == before
+
+
+async def test_a_folder_without_a_model_is_the_users_mistake(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be built"):
+        make_engine(tmp_path)

@@ -80,6 +80,8 @@ class TransformersEngine:
         try:
             while self._obey_commands():
                 self._generate()
+        except EngineError as error:
+            self._loop.call_soon_threadsafe(self._fail, error)
         except Exception as error:
             failure = EngineError(f"the engine died: {type(error).__name__}: {error}")
             failure.__cause__ = error
@@ -180,6 +182,8 @@ def _empty_model(folder: Path, dtype: str, device: str) -> Any:
             )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"the learner's model cannot be built here: {error}") from error
+    # Tying is part of the initialisation that was left out.
+    model.tie_weights()
     return model.requires_grad_(False)
 
 

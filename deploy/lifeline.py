@@ -1,6 +1,6 @@
 """Children that end when their parent does, however it ended."""
 
-import sys
+import os
 from collections.abc import Callable
 from threading import Thread
 
@@ -13,7 +13,8 @@ def when_parent_dies(action: Callable[[], None]) -> None:
     """
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        # Not through sys.stdin: its lock, held here, would abort the interpreter at its exit.
+        while os.read(0, 4096):
             pass
         action()
 

@@ -185,6 +185,7 @@ class Learner:
     def _train(self) -> None:
         self.phase = "training"
         started = time.monotonic()
+        self.progress.restart()
         self.coordinator.open_training()
         while self.trainer.version < self.config.learner.steps:
             groups = self._next_batch()

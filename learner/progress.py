@@ -64,6 +64,11 @@ class Progress:
         self.steps = 0
         self.rates = Rates()
 
+    def restart(self) -> None:
+        """Forget what was before training: rates are about now."""
+        self._samples.clear()
+        self.sample()
+
     @property
     def tokens_generated(self) -> int:
         """By all actors ever seen, also for evaluation and for groups that were not used."""

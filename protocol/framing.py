@@ -56,16 +56,13 @@ def _decode_header(frame: Buffer, types: Any) -> Any:
     if memoryview(frame).nbytes > MAX_HEADER_BYTES:
         raise BadMessage(f"header frame exceeds {MAX_HEADER_BYTES} bytes")
     try:
-        untyped = msgpack.unpackb(
-            frame, raw=False, strict_map_key=True, max_buffer_size=MAX_HEADER_BYTES
-        )
+        # Its limits on lengths default to the size of the frame, its depth is bounded too.
+        untyped = msgpack.unpackb(frame, raw=False, strict_map_key=True)
         return msgspec.convert(untyped, types, strict=True)
     except (
         msgspec.ValidationError,
         msgpack.exceptions.UnpackException,
         ValueError,
-        TypeError,
-        RecursionError,
         OverflowError,
     ) as error:
         raise BadMessage(f"not a valid message: {error}") from error

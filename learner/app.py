@@ -38,6 +38,7 @@ from learner.report import status_report, step_line, summary_report
 from learner.runlog import RunFolder
 from learner.snapshots import SnapshotStore, pack
 from learner.trainer import StepResult, Trainer
+from learner.work import WorkQueue
 from protocol.errors import TrainingError
 from protocol.groups import Group
 from protocol.messages import Welcome
@@ -116,7 +117,7 @@ class Learner:
                 manifest=self.policy.manifest,
             ),
             files=tuple(self.policy.files.values()),
-            stream=self._stream,
+            work=WorkQueue(self._stream, max_failures_in_a_row=config.learner.batch_groups),
             buffer=self.buffer,
             pacing=self._pacing,
             snapshots=self._snapshots,

@@ -11,20 +11,21 @@ its session is unknown, says hello again and is fed the current weights.
 """
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from threading import Condition, RLock
 
 from learner.buffer import ReplayBuffer
 from learner.config import RunConfig
-from learner.data import PromptStream
 from learner.evaluation import Evaluation
+from learner.membership import ActorState, Outgoing, WireCounters
 from learner.pacing import Pacing
 from learner.snapshots import SnapshotStore
+from learner.work import WorkQueue
 from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
 from protocol.framing import Buffer
-from protocol.groups import Group, GroupLimits, unpack_group
+from protocol.groups import GroupLimits, unpack_group
 from protocol.leases import Held, LeaseBook, Work
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -49,56 +50,6 @@ from protocol.weights import CHUNK_BYTES
 
 log = logging.getLogger("learner")
 
-MAX_ATTEMPTS = 3
-"""A row that its actors reported as failed so often is left out."""
-
-
-@dataclass(slots=True, eq=False)
-class ActorState:
-    """What the learner knows of one actor."""
-
-    session: str
-    hello: Hello
-    joined_at: float
-    last_heard: float
-    number: int
-    version: int = -1
-    digest: str = ""
-    route: str = ""
-    status: Status | None = None
-    held: int = 0
-    """Outstanding leases."""
-    groups: int = 0
-
-    @property
-    def ready(self) -> bool:
-        return self.version >= 0
-
-    @property
-    def room(self) -> int:
-        """Leases that it can take on top."""
-        return (self.status.capacity if self.status and self.ready else 0) - self.held
-
-
-@dataclass(slots=True)
-class WireCounters:
-    """What arrived that was of no use."""
-
-    bad_messages: int = 0
-    unknown_session: int = 0
-    verdicts: Counter[str] = field(default_factory=Counter)
-    actors_lost: int = 0
-    digest_mismatches: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A message for one actor."""
-
-    session: str
-    header: Header
-    payloads: tuple[Buffer, ...] = ()
-
 
 class Coordinator:
     """Actors, leases, evaluation and weights requests of one run."""
@@ -109,7 +60,7 @@ class Coordinator:
         *,
         welcome: Welcome,
         files: tuple[bytes, ...],
-        stream: PromptStream,
+        work: WorkQueue,
         buffer: ReplayBuffer,
         pacing: Pacing,
         snapshots: SnapshotStore,
@@ -119,7 +70,7 @@ class Coordinator:
         self._config = config
         self._welcome = welcome
         self._files = files
-        self._stream = stream
+        self._work = work
         self._buffer = buffer
         self._pacing = pacing
         self._snapshots = snapshots
@@ -129,11 +80,8 @@ class Coordinator:
         self._changed = Condition(self._lock)
         self._actors: dict[str, ActorState] = {}
         self._num_joined = 0
-        self._retries: deque[Work] = deque()
-        self._evaluation: Evaluation | None = None
         self._training = False
         self._trainer_version = 0
-        self._failures_in_a_row = 0
         self._last_actor_at = clock()
         self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
         self.counters = WireCounters()
@@ -203,7 +151,7 @@ class Coordinator:
             for held in self.leases.overdue(now):
                 log.warning("lease %d overran its deadline; issued again", held.lease)
                 self._end(held, "deadline")
-                self._again(held.work)
+                self._work.again(held.work)
             self._issue(now)
 
     # --- called by the trainer's thread ---------------------------------------------------------
@@ -226,8 +174,7 @@ class Coordinator:
     def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
         """Have ``works`` rolled out by actors that sample from ``version`` or later."""
         with self._lock:
-            self._evaluation = Evaluation(works, version)
-            return self._evaluation
+            return self._work.start_evaluation(works, version)
 
     def drain(self, cause: str) -> None:
         """The run is over: tell every actor."""
@@ -334,19 +281,13 @@ class Coordinator:
             self._ack(actor, header.lease, "rejected", str(error))
             self._failed_row(held.work, str(error))
             return
-        self._failures_in_a_row = 0
         actor.held -= 1
         actor.groups += 1
         self.leases.receive(held)
-        self._store(held.work, group)
-        self._ack(actor, header.lease, "accepted", "")
-
-    def _store(self, work: Work, group: Group) -> None:
-        if work.purpose == "eval":
-            assert self._evaluation is not None
-            self._evaluation.receive(work, group)
-        else:
+        self._work.done(held.work, group)
+        if held.work.purpose == "train":
             self._buffer.add(group)
+        self._ack(actor, header.lease, "accepted", "")
 
     def _limits(self, work: Work) -> GroupLimits:
         return GroupLimits(
@@ -396,25 +337,22 @@ class Coordinator:
 
     def _issue(self, now: float) -> None:
         """Give work to the actors, the emptiest first, as far as it is allowed."""
-        while actor := self._next_actor():
-            work = self._next_work(actor)
-            if work is None:
-                return
-            lease = self.leases.issue(work, actor.session, now)
-            actor.held += 1
-            self._send(actor.session, lease)
+        with_room = [actor for actor in self._actors.values() if actor.room > 0]
+        while with_room:
+            actor = min(with_room, key=lambda a: a.held / (a.held + a.room))
+            work = self._work_for(actor)
+            if work is not None:
+                lease = self.leases.issue(work, actor.session, now)
+                actor.held += 1
+                self._send(actor.session, lease)
+            if work is None or actor.room == 0:
+                with_room.remove(actor)
 
-    def _next_actor(self) -> ActorState | None:
-        """The actor with the smallest share of its capacity in use that may be given work."""
-        candidates = [a for a in self._actors.values() if a.room > 0 and self._may_have_work(a)]
-        return min(candidates, key=lambda a: a.held / (a.held + a.room), default=None)
-
-    def _may_have_work(self, actor: ActorState) -> bool:
-        return self._may_evaluate(actor) or self._may_train(actor)
-
-    def _may_evaluate(self, actor: ActorState) -> bool:
-        evaluation = self._evaluation
-        return bool(evaluation and evaluation.waiting and actor.version >= evaluation.version)
+    def _work_for(self, actor: ActorState) -> Work | None:
+        work = self._work.next_evaluation(actor.version)
+        if work is None and self._may_train(actor):
+            work = self._work.next_training()
+        return work
 
     def _may_train(self, actor: ActorState) -> bool:
         return (
@@ -430,43 +368,17 @@ class Coordinator:
             > 0
         )
 
-    def _next_work(self, actor: ActorState) -> Work | None:
-        if self._may_evaluate(actor):
-            assert self._evaluation is not None
-            return self._evaluation.waiting.popleft()
-        return self._retries.popleft() if self._retries else self._stream.next()
-
     def _end(self, held: Held, cause: str) -> None:
         """Close a lease as failed."""
         self.leases.fail(held, cause)
         if actor := self._actors.get(held.holder):
             actor.held -= 1
 
-    def _again(self, work: Work) -> None:
-        """Put work back to be leased before anything new."""
-        if work.purpose == "train":
-            self._retries.append(work)
-        elif self._evaluation is not None:
-            self._evaluation.waiting.append(work)
-
     def _failed_row(self, work: Work, cause: str) -> None:
-        """A row whose rollout failed: again, or left out if that happens every time."""
-        self._failures_in_a_row += 1
-        limit = max(MAX_ATTEMPTS, self._config.learner.batch_groups)
-        if self._failures_in_a_row >= limit:
-            self.fail(
-                TrainingError(
-                    f"{self._failures_in_a_row} groups failed in a row, the last one "
-                    f"({work.prompt_id}) because: {cause}"
-                )
-            )
-        work = replace(work, attempts=work.attempts + 1)
-        if work.attempts < MAX_ATTEMPTS:
-            self._again(work)
-        else:
-            log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
-            if work.purpose == "eval" and self._evaluation is not None:
-                self._evaluation.give_up(work)
+        try:
+            self._work.failed(work, cause)
+        except TrainingError as error:
+            self.fail(error)
 
     # --- details --------------------------------------------------------------------------------
 
@@ -476,7 +388,7 @@ class Coordinator:
         lost = self.leases.held_by(actor.session)
         for held in lost:
             self._end(held, "actor_lost")
-            self._again(held.work)
+            self._work.again(held.work)
         self._last_actor_at = self._clock()
         if not cause.startswith("goodbye"):
             self.counters.actors_lost += 1

@@ -1,0 +1,54 @@
+"""What the learner knows of its actors, and what it counts of their messages."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from protocol.framing import Buffer
+from protocol.messages import Header, Hello, Status
+
+
+@dataclass(slots=True, eq=False)
+class ActorState:
+    """What the learner knows of one actor."""
+
+    session: str
+    hello: Hello
+    joined_at: float
+    last_heard: float
+    number: int
+    version: int = -1
+    digest: str = ""
+    route: str = ""
+    status: Status | None = None
+    held: int = 0
+    """Outstanding leases."""
+    groups: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return self.version >= 0
+
+    @property
+    def room(self) -> int:
+        """Leases that it can take on top."""
+        return (self.status.capacity if self.status and self.ready else 0) - self.held
+
+
+@dataclass(slots=True)
+class WireCounters:
+    """What arrived that was of no use."""
+
+    bad_messages: int = 0
+    unknown_session: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter)
+    actors_lost: int = 0
+    digest_mismatches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message for one actor."""
+
+    session: str
+    header: Header
+    payloads: tuple[Buffer, ...] = ()

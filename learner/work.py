@@ -1,0 +1,75 @@
+"""What is to be leased next: evaluation prompts, rows to try again, then the stream of prompts."""
+
+import logging
+from collections import deque
+from dataclasses import replace
+
+from learner.data import PromptStream
+from learner.evaluation import Evaluation
+from protocol.errors import TrainingError
+from protocol.groups import Group
+from protocol.leases import Work
+
+log = logging.getLogger("learner")
+
+MAX_ATTEMPTS = 3
+"""A row that its actors reported as failed so often is left out."""
+
+
+class WorkQueue:
+    """Hands out work and takes it back; ends the run when nothing succeeds any more."""
+
+    def __init__(self, stream: PromptStream, *, max_failures_in_a_row: int) -> None:
+        self._stream = stream
+        self._max_failures = max(MAX_ATTEMPTS, max_failures_in_a_row)
+        self._failures_in_a_row = 0
+        self._retries: deque[Work] = deque()
+        self._evaluation: Evaluation | None = None
+
+    def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
+        """Evaluation work comes before any other, for actors that have ``version``."""
+        self._evaluation = Evaluation(works, version)
+        return self._evaluation
+
+    def next_evaluation(self, actor_version: int) -> Work | None:
+        """A held-out prompt for an actor that samples from ``actor_version``."""
+        evaluation = self._evaluation
+        if evaluation is None or not evaluation.waiting or actor_version < evaluation.version:
+            return None
+        return evaluation.waiting.popleft()
+
+    def next_training(self) -> Work:
+        """A row to train on; the stream has no end."""
+        return self._retries.popleft() if self._retries else self._stream.next()
+
+    def done(self, work: Work, group: Group) -> None:
+        """A valid group came back."""
+        self._failures_in_a_row = 0
+        if work.purpose == "eval" and self._evaluation is not None:
+            self._evaluation.receive(work, group)
+
+    def again(self, work: Work) -> None:
+        """The actor was lost, not the row: lease it again before anything new."""
+        if work.purpose == "train":
+            self._retries.append(work)
+        elif self._evaluation is not None:
+            self._evaluation.waiting.append(work)
+
+    def failed(self, work: Work, cause: str) -> None:
+        """The row could not be rolled out: again, or left out if that happens every time.
+
+        Raises `TrainingError` when nothing but failures comes back.
+        """
+        self._failures_in_a_row += 1
+        work = replace(work, attempts=work.attempts + 1)
+        if work.attempts < MAX_ATTEMPTS:
+            self.again(work)
+        else:
+            log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
+            if work.purpose == "eval" and self._evaluation is not None:
+                self._evaluation.give_up(work)
+        if self._failures_in_a_row >= self._max_failures:
+            raise TrainingError(
+                f"{self._failures_in_a_row} groups failed in a row, the last one "
+                f"({work.prompt_id}) because: {cause}"
+            )

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdpo.batch import AllReduceSum, alone, batch_std, smoothed_std
 from gdpo.conditions import Condition, apply_conditions
-from gdpo.estimators import ESTIMATORS, Estimator, group_rewards
+from gdpo.estimators import ESTIMATORS
+from gdpo.groups import group_rewards
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-# A group step's float64 temporaries then stay in the cache, which takes a third off its time. No
-# result depends on the number, because groups meet only in the batch step.
-GROUPS_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,9 @@ class Advantages:
     """[P, G, K], what each reward contributes, weight included: `group_sum` is its sum over K."""
     live: Tensor
     """[P, K] bool, whether the reward varies in the group."""
+    batch_std: float | None
+    """What the batch step divided by, but for eps: the next batch's `previous_batch_std`. None
+    where the estimator has no batch step, or no batch had a signal yet."""
 
 
 def compute_advantages(
@@ -47,6 +48,9 @@ def compute_advantages(
     clamp: float | None = None,
     conditions: Sequence[Condition] | None = None,
     exclude_dead_from_batch_std: bool = False,
+    ema_decay: float = 0.0,
+    previous_batch_std: float | None = None,
+    all_reduce_sum: AllReduceSum = alone,
 ) -> Advantages:
     """Compute the advantage of every rollout of a training batch.
 
@@ -55,9 +59,13 @@ def compute_advantages(
         grpo             r = sum_k w_k r_k;  A = (r - mean_G r) / (std_G r + eps)
         grpo_no_std      A = r - mean_G r
         grpo_batch_norm  grpo, then the batch step of gdpo
+        dvao             A = sum_k w_k std_G(r_k) A_k / sum_l |w_l| std_G(r_l)
+        corr_grpo        A = A_sum / (sqrt(sum_kl w_k w_l C_kl) + eps), C the correlations
+        gd2po            gdpo, with A_sum = 0 where the A_k of a rollout disagree in sign
 
-    Source: GDPO, arXiv 2601.05242, eq. 4, 7 and 6. Every std is the sample std (ddof = 1). Pass
-    the whole training batch, before it is split: the batch step is over sequences, each once.
+    Source: GDPO, arXiv 2601.05242, eq. 4, 7 and 6; those of the last three, and what they left
+    open, are in `gdpo.estimators`. Every std is the sample std (ddof = 1). Pass the whole
+    training batch, before it is split: the batch step is over sequences, each once.
 
     Departures from the paper:
 
@@ -80,16 +88,17 @@ def compute_advantages(
         exclude_dead_from_batch_std: leave groups without a live reward of non-zero weight out of
             the batch std. They shrink it, which enlarges everybody else's advantage by about
             1 / sqrt(share of live groups).
+        ema_decay: smooth the batch std over batches: ema_decay * previous_batch_std + (1 -
+            ema_decay) * the batch's own. 0 for the batch's own.
+        previous_batch_std: `Advantages.batch_std` of the batch before; None for the first.
+        all_reduce_sum: for a batch spread over ranks, each with some of the prompts: returns
+            the sum of its tensor over the ranks (see `gdpo.batch.batch_std`). Every rank must
+            make the call, with the same settings.
 
     Raises ValueError for a wrong shape or dtype, an infinite reward, or a setting out of range.
     """
     _check_rewards(rewards)
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps is {eps}: give a finite number of at least 0")
-    if clamp is not None and not clamp > 0:
-        raise ValueError(f"clamp is {clamp}: give a positive number, or None for no limit")
+    _check_settings(estimator, eps, clamp, ema_decay, previous_batch_std)
     weights_K = _per_reward("weights", 1.0 if weights is None else weights, rewards)
     min_std_K = _per_reward("min_std", min_std, rewards)
     if bool((min_std_K < 0).any()):
@@ -98,49 +107,55 @@ def compute_advantages(
     chosen = ESTIMATORS[estimator]
     with torch.no_grad():
         conditioned_PGK = apply_conditions(rewards, conditions or ())
-        blocks = [
-            _group_step(block_pGK, chosen, weights_K, min_std_K, eps)
-            for block_pGK in torch.split(conditioned_PGK, GROUPS_PER_BLOCK)
-        ]
-        per_reward_PGK, group_sum_PG, live_PK, present_PG = (
-            torch.cat(parts) for parts in zip(*blocks, strict=True)
-        )
-        advantages_PG = group_sum_PG
+        groups = group_rewards(conditioned_PGK, min_std_K)
+        per_reward_GPK, group_sum_GP = chosen.group_step(groups, weights_K, eps)
+        advantages_GP, std = group_sum_GP, None
         if chosen.batch_step:
-            counted_PG = present_PG
+            counted_GP = groups.present_GP
             if exclude_dead_from_batch_std:
-                trainable_P = (live_PK & (weights_K != 0)).any(dim=-1)
-                counted_PG = counted_PG & trainable_P[:, None]
-            advantages_PG = _scale_to_unit_batch_std(group_sum_PG, counted_PG, eps)
+                counted_GP = counted_GP * (groups.live_PK & (weights_K != 0)).any(dim=-1)
+            std = batch_std(group_sum_GP, counted_GP, all_reduce_sum)
+            std = smoothed_std(std, previous_batch_std, ema_decay)
+            if std is not None:
+                advantages_GP = group_sum_GP / (std + eps)
         if clamp is not None:
-            advantages_PG = advantages_PG.clamp(-clamp, clamp)
+            advantages_GP = advantages_GP.clamp(-clamp, clamp)
         return Advantages(
-            advantages=_to_float32(advantages_PG),
-            group_sum=_to_float32(group_sum_PG),
-            per_reward=per_reward_PGK,
-            live=live_PK,
+            advantages=_prompts_first(advantages_GP),
+            group_sum=_prompts_first(group_sum_GP),
+            per_reward=_prompts_first(per_reward_GPK),
+            live=groups.live_PK,
+            batch_std=std,
         )
 
 
-def _group_step(
-    rewards_PGK: Tensor, estimator: Estimator, weights_K: Tensor, min_std_K: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Everything that a group's own rewards decide: contributions, sums, live, present."""
-    groups = group_rewards(rewards_PGK, min_std_K)
-    per_reward_PGK, group_sum_PG = estimator.group_step(groups, weights_K, eps)
-    return _to_float32(per_reward_PGK), group_sum_PG, groups.live_PK, groups.present_PG
-
-
-def _scale_to_unit_batch_std(group_sum_PG: Tensor, counted_PG: Tensor, eps: float) -> Tensor:
-    """A = A_sum / (std_batch A_sum + eps), over the counted sequences, whose mean is 0 (eq. 6)."""
-    degrees_of_freedom = (counted_PG.sum() - 1).clamp(min=1)
-    std = (group_sum_PG.square().sum() / degrees_of_freedom).sqrt()
-    return group_sum_PG * torch.where(std > 0, 1 / (std + eps), 0.0)
-
-
-def _to_float32(values: Tensor) -> Tensor:
+def _prompts_first(values: Tensor) -> Tensor:
+    """[G, P, ...] float64 to [P, G, ...] float32."""
     # Saturates, because sums of the largest rewards overflow to infinity in float32.
-    return values.to(torch.float32).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
+    values = values.to(torch.float32).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
+    return values.transpose(0, 1).contiguous()
+
+
+def _check_settings(
+    estimator: str,
+    eps: float,
+    clamp: float | None,
+    ema_decay: float,
+    previous_batch_std: float | None,
+) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}: give a finite number of at least 0")
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"clamp is {clamp}: give a positive number, or None for no limit")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay is {ema_decay}: give a number from 0 to below 1")
+    if previous_batch_std is not None and not 0 < previous_batch_std < math.inf:
+        raise ValueError(
+            f"previous_batch_std is {previous_batch_std}: give the batch_std of the batch before, "
+            "or None"
+        )
 
 
 def _check_rewards(rewards: Tensor) -> None:
@@ -154,8 +169,10 @@ def _check_rewards(rewards: Tensor) -> None:
             f"rewards is {rewards.dtype}: convert it to float, with NaN for a missing reward"
         )
     # The bound also keeps squares of float64 rewards from overflowing.
-    largest = rewards.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).abs().amax()
-    if bool(largest > FLOAT32_MAX):
+    low, high = torch.aminmax(rewards.detach())
+    if bool(high.isnan()):
+        low, high = torch.aminmax(rewards.detach().masked_fill(rewards.isnan(), 0.0))
+    if bool(torch.maximum(-low, high) > FLOAT32_MAX):
         raise ValueError(
             "rewards holds an infinite value (or one beyond the range of float32): make the "
             "reward function return a finite number, or None where it does not apply"

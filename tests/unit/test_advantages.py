@@ -13,7 +13,9 @@ from gdpo import ESTIMATORS, Condition, compute_advantages
 
 NAN = math.nan
 ALL = tuple(ESTIMATORS)
-ANY_BATCH = settings(max_examples=60, deadline=None)
+# The others look at how large a reward is beside the rest.
+SCALE_FREE = ("gdpo", "corr_grpo", "gd2po")
+ANY_BATCH = settings(max_examples=40, deadline=None)
 
 
 def group(*rollouts: tuple[float, ...]) -> Tensor:
@@ -137,15 +139,17 @@ def test_complete_groups_follow_the_formulae_to_the_letter() -> None:
         return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + eps)
 
     weighted = (w * r).sum(dim=-1)
+    std = w * r.std(dim=1, keepdim=True)
     expected = {
         "gdpo": normalised((w * normalised(r, dim=1)).sum(dim=-1), dim=(0, 1)),
         "grpo": normalised(weighted, dim=1),
         "grpo_no_std": weighted - weighted.mean(dim=1, keepdim=True),
         "grpo_batch_norm": normalised(normalised(weighted, dim=1), dim=(0, 1)),
+        "dvao": (std / std.sum(dim=-1, keepdim=True) * normalised(r, dim=1)).sum(dim=-1),
     }
-    for name in ALL:
+    for name, advantages in expected.items():
         found = compute_advantages(r, estimator=name, weights=w, eps=eps).advantages
-        torch.testing.assert_close(found, expected[name].float())
+        torch.testing.assert_close(found, advantages.float())
 
 
 # ---- Settings ----------------------------------------------------------------------------------
@@ -202,16 +206,6 @@ def test_results_are_float32_whatever_the_rewards_are() -> None:
         for floats in (result.advantages, result.group_sum, result.per_reward):
             assert floats.dtype == torch.float32 and not floats.requires_grad
         assert result.live.dtype == torch.bool
-
-
-def test_blocks_of_groups_do_not_show_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    rewards = torch.rand(7, 4, 2, generator=torch.Generator().manual_seed(2))
-    whole = compute_advantages(rewards)
-    monkeypatch.setattr("gdpo.advantages.GROUPS_PER_BLOCK", 3)
-    in_blocks = compute_advantages(rewards)
-    torch.testing.assert_close(in_blocks.advantages, whole.advantages)
-    torch.testing.assert_close(in_blocks.per_reward, whole.per_reward)
-    assert torch.equal(in_blocks.live, whole.live)
 
 
 # ---- Conditioned rewards -----------------------------------------------------------------------
@@ -391,6 +385,7 @@ def test_permuting_rollouts_and_groups_permutes_the_advantages(
     torch.testing.assert_close(permuted, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", SCALE_FREE)
 @given(
     rewards=batches(st.sampled_from([0.0, 1.0, 2.0, -3.0, 0.5, NAN])),
     scale=st.sampled_from([0.25, 0.1, 3.0, 100.0]),
@@ -398,19 +393,52 @@ def test_permuting_rollouts_and_groups_permutes_the_advantages(
 )
 @ANY_BATCH
 def test_a_positive_affine_map_of_one_reward_changes_nothing(
-    rewards: Tensor, scale: float, shift: float
+    estimator: str, rewards: Tensor, scale: float, shift: float
 ) -> None:
     mapped = rewards.double()
     mapped[..., 0] = mapped[..., 0] * scale + shift
     torch.testing.assert_close(
-        compute_advantages(mapped, eps=0.0).advantages,
-        compute_advantages(rewards, eps=0.0).advantages,
+        compute_advantages(mapped, estimator=estimator, eps=0.0).advantages,
+        compute_advantages(rewards, estimator=estimator, eps=0.0).advantages,
         rtol=1e-5,
         atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("estimator", ALL)
+@given(
+    rewards=batches(st.sampled_from([0.0, 1.0, 2.0, -3.0, 0.5])),
+    shift=st.sampled_from([-7.0, 0.3, 100.0]),
+)
+@ANY_BATCH
+def test_shifting_every_score_of_a_reward_changes_nothing(
+    estimator: str, rewards: Tensor, shift: float
+) -> None:
+    shifted = rewards.double()
+    shifted[..., -1] += shift
+    torch.testing.assert_close(
+        compute_advantages(shifted, estimator=estimator).advantages,
+        compute_advantages(rewards, estimator=estimator).advantages,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("estimator", ALL)
+@given(rewards=batches(), seed=st.integers(0, 1000))
+@ANY_BATCH
+def test_the_order_of_the_rewards_does_not_matter(
+    estimator: str, rewards: Tensor, seed: int
+) -> None:
+    order = torch.randperm(rewards.shape[2], generator=torch.Generator().manual_seed(seed))
+    weights = torch.tensor([1.0, -0.5, 2.0])[: rewards.shape[2]]
+    before = compute_advantages(rewards, estimator=estimator, weights=weights)
+    after = compute_advantages(rewards[..., order], estimator=estimator, weights=weights[order])
+    torch.testing.assert_close(after.advantages, before.advantages, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after.per_reward, before.per_reward[..., order])
+
+
+@pytest.mark.parametrize("estimator", [name for name in ALL if name != "gd2po"])
 @given(rewards=batches())
 @ANY_BATCH
 def test_the_advantages_of_a_group_add_up_to_zero(estimator: str, rewards: Tensor) -> None:
@@ -470,6 +498,9 @@ def test_infinite_rewards_are_refused(value: float) -> None:
         ({"min_std": -0.1}, "min_std is -0.1"),
         ({"min_std": (0.1,)}, "min_std has shape"),
         ({"clamp": 0.0}, "clamp is 0.0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"previous_batch_std": 0.0}, "previous_batch_std is 0.0"),
+        ({"previous_batch_std": NAN}, "previous_batch_std is nan"),
         ({"conditions": [Condition(0, on=2, at_least=1.0)]}, "condition.on is 2"),
         ({"conditions": [Condition(-1, on=0, at_least=1.0)]}, "condition.reward is -1"),
         ({"conditions": [Condition(0, on=1, at_least=NAN)]}, "at_least is NaN"),

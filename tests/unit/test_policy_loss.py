@@ -12,14 +12,25 @@ from torch import Tensor
 from gdpo import (
     AGGREGATIONS,
     CORRECTIONS,
+    KL_PENALTIES,
     PolicyLoss,
     effective_sample_size,
+    kl_penalty,
     loss_denominator,
     policy_loss,
-    token_logprobs,
 )
 
 ALL = tuple(CORRECTIONS)
+# Those that clip a ratio as PPO does, with the largest weight that they give a token.
+PPO_CLIP = {
+    "decoupled_ppo": 5.0,
+    "ppo": 1.0,
+    "tis": 2.0,
+    "tis_sequence": 2.0,
+    "icepop": 5.0,
+    "gspo": 1.0,
+    "none": 1.0,
+}
 GARBAGE = (math.nan, math.inf, -math.inf, 0.0, 1e30)
 
 
@@ -100,7 +111,7 @@ def test_none_ignores_the_behaviour_policy() -> None:
     assert float(result.loss) == pytest.approx(-1.1 / 4)
 
 
-@pytest.mark.parametrize("correction", ALL)
+@pytest.mark.parametrize("correction", PPO_CLIP)
 def test_clip_higher_lets_a_good_token_rise_further(correction: str) -> None:
     # r = rho = 1.5, A = 2: clipped at 1.28.
     result = loss_of(
@@ -119,7 +130,8 @@ def test_on_policy_all_corrections_are_the_plain_policy_gradient(correction: str
     # All ratios are 1: loss -(2 + 2 - 1) / 3, and d loss / d log pi = -A / 3.
     policy = logs((0.3, 0.1), (0.5, 0.5))
     mask = torch.tensor([[1, 1], [1, 0]])
-    assert float(loss_of(policy, (2.0, -1.0), mask, correction=correction).loss) == -1
+    if correction != "cispo":  # whose value is A log pi
+        assert float(loss_of(policy, (2.0, -1.0), mask, correction=correction).loss) == -1
     expected = [[-2 / 3, -2 / 3], [1 / 3, 0]]
     gradient = gradient_of(policy, (2.0, -1.0), mask, correction=correction)
     assert gradient == [pytest.approx(row) for row in expected]
@@ -179,6 +191,8 @@ def test_metrics_describe_weights_ratios_and_clipping() -> None:
             "ratio_max": 1.5,
             "clip_low_share": 0.25,  # r = .5 with A = -1
             "clip_high_share": 0.25,  # r = 1.5 with A = 2
+            "mask_low_share": 0.0,
+            "mask_high_share": 0.0,
             "mismatch_kl": sum(k3) / 4,
             "tokens": 4,
         }
@@ -224,7 +238,7 @@ def test_no_gradient_flows_through_the_importance_weight() -> None:
     assert proximal.grad is None and behaviour.grad is None and advantages.grad is None
 
 
-@pytest.mark.parametrize("correction", ALL)
+@pytest.mark.parametrize("correction", [name for name in ALL if name != "cispo"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_gradient_is_that_of_finite_differences(correction: str, aggregation: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -337,13 +351,13 @@ def test_half_precision_logprobs_are_computed_in_float32() -> None:
 @given(
     log_ratios=st.lists(st.floats(-30, 30), min_size=6, max_size=6),
     advantage=st.floats(-5, 5),
-    correction=st.sampled_from(ALL),
+    correction=st.sampled_from(sorted(PPO_CLIP)),
 )
 @settings(max_examples=60, deadline=None)
 def test_loss_is_never_below_minus_the_clipped_gain(
     log_ratios: list[float], advantage: float, correction: str
 ) -> None:
-    # min(r A, clip(r) A) <= 1.2 |A|, and w' <= 5: no stale token promises an unbounded gain.
+    # min(r A, clip(r) A) <= 1.2 |A|, and w' <= C: no stale token promises an unbounded gain.
     behaviour = torch.tensor(log_ratios[:3])[None]
     policy = torch.tensor(log_ratios[3:])[None]
     result = loss_of(
@@ -353,15 +367,14 @@ def test_loss_is_never_below_minus_the_clipped_gain(
         behaviour_logprobs=behaviour,
         proximal_logprobs=torch.zeros(1, 3),
     )
-    cap = 5.0 if correction == "decoupled_ppo" else 1.0
     assert result.loss.isfinite()
-    assert float(result.loss) >= -1.2 * cap * abs(advantage) * (1 + 1e-6)
+    assert float(result.loss) >= -1.2 * PPO_CLIP[correction] * abs(advantage) * (1 + 1e-6)
 
 
 # ---- What the user may have written ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("correction", ["decoupled_ppo", "none"])
+@pytest.mark.parametrize("correction", [n for n in ALL if CORRECTIONS[n].needs_proximal])
 def test_a_missing_proximal_policy_is_refused_with_the_remedy(correction: str) -> None:
     with pytest.raises(ValueError, match=r"needs proximal_logprobs: pass the log-prob"):
         loss_of(POLICY, (2.0, -1.0), correction=correction, proximal_logprobs=None)
@@ -370,7 +383,7 @@ def test_a_missing_proximal_policy_is_refused_with_the_remedy(correction: str) -
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"correction": "ppoo"}, "use one of decoupled_ppo, ppo, none"),
+        ({"correction": "ppoo"}, "use one of decoupled_ppo, ppo, tis"),
         ({"aggregation": "mean"}, "use one of token_mean, sequence_mean, constant"),
         ({"aggregation": "constant"}, "needs max_length"),
         ({"aggregation": "constant", "max_length": 0}, "needs max_length"),
@@ -380,6 +393,14 @@ def test_a_missing_proximal_policy_is_refused_with_the_remedy(correction: str) -
         ({"clip_low": 1.5}, "clip_low is 1.5"),
         ({"clip_high": -0.1}, "clip_high is -0.1"),
         ({"weight_cap": 0.0}, "weight_cap is 0.0"),
+        ({"weight_floor": math.nan}, "weight_floor is nan"),
+        ({"tv_limit": 2.0}, "tv_limit is 2.0"),
+        ({"kl_kind": "k4", "reference_logprobs": POLICY}, "use one of k3, mse"),
+        ({"kl_coefficient": 0.1}, "pass reference_logprobs"),
+        ({"kl_coefficient": -0.1}, "reference_logprobs is -0.1"),
+        ({"reference_logprobs": POLICY[:1]}, "reference_logprobs has shape"),
+        ({"entropy_coefficient": 0.1}, "pass entropy"),
+        ({"entropy": POLICY[0]}, "entropy has shape"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
@@ -394,6 +415,66 @@ def test_a_wrong_shape_of_logprobs_or_advantages_is_refused() -> None:
         loss_of(POLICY[:, :0], (2.0, -1.0))
     with pytest.raises(ValueError, match="advantages has shape"):
         loss_of(POLICY, (2.0,))
+
+
+# ---- Further terms -----------------------------------------------------------------------------
+
+REFERENCE = logs((0.15, 0.1), (0.3, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "gradient"),
+    [
+        # ref / pi = .5, 1, 1, 2: k3 = .5 + ln 2 - 1, 0, 0, 2 - ln 2 - 1, gradient 1 - ref / pi.
+        ("k3", [0.193147, 0, 0, 0.306853], [0.5, 0, 0, -1]),
+        # (ln 2)^2 / 2 = .240227, gradient log pi - log ref.
+        ("mse", [0.240227, 0, 0, 0.240227], [0.693147, 0, 0, -0.693147]),
+    ],
+)
+def test_kl_penalty_is_added_to_the_loss(
+    kind: str, expected: list[float], gradient: list[float]
+) -> None:
+    leaf = POLICY.clone().requires_grad_()
+    assert kl_penalty(leaf, REFERENCE, kind).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    kl: dict[str, Any] = {"reference_logprobs": REFERENCE, "kl_kind": kind}
+    plain = loss_of(POLICY, (2.0, -1.0), **STALE)
+    measured = loss_of(POLICY, (2.0, -1.0), **kl, **STALE)
+    penalised = loss_of(leaf, (0.0, 0.0), kl_coefficient=0.5, **kl, **STALE)
+    assert float(measured.loss) == float(plain.loss)
+    assert metrics(measured)["reference_kl"] == pytest.approx(sum(expected) / 4, abs=1e-6)
+    assert penalised.loss.item() == pytest.approx(0.5 * sum(expected) / 4, abs=1e-6)
+    penalised.loss.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.flatten().tolist() == pytest.approx([0.5 * g / 4 for g in gradient], abs=1e-6)
+
+
+def test_kl_penalty_of_models_that_disagree_wildly_is_finite() -> None:
+    far = torch.tensor([[1e30, -1e30, 500.0]])
+    for kind in KL_PENALTIES:
+        assert kl_penalty(torch.zeros(1, 3), far, kind).isfinite().all()
+    with pytest.raises(ValueError, match="reference_logprobs has shape"):
+        kl_penalty(POLICY, REFERENCE[0])
+
+
+def test_entropy_is_rewarded() -> None:
+    entropy = torch.tensor([[1.0, 2.0], [3.0, math.nan]], requires_grad=True)
+    mask = torch.tensor([[1, 1], [1, 0]])
+    common: dict[str, Any] = {"mask": mask, "entropy": entropy, **STALE}
+    result = loss_of(POLICY, (0.0, 0.0), entropy_coefficient=0.1, **common)
+    assert float(result.loss) == pytest.approx(-0.1 * 6 / 3)
+    assert metrics(result)["entropy"] == pytest.approx(2)
+    result.loss.backward()
+    assert entropy.grad is not None
+    assert entropy.grad.tolist() == [pytest.approx([-0.1 / 3] * 2), pytest.approx([-0.1 / 3, 0])]
+
+
+def test_the_step_is_scaled_by_the_root_of_the_effective_sample_size() -> None:
+    # w = 2, 1, 10, 1: ESS 196 / 424.
+    plain = float(loss_of(POLICY, (2.0, -1.0), **STALE).loss)
+    scaled = loss_of(POLICY, (2.0, -1.0), scale_by_ess=True, **STALE)
+    assert float(scaled.loss) == pytest.approx(plain * math.sqrt(196 / 424))
+    of_the_whole = loss_of(POLICY, (2.0, -1.0), scale_by_ess=True, ess=0.25, **STALE)
+    assert float(of_the_whole.loss) == pytest.approx(plain / 2)
 
 
 # ---- Effective sample size ---------------------------------------------------------------------
@@ -424,89 +505,3 @@ def test_effective_sample_size_does_not_depend_on_the_scale_of_the_weights() -> 
         ess = effective_sample_size(weights * scale, everything)
         assert float(ess) == pytest.approx(0.451493, abs=1e-6)
     assert float(effective_sample_size(torch.zeros(1, 4), everything)) == 0
-
-
-# ---- Log-probabilities of tokens ---------------------------------------------------------------
-
-
-def dense_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    return (logits / temperature).log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-
-
-def some_logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    logits = 3 * torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
-    return logits.to(dtype), torch.randint(0, 7, (3, 5), generator=generator)
-
-
-def test_token_logprobs_are_those_of_the_softmax() -> None:
-    # Logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8; at temperature 1/2: 1, 4, 25 of 30.
-    logits = torch.tensor([1.0, 2.0, 5.0]).log().expand(1, 3, 3)
-    tokens = torch.tensor([[0, 1, 2]])
-    expected = torch.tensor([[1 / 8, 2 / 8, 5 / 8]]).log()
-    torch.testing.assert_close(token_logprobs(logits, tokens), expected)
-    sharper = torch.tensor([[1 / 30, 4 / 30, 25 / 30]]).log()
-    torch.testing.assert_close(token_logprobs(logits, tokens, temperature=0.5), sharper)
-
-
-@pytest.mark.parametrize("rows_per_chunk", [1, 2, 5, 6, 11, 1000])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunks_show_neither_in_the_values_nor_in_the_gradient(
-    rows_per_chunk: int, temperature: float
-) -> None:
-    logits, tokens = some_logits()
-    upstream = torch.arange(15.0).reshape(3, 5)
-    chunked, dense = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    values = token_logprobs(chunked, tokens, temperature, rows_per_chunk)
-    expected = dense_logprobs(dense, tokens, temperature)
-    torch.testing.assert_close(values, expected)
-    values.backward(upstream)
-    expected.backward(upstream)
-    torch.testing.assert_close(chunked.grad, dense.grad)
-
-
-def test_token_logprobs_pass_the_check_by_finite_differences() -> None:
-    logits, tokens = some_logits(torch.float64)
-    logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, tokens, 0.7, 4), (logits,))
-
-
-def test_token_logprobs_of_half_precision_logits_are_float32() -> None:
-    logits, tokens = some_logits(torch.bfloat16)
-    logits.requires_grad_()
-    values = token_logprobs(logits, tokens)
-    assert values.dtype == torch.float32
-    torch.testing.assert_close(values, dense_logprobs(logits.float(), tokens, 1.0))
-    values.sum().backward()
-    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
-
-
-def test_token_logprobs_take_shifted_views_and_leave_the_logits_alone() -> None:
-    logits, tokens = some_logits()
-    before = logits.clone()
-    values = token_logprobs(logits[:, :-1], tokens[:, 1:], 1.0, 2)
-    torch.testing.assert_close(values, dense_logprobs(before[:, :-1], tokens[:, 1:], 1.0))
-    assert torch.equal(logits, before)
-
-
-def test_tokens_that_cannot_be_sampled_do_not_spoil_the_others() -> None:
-    logits = torch.tensor([[[0.0, -math.inf, 0.0], [1e4, 0.0, -1e4]]], requires_grad=True)
-    values = token_logprobs(logits, torch.tensor([[0, 0]]))
-    assert values.tolist() == [[pytest.approx(-math.log(2)), 0.0]]
-    values.sum().backward()
-    assert logits.grad is not None and logits.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("shape", "changed", "message"),
-    [
-        ((1, 3), {}, "tokens \\(1, 3\\)"),
-        ((1, 2), {"temperature": 0.0}, "temperature is 0.0"),
-        ((1, 2), {"rows_per_chunk": 0}, "rows_per_chunk is 0"),
-    ],
-)
-def test_wrong_arguments_of_token_logprobs_are_refused(
-    shape: tuple[int, int], changed: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        token_logprobs(torch.zeros(1, 2, 4), torch.zeros(shape, dtype=torch.long), **changed)

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from gdpo.batch import AllReduceSum, alone, batch_std, smoothed_std
 from gdpo.conditions import Condition, apply_conditions
-from gdpo.estimators import ESTIMATORS
-from gdpo.groups import group_rewards
+from gdpo.estimators import ESTIMATORS, Estimator
+from gdpo.groups import FLOAT32_MAX, group_rewards
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
+# A group step's temporaries are then small enough to stay in the cache, and for the allocator to
+# use again instead of fetching fresh pages: that halves its time. No result depends on the
+# number, because groups meet only in the batch step.
+GROUPS_PER_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -107,33 +110,66 @@ def compute_advantages(
     chosen = ESTIMATORS[estimator]
     with torch.no_grad():
         conditioned_PGK = apply_conditions(rewards, conditions or ())
-        groups = group_rewards(conditioned_PGK, min_std_K)
-        per_reward_GPK, group_sum_GP = chosen.group_step(groups, weights_K, eps)
-        advantages_GP, std = group_sum_GP, None
+        groups = _group_step(conditioned_PGK, chosen, weights_K, min_std_K, eps)
+        advantages_PG, std = groups.sum_PG, None
         if chosen.batch_step:
-            counted_GP = groups.present_GP
+            counted_PG = groups.present_PG
             if exclude_dead_from_batch_std:
-                counted_GP = counted_GP * (groups.live_PK & (weights_K != 0)).any(dim=-1)
-            std = batch_std(group_sum_GP, counted_GP, all_reduce_sum)
+                trainable_P = (groups.live_PK & (weights_K != 0)).any(dim=-1)
+                counted_PG = counted_PG * trainable_P[:, None]
+            std = batch_std(groups.sum_PG, counted_PG, all_reduce_sum)
             std = smoothed_std(std, previous_batch_std, ema_decay)
             if std is not None:
-                advantages_GP = group_sum_GP / (std + eps)
+                advantages_PG = groups.sum_PG / (std + eps)
         if clamp is not None:
-            advantages_GP = advantages_GP.clamp(-clamp, clamp)
+            advantages_PG = advantages_PG.clamp(-clamp, clamp)
         return Advantages(
-            advantages=_prompts_first(advantages_GP),
-            group_sum=_prompts_first(group_sum_GP),
-            per_reward=_prompts_first(per_reward_GPK),
+            advantages=_saturate_(advantages_PG.to(torch.float32)),
+            group_sum=_saturate_(groups.sum_PG.to(torch.float32)),
+            per_reward=_saturate_(groups.per_reward_PGK),
             live=groups.live_PK,
             batch_std=std,
         )
 
 
-def _prompts_first(values: Tensor) -> Tensor:
-    """[G, P, ...] float64 to [P, G, ...] float32."""
-    # Saturates, because sums of the largest rewards overflow to infinity in float32.
-    values = values.to(torch.float32).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
-    return values.transpose(0, 1).contiguous()
+@dataclass(frozen=True)
+class _GroupStep:
+    """What the groups' own rewards decide, with the prompts first again."""
+
+    per_reward_PGK: Tensor
+    """float32"""
+    sum_PG: Tensor
+    """float64"""
+    live_PK: Tensor
+    """bool"""
+    present_PG: Tensor
+    """float64, 1 or 0"""
+
+
+def _group_step(
+    rewards_PGK: Tensor, estimator: Estimator, weights_K: Tensor, min_std_K: Tensor, eps: float
+) -> _GroupStep:
+    num_prompts, num_rollouts, num_rewards = rewards_PGK.shape
+    result = _GroupStep(
+        per_reward_PGK=rewards_PGK.new_empty(rewards_PGK.shape, dtype=torch.float32),
+        sum_PG=rewards_PGK.new_empty((num_prompts, num_rollouts), dtype=torch.float64),
+        live_PK=rewards_PGK.new_empty((num_prompts, num_rewards), dtype=torch.bool),
+        present_PG=rewards_PGK.new_empty((num_prompts, num_rollouts), dtype=torch.float64),
+    )
+    for start in range(0, num_prompts, GROUPS_PER_BLOCK):
+        block = slice(start, start + GROUPS_PER_BLOCK)
+        groups = group_rewards(rewards_PGK[block], min_std_K)
+        per_reward_GPK, sum_GP = estimator.group_step(groups, weights_K, eps)
+        result.per_reward_PGK[block] = per_reward_GPK.transpose(0, 1)
+        result.sum_PG[block] = sum_GP.T
+        result.live_PK[block] = groups.live_PK
+        result.present_PG[block] = groups.present_GP.T
+    return result
+
+
+def _saturate_(values: Tensor) -> Tensor:
+    # Sums of the largest rewards overflow to infinity in float32.
+    return values.clamp_(-FLOAT32_MAX, FLOAT32_MAX)
 
 
 def _check_settings(
@@ -167,15 +203,6 @@ def _check_rewards(rewards: Tensor) -> None:
     if not rewards.dtype.is_floating_point:
         raise ValueError(
             f"rewards is {rewards.dtype}: convert it to float, with NaN for a missing reward"
-        )
-    # The bound also keeps squares of float64 rewards from overflowing.
-    low, high = torch.aminmax(rewards.detach())
-    if bool(high.isnan()):
-        low, high = torch.aminmax(rewards.detach().masked_fill(rewards.isnan(), 0.0))
-    if bool(torch.maximum(-low, high) > FLOAT32_MAX):
-        raise ValueError(
-            "rewards holds an infinite value (or one beyond the range of float32): make the "
-            "reward function return a finite number, or None where it does not apply"
         )
 
 

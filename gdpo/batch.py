@@ -1,6 +1,6 @@
 """The batch step: the advantages of a whole training batch to a std of 1 (eq. 6).
 
-Shapes: P prompts, G rollouts of one prompt; rollouts first, as in `gdpo.groups`.
+Shapes: P prompts, G rollouts of one prompt.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def alone(values: Tensor) -> Tensor:
 
 
 def batch_std(
-    group_sum_GP: Tensor, counted_GP: Tensor, all_reduce_sum: AllReduceSum = alone
+    group_sum_PG: Tensor, counted_PG: Tensor, all_reduce_sum: AllReduceSum = alone
 ) -> float:
     """Sample std of A_sum over the counted sequences of all ranks, each counted once (1 or 0).
 
@@ -28,7 +28,7 @@ def batch_std(
     (and is taken as 0 where gd2po dropped rollouts), so that adding up squares loses no digits.
     `all_reduce_sum` gets a float64 tensor of two numbers, once, and returns its sum over ranks.
     """
-    moments = torch.stack([counted_GP.sum(), (group_sum_GP * group_sum_GP).sum()])
+    moments = torch.stack([counted_PG.sum(), (group_sum_PG * group_sum_PG).sum()])
     count, sum_of_squares = all_reduce_sum(moments).tolist()
     return float((sum_of_squares / max(count - 1, 1)) ** 0.5)
 

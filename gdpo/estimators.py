@@ -142,12 +142,12 @@ def drop_conflicts(groups: GroupedRewards, weights_K: Tensor, eps: float) -> tup
     """
     contribution_GPK, sum_GP = normalise_each_reward(groups, weights_K, eps)
     threshold_PK = torch.maximum(groups.noise_PK, NEUTRAL_STD * groups.std_PK)
-    neutral_GPK = groups.deviation_GPK.abs() <= threshold_PK
-    side_GPK = contribution_GPK.masked_fill(neutral_GPK, 0.0)
-    dropped_GP = (side_GPK.amax(dim=-1) > 0) & (side_GPK.amin(dim=-1) < 0)
-    return contribution_GPK.masked_fill_(dropped_GP[..., None], 0.0), sum_GP.masked_fill_(
-        dropped_GP, 0.0
-    )
+    takes_side_GPK = (groups.deviation_GPK.abs() > threshold_PK).to(torch.float64)
+    side_GPK = contribution_GPK.sign().mul_(takes_side_GPK)
+    # Signs add up to their number, or minus it, only where all are the same.
+    agree_GP = sum_over_rewards(side_GPK).abs_() == sum_over_rewards(side_GPK.abs())
+    kept_GP = agree_GP.to(torch.float64)
+    return contribution_GPK.mul_(kept_GP[..., None]), sum_GP.mul_(kept_GP)
 
 
 def _add_up(groups: GroupedRewards, factor_PK: Tensor, eps: float) -> tuple[Tensor, Tensor]:

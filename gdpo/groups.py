@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class GroupedRewards:
@@ -38,6 +40,8 @@ def group_rewards(rewards_PGK: Tensor, min_std_K: Tensor) -> GroupedRewards:
 
     A column is live where it has two valid values, std > min_std, and std above one rounding step
     of the rewards' dtype: a smaller spread is arithmetic noise, not a signal.
+
+    Raises ValueError for an infinite reward, or one so large that its square could be.
     """
     reward_GPK = rewards_PGK.transpose(0, 1).to(
         torch.float64, copy=True, memory_format=torch.contiguous_format
@@ -49,19 +53,22 @@ def group_rewards(rewards_PGK: Tensor, min_std_K: Tensor) -> GroupedRewards:
     # The largest value is NaN where any is. Batches without one are worth the shorter way.
     if bool(top_PK.isnan().any()):
         valid_GPK = (~reward_GPK.isnan()).to(torch.float64)
-        present_GP, count_PK = valid_GPK.amax(dim=-1), valid_GPK.sum(dim=0)
+        present_GP = sum_over_rewards(valid_GPK).clamp_(max=1)
+        count_PK = valid_GPK.sum(dim=0)
         top_PK = reward_GPK.nan_to_num(nan=-torch.inf).amax(dim=0)
         top_PK.masked_fill_(count_PK == 0, 0.0)
-        reward_GPK = torch.where(valid_GPK > 0, reward_GPK, top_PK)
 
     # Measured from the column's largest value, equal rewards are exactly 0 apart. Measured from
     # their mean they would not be: the mean of three times 0.1 is not 0.1.
     deviation_GPK = reward_GPK.sub_(top_PK)
+    if valid_GPK is not None:
+        deviation_GPK.nan_to_num_(nan=0.0)
     mean_below_top_PK = deviation_GPK.sum(dim=0) / count_PK.clamp(min=1)
     deviation_GPK.sub_(mean_below_top_PK)
     if valid_GPK is not None:
         deviation_GPK.mul_(valid_GPK)
     mean_PK = top_PK + mean_below_top_PK
+    _check_finite(top_PK, mean_below_top_PK)
 
     sum_of_squares_PK = (deviation_GPK * deviation_GPK).sum(dim=0)
     std_PK = (sum_of_squares_PK / (count_PK - 1).clamp_(min=1)).sqrt_()
@@ -77,6 +84,16 @@ def group_rewards(rewards_PGK: Tensor, min_std_K: Tensor) -> GroupedRewards:
         valid_GPK=valid_GPK,
         present_GP=present_GP,
     )
+
+
+def _check_finite(top_PK: Tensor, mean_below_top_PK: Tensor) -> None:
+    # Of the columns, not of the rewards, which would take as long as the rest. Negative infinity
+    # is the mean's distance from the largest value, or has become float64's largest number.
+    if bool((top_PK > FLOAT32_MAX).any() | ~(mean_below_top_PK >= -2 * FLOAT32_MAX).all()):
+        raise ValueError(
+            "rewards holds an infinite value (or one beyond the range of float32): make the "
+            "reward function return a finite number, or None where it does not apply"
+        )
 
 
 def sum_over_rewards(values_GPK: Tensor) -> Tensor:

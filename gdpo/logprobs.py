@@ -91,22 +91,20 @@ class _TokenStatistics(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
-        logsumexp_BT = torch.empty(tokens_BT.shape, dtype=dtype, device=logits_BTV.device)
-        chosen_BT = torch.empty_like(logsumexp_BT)
-        entropy_BT = torch.zeros_like(logsumexp_BT)
+        logprob_BT = torch.empty(tokens_BT.shape, dtype=dtype, device=logits_BTV.device)
+        logsumexp_BT = torch.empty_like(logprob_BT)
+        entropy_BT = torch.zeros_like(logprob_BT)
         for block in _blocks(tokens_BT, rows_per_chunk):
-            scaled_btV = logits_BTV[block].to(dtype) / temperature
-            logsumexp_BT[block] = scaled_btV.logsumexp(dim=-1)
-            chosen_BT[block] = scaled_btV.gather(-1, tokens_BT[block][..., None])[..., 0]
-            if with_entropy:
-                log_p_btV = scaled_btV.sub_(logsumexp_BT[block][..., None])
-                entropy_BT[block] = -_expectation(log_p_btV.exp(), log_p_btV)
+            statistics = _statistics(
+                _scaled(logits_BTV[block], temperature, dtype), tokens_BT[block], with_entropy
+            )
+            logprob_BT[block], logsumexp_BT[block], entropy_BT[block] = statistics
         ctx.save_for_backward(logits_BTV, tokens_BT, logsumexp_BT, entropy_BT)
         ctx.temperature, ctx.rows_per_chunk = temperature, rows_per_chunk
         if not with_entropy:
             ctx.mark_non_differentiable(entropy_BT)
         ctx.with_entropy = with_entropy
-        return chosen_BT - logsumexp_BT, entropy_BT
+        return logprob_BT, entropy_BT
 
     @staticmethod
     @once_differentiable
@@ -120,24 +118,62 @@ class _TokenStatistics(torch.autograd.Function):
         logits_BTV, tokens_BT, logsumexp_BT, entropy_BT = ctx.saved_tensors
         grad_BTV = torch.empty_like(logits_BTV)
         for block in _blocks(tokens_BT, ctx.rows_per_chunk):
-            scaled_btV = logits_BTV[block].to(logsumexp_BT.dtype) / ctx.temperature
-            grad_bt1 = grad_BT[block][..., None] / ctx.temperature
-            log_p_btV = scaled_btV.sub_(logsumexp_BT[block][..., None])
-            if ctx.with_entropy:
-                entropy_grad_bt1 = entropy_grad_BT[block][..., None] / ctx.temperature
-                p_btV = log_p_btV.exp()
-                weight_btV = log_p_btV.clamp_(min=SMALLEST_LOG).add_(entropy_BT[block][..., None])
-                block_grad_btV = p_btV.mul_(weight_btV.mul_(-entropy_grad_bt1).sub_(grad_bt1))
-            else:
-                block_grad_btV = log_p_btV.exp_().mul_(-grad_bt1)
-            block_grad_btV.scatter_add_(-1, tokens_BT[block][..., None], grad_bt1)
-            grad_BTV[block] = block_grad_btV.to(logits_BTV.dtype)
+            scaled_btV = _scaled(logits_BTV[block], ctx.temperature, logsumexp_BT.dtype)
+            grad_BTV[block] = _gradient(
+                scaled_btV.sub_(logsumexp_BT[block][..., None]),
+                tokens_BT[block],
+                grad_BT[block] / ctx.temperature,
+                entropy_BT[block],
+                entropy_grad_BT[block] / ctx.temperature if ctx.with_entropy else None,
+            )
         return grad_BTV, None, None, None, None
 
 
-def _expectation(p_btV: Tensor, log_p_btV: Tensor) -> Tensor:
-    """sum_v p_v log p_v, in which an impossible token counts 0; both arguments are used up."""
-    return p_btV.mul_(log_p_btV.clamp_(min=SMALLEST_LOG)).sum(dim=-1)
+# The functions of a chunk reuse its memory as they go, and are functions so that it is free before
+# the next one comes.
+
+
+def _scaled(logits_btV: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """A copy of a chunk of logits, over the temperature."""
+    return logits_btV.to(dtype, copy=True).div_(temperature)
+
+
+def _statistics(
+    scaled_btV: Tensor, tokens_bt: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Log-probability of the tokens, logsumexp and entropy; uses up the chunk."""
+    top_bt1 = scaled_btV.amax(dim=-1, keepdim=True)
+    below_top_btV = scaled_btV.sub_(top_bt1)
+    chosen_bt = below_top_btV.gather(-1, tokens_bt[..., None])[..., 0]
+    entropy_bt: Tensor | float = 0.0
+    if with_entropy:
+        p_btV = below_top_btV.exp()
+        sum_bt = p_btV.sum(dim=-1)
+        log_sum_bt = sum_bt.log()
+        # -sum_v p_v log p_v with log p = x - top - log(sum) and p = exp(x - top) / sum.
+        energy_bt = p_btV.mul_(below_top_btV.clamp_(min=SMALLEST_LOG)).sum(dim=-1)
+        entropy_bt = log_sum_bt - energy_bt / sum_bt
+    else:
+        log_sum_bt = below_top_btV.exp_().sum(dim=-1).log()
+    return chosen_bt - log_sum_bt, top_bt1[..., 0] + log_sum_bt, entropy_bt
+
+
+def _gradient(
+    log_p_btV: Tensor,
+    tokens_bt: Tensor,
+    grad_bt: Tensor,
+    entropy_bt: Tensor,
+    entropy_grad_bt: Tensor | None,
+) -> Tensor:
+    """g (onehot(token) - p) - h p (log p + H); uses up the chunk."""
+    if entropy_grad_bt is None:
+        result_btV = log_p_btV.exp_().mul_(-grad_bt[..., None])
+    else:
+        p_btV = log_p_btV.exp()
+        factor_btV = log_p_btV.clamp_(min=SMALLEST_LOG).add_(entropy_bt[..., None])
+        factor_btV.mul_(-entropy_grad_bt[..., None]).sub_(grad_bt[..., None])
+        result_btV = p_btV.mul_(factor_btV)
+    return result_btV.scatter_add_(-1, tokens_bt[..., None], grad_bt[..., None])
 
 
 def _blocks(tokens_BT: Tensor, rows_per_chunk: int) -> Iterator[tuple[slice, slice]]:

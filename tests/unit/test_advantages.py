@@ -208,6 +208,20 @@ def test_results_are_float32_whatever_the_rewards_are() -> None:
         assert result.live.dtype == torch.bool
 
 
+@pytest.mark.parametrize("estimator", ALL)
+def test_blocks_of_groups_do_not_show_in_the_result(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = torch.rand(7, 4, 2, generator=torch.Generator().manual_seed(2))
+    rewards[5, 1, 0] = NAN  # so that one block has a missing reward, and the others have not
+    whole = compute_advantages(rewards, estimator=estimator)
+    monkeypatch.setattr("gdpo.advantages.GROUPS_PER_BLOCK", 3)
+    in_blocks = compute_advantages(rewards, estimator=estimator)
+    torch.testing.assert_close(in_blocks.advantages, whole.advantages)
+    torch.testing.assert_close(in_blocks.per_reward, whole.per_reward)
+    assert torch.equal(in_blocks.live, whole.live)
+
+
 # ---- Conditioned rewards -----------------------------------------------------------------------
 
 
@@ -482,9 +496,18 @@ def test_a_live_batch_without_padding_has_unit_std(rewards: Tensor) -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_infinite_rewards_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="infinite"):
-        compute_advantages(group((0,), (value,)))
+@pytest.mark.parametrize("other", [0.0, math.inf, -math.inf, NAN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_rewards_are_refused(value: float, other: float, dtype: torch.dtype) -> None:
+    for rollouts in ([[0.0], [value], [other]], [[value], [other], [NAN]]):
+        with pytest.raises(ValueError, match="infinite"):
+            compute_advantages(torch.tensor([rollouts], dtype=dtype))
+
+
+def test_rewards_whose_squares_would_be_infinite_are_refused() -> None:
+    for value in (1e200, -1e200):
+        with pytest.raises(ValueError, match="infinite"):
+            compute_advantages(torch.tensor([[[0.0], [value]]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdpo import token_entropy, token_logprobs, token_logprobs_and_entropy
 
@@ -139,3 +140,37 @@ def test_entropy_of_impossible_tokens_is_finite() -> None:
     assert entropy.tolist() == [[pytest.approx(math.log(2)), 0.0]]
     entropy.sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+# ---- Memory ------------------------------------------------------------------------------------
+
+
+class NewTensors(TorchDispatchMode):
+    """Counts the operations that make a tensor of at least `size` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        if isinstance(result, Tensor) and result.numel() >= self.size:
+            self.count += result.untyped_storage().data_ptr() not in known
+        return result
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_nothing_as_large_as_the_logits_is_made_but_their_gradient(with_entropy: bool) -> None:
+    logits, tokens = some_logits()
+    logits.requires_grad_()
+    with NewTensors(logits.numel()) as made:
+        values = [token_logprobs(logits, tokens, 1.0, 4)]
+        if with_entropy:
+            values = list(token_logprobs_and_entropy(logits, tokens, 1.0, 4))
+        assert made.count == 0
+        sum(value.sum() for value in values).backward()
+        assert made.count == 1
+    with NewTensors(logits.numel()) as made:
+        dense_logprobs(logits, tokens, 1.0)
+        assert made.count > 0

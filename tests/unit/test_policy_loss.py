@@ -461,7 +461,7 @@ def test_entropy_is_rewarded() -> None:
     mask = torch.tensor([[1, 1], [1, 0]])
     common: dict[str, Any] = {"mask": mask, "entropy": entropy, **STALE}
     result = loss_of(POLICY, (0.0, 0.0), entropy_coefficient=0.1, **common)
-    assert float(result.loss) == pytest.approx(-0.1 * 6 / 3)
+    assert result.loss.item() == pytest.approx(-0.1 * 6 / 3)
     assert metrics(result)["entropy"] == pytest.approx(2)
     result.loss.backward()
     assert entropy.grad is not None

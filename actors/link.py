@@ -1,6 +1,7 @@
 """The actor's end of its connection to the learner."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ from protocol.errors import BadMessage, PeerLost, Refused
 from protocol.framing import Buffer, decode_to_actor, encode
 from protocol.messages import Error, Header, Hello, ToActor, Welcome
 from protocol.sockets import connect_actor
+
+log = logging.getLogger("actor")
 
 HELLO_INTERVAL_S = 1.0
 
@@ -65,8 +68,9 @@ class LearnerLink:
             frames = await self._socket.recv_multipart(copy=False)
             try:
                 message, payloads = decode_to_actor([frame.buffer for frame in frames])
-            except BadMessage:
+            except BadMessage as error:
                 self.dropped_messages += 1
+                log.warning("bad message from the learner: %s", error)
                 continue
             self._last_heard = self._clock()
             return message, payloads

@@ -14,11 +14,13 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actors.threads import in_daemon_thread
 from protocol.config import RewardConfig
 from protocol.errors import RewardError
 from protocol.groups import Floats
@@ -113,7 +115,7 @@ class RewardScorer:
             if inspect.iscoroutinefunction(reward.function):
                 call = reward.function(**arguments)
             else:
-                call = asyncio.to_thread(reward.function, **arguments)
+                call = in_daemon_thread(partial(reward.function, **arguments))
             scores = await asyncio.wait_for(call, self._timeout_s)
         except TimeoutError as error:
             raise RewardError(

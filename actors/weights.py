@@ -15,10 +15,8 @@ the newest one wins.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
 from datetime import timedelta
-from threading import Thread
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -26,6 +24,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from actors.engine import Engine
 from actors.link import LearnerLink
+from actors.threads import in_daemon_thread
 from protocol.errors import EngineError, PeerLost
 from protocol.messages import Weights, WeightsChunk, WeightsPull, WeightsReady
 from protocol.sockets import address_towards, parse_tcp
@@ -33,8 +32,6 @@ from protocol.weights import TensorSpec, chunks, packed_digest, total_bytes
 
 PULLS_IN_FLIGHT = 4
 PULL_RETRY_S = 5.0
-
-ResultT = TypeVar("ResultT")
 
 
 class _Gone(Exception):
@@ -107,7 +104,7 @@ class WeightsReceiver:
     async def _receive(self, announcement: Weights) -> bool:
         """Whether the collective brought the announced bytes."""
         try:
-            await _in_daemon_thread(lambda: self._collective.receive(announcement, self._buffer))
+            await in_daemon_thread(lambda: self._collective.receive(announcement, self._buffer))
         except RuntimeError:
             # A member died or was late: the epoch is over for everybody. The stream works anyway.
             return False
@@ -200,30 +197,3 @@ class _Collective:
         options._devices = [ProcessGroupGloo.create_device(hostname=self._own_address)]
         store = PrefixStore(f"weights/{announcement.epoch}", self._store)
         return ProcessGroupGloo(store, announcement.rank, announcement.world_size, options)
-
-
-async def _in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
-    """Like asyncio.to_thread, on a thread that does not hold up the exit of the process: a gloo
-    wait cannot be interrupted and may last until the collective's deadline."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def run() -> None:
-        try:
-            result = function()
-        except Exception as error:
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, result, None)
-
-    Thread(target=run, name="collective", daemon=True).start()
-    outcome: ResultT = await future
-    return outcome

@@ -8,11 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy import FAILURE, INTERRUPTED, USER_ERROR
 from protocol.errors import AsyncGdpoError, ConfigError, RewardError
-
-EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,12 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except (ConfigError, RewardError) as error:
         print(f"gdpo: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return USER_ERROR
     except AsyncGdpoError as error:
         print(f"gdpo: error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+        return FAILURE
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,9 +165,20 @@ def _load(options: Any) -> Any:
     return config
 
 
+class _CurrentStderr(logging.StreamHandler[Any]):
+    """Writes to sys.stderr as it is at the moment: the live display puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _start_logging() -> None:
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+        level=logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[_CurrentStderr()],
     )
     for name in ("actor", "learner"):
         logging.getLogger(name).setLevel(logging.INFO)

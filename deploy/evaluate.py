@@ -47,7 +47,7 @@ def evaluate(config: RunConfig, model: Path | None) -> int:
 async def _evaluate(config: RunConfig, policy: Policy, works: list[Work]) -> Evaluation:
     engine = TransformersEngine(
         policy.folder,
-        dtype=config.actor.dtype,
+        dtype=config.for_actors().dtype,
         device=config.actor.device,
         max_rows=IN_FLIGHT * config.eval.num_rollouts,
     )

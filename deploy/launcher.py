@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
+from deploy import INTERRUPTED, USER_ERROR
 from deploy.display import Display
 from deploy.plot import plot_run
 from deploy.report import print_summary
@@ -25,7 +26,6 @@ from learner.config import RunConfig
 from learner.runlog import RunFolder
 from protocol.errors import TrainingError
 
-USER_ERROR = 2
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 RESTART_DELAY_S = 1.0
@@ -60,7 +60,7 @@ def launch(config: RunConfig, cwd: Path) -> int:
     print_summary(summary, plot_run(folder.path) if has_steps else None)
     if launcher.failure:
         raise TrainingError(launcher.failure)
-    return 0
+    return 0 if summary["completed"] else INTERRUPTED
 
 
 class Launcher:
@@ -80,11 +80,11 @@ class Launcher:
 
     def run(self) -> None:
         """Until the learner has ended and every child is gone."""
+        self._learner = self._start("learner", self._learner_command(), self._learner_threads())
         previous = {
             signum: signal.signal(signum, self._on_signal)
             for signum in (signal.SIGINT, signal.SIGTERM)
         }
-        self._learner = self._start("learner", self._learner_command(), self._learner_threads())
         try:
             endpoints = self._wait_for_endpoints()
             if endpoints is not None:
@@ -99,7 +99,7 @@ class Launcher:
 
     def status(self) -> dict[str, Any] | None:
         """The learner's live status; None while it does not answer."""
-        if not self._metrics_url:
+        if not self._metrics_url or self._learner.process.poll() is not None:
             return None
         url = self._metrics_url.removesuffix("/metrics") + "/status"
         try:
@@ -136,7 +136,7 @@ class Launcher:
             child = self._exits.get()
             code = child.process.returncode
             if child is self._learner:
-                if code != 0:
+                if code not in (0, INTERRUPTED):
                     self._fail_with(child)
                 return
             if self._actors.get(child.name) is not child:
@@ -171,8 +171,8 @@ class Launcher:
         """Nobody is left afterwards."""
         children = [self._learner, *self._actors.values()]
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        if self._learner.process.poll() is None:
-            self._signal(self._learner, signal.SIGTERM)
+        for child in children:
+            self._signal(child, signal.SIGTERM)
         for child in children:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -188,7 +188,8 @@ class Launcher:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "deploy", *command, "--exit-with-parent"],
+                # -P: a folder of the user's that is named like one of our packages stays out.
+                [sys.executable, "-P", "-m", "deploy", *command, "--exit-with-parent"],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

@@ -14,9 +14,9 @@ The trainer runs on the main thread; the others on one thread each.
 """
 
 import logging
+import math
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,7 +151,8 @@ class Learner:
         """Evaluate, train, evaluate, save; returns the summary.
 
         A stop request ends training after the step at hand, skips the evaluation and still saves.
-        Raises `TrainingError` when going on is impossible; the summary is written even then.
+        Raises `TrainingError` when going on is impossible: checkpoint and summary are written even
+        then, because a step is checked before it changes the weights.
         """
         failure: TrainingError | None = None
         try:
@@ -162,8 +163,7 @@ class Learner:
             failure = error
             self.interrupted = str(error)
         self.phase = "saving"
-        if failure is None:
-            save_checkpoint(self.policy, self.folder.checkpoint)
+        save_checkpoint(self.policy, self.folder.checkpoint)
         self._leave()
         summary = summary_report(self)
         self.folder.write_summary(summary)
@@ -229,17 +229,27 @@ class Learner:
         works = evaluation_work(self._heldout, self.config)
         evaluation = self.coordinator.start_evaluation(works, version)
         self._intake.wake()
-        while self._wait(evaluation.done.wait):
-            if evaluation.done.is_set():
-                return evaluation
-        return None
-
-    def _wait(self, wait: Callable[[float], bool]) -> bool:
-        """One bounded wait; False if the run is to stop."""
-        self.coordinator.raise_if_failed()
-        self._heartbeat.beat()
-        wait(STOP_CHECK_S)
-        return not self.interrupted
+        deadline = math.inf
+        while not evaluation.done.wait(STOP_CHECK_S):
+            self.coordinator.raise_if_failed()
+            self._heartbeat.beat()
+            if self.interrupted:
+                return None
+            # The time runs while there is somebody to evaluate.
+            if not self.coordinator.ready_sessions():
+                deadline = math.inf
+            elif deadline == math.inf:
+                deadline = time.monotonic() + self.config.eval.timeout_s
+            if time.monotonic() > deadline:
+                log.warning(
+                    "evaluation ended after eval.timeout_s = %g with %d of %d prompts",
+                    self.config.eval.timeout_s,
+                    evaluation.num_prompts,
+                    len(works),
+                )
+                break
+        self.coordinator.end_evaluation()
+        return evaluation
 
     def _record(self, step: StepResult, seconds: float) -> None:
         self.last_step = step

@@ -24,6 +24,7 @@ class BufferBooks:
     """Counts of groups since the start of the run."""
 
     accepted: int = 0
+    accepted_tokens: int = 0
     trained: int = 0
     evicted: Counter[str] = field(default_factory=Counter)
     """By cause."""
@@ -77,6 +78,7 @@ class ReplayBuffer:
         """Store a group; when full, the oldest makes room. Leases are paced so that it never is."""
         with self._changed:
             self.books.accepted += 1
+            self.books.accepted_tokens += group.num_tokens
             self._insert(_Entry(group))
             while len(self._entries) > self._max_groups or self.size_bytes > self._max_bytes:
                 self._evict(self._entries[0], "overflow")

@@ -122,6 +122,8 @@ class LearnerConfig(StrictModel):
     """An actor that is silent for so long is lost."""
     join_timeout_s: PositiveFloat = 300.0
     """Longest time from an actor's hello to its first weights."""
+    max_actors: PositiveInt = 1024
+    """More are refused."""
     wait_for_actors_s: PositiveFloat = 600.0
     """Without any live actor for so long, the run ends with an error."""
     pause_per_step_s: NonNegativeFloat = 0.0
@@ -185,7 +187,10 @@ class RunConfig(StrictModel):
 
     def for_actors(self) -> ActorConfig:
         """What goes into the welcome."""
-        return self.actor.model_copy(update={"rewards": self.rewards, "sampling": self.sampling})
+        dtype = self.model.dtype if self.actor.dtype == "auto" else self.actor.dtype
+        return self.actor.model_copy(
+            update={"rewards": self.rewards, "sampling": self.sampling, "dtype": dtype}
+        )
 
     def to_toml(self) -> str:
         """The resolved configuration; reading it back gives the same run."""

@@ -176,6 +176,11 @@ class Coordinator:
         with self._lock:
             return self._work.start_evaluation(works, version)
 
+    def end_evaluation(self) -> None:
+        """Lease no more of its prompts; what still comes back is not used."""
+        with self._lock:
+            self._work.end_evaluation()
+
     def drain(self, cause: str) -> None:
         """The run is over: tell every actor."""
         with self._lock:
@@ -256,6 +261,8 @@ class Coordinator:
     def _why_refused(self, session: str, hello: Hello) -> str:
         if hello.session != session:
             return f"the session {hello.session!r} is not the connection's {session!r}"
+        if len(self._actors) >= self._config.learner.max_actors:
+            return f"learner.max_actors = {self._config.learner.max_actors} actors are connected"
         pairs = (
             ("protocol version", hello.protocol, PROTOCOL_VERSION),
             ("run", hello.run_id or self._welcome.run_id, self._welcome.run_id),
@@ -321,8 +328,7 @@ class Coordinator:
             self._send(session, self._snapshots.latest.announcement())
 
     def _weights_ready(self, actor: ActorState, ready: WeightsReady) -> None:
-        expected = self._snapshots.digest(ready.version)
-        if expected is not None and ready.digest != expected:
+        if ready.digest != self._snapshots.digest(ready.version):
             self.counters.digest_mismatches += 1
             log.error("actor %d holds other weights than version %d", actor.number, ready.version)
             self._send(actor.session, self._snapshots.latest.announcement())

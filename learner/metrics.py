@@ -124,6 +124,7 @@ class StateCollector(Collector):
             self._progress.tokens_generated,
         )
         yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
+        yield _counter("gdpo_tokens_accepted", "Their completion tokens", books.accepted_tokens)
         yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
         yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
         yield _by("gdpo_tokens_evicted", "Their tokens", "cause", books.evicted_tokens)

@@ -61,7 +61,8 @@ def load_policy(config: RunConfig) -> Policy:
     files = {path.name: path.read_bytes() for path in _model_files(folder)}
     if not any(name.startswith("tokenizer") for name in files):
         raise ConfigError(f"model.path = {config.model.path!r} holds no tokenizer files")
-    manifest = [(n, config.actor.dtype, tuple(p.shape)) for n, p in model.named_parameters()]
+    dtype = config.for_actors().dtype
+    manifest = [(name, dtype, tuple(p.shape)) for name, p in model.named_parameters()]
     return Policy(
         # Without dropout, so that log-probabilities are those of the sampled policy.
         model=model.eval().to(_device(config.model.device)),

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 
 from learner.coordinator import Coordinator
 
@@ -56,6 +57,7 @@ class Progress:
         self._coordinator = coordinator
         self._batch_groups = batch_groups
         self._clock = clock
+        self._lock = Lock()
         self._samples: deque[_Sample] = deque()
         self._gone = dict.fromkeys(("tokens", "groups", "uptime", "idle"), 0.0)
         self._last_seen: dict[str, dict[str, float]] = {}
@@ -66,16 +68,23 @@ class Progress:
 
     def restart(self) -> None:
         """Forget what was before training: rates are about now."""
-        self._samples.clear()
+        with self._lock:
+            self._samples.clear()
         self.sample()
 
     @property
     def tokens_generated(self) -> int:
         """By all actors ever seen, also for evaluation and for groups that were not used."""
-        return int(self._totals()["tokens"])
+        with self._lock:
+            return int(self._totals()["tokens"])
 
     def sample(self) -> Rates:
-        """Update `rates`; call it a few times a second."""
+        """Update `rates`; call it a few times a second, from any thread."""
+        with self._lock:
+            self.rates = self._sample()
+            return self.rates
+
+    def _sample(self) -> Rates:
         now, totals = self._clock(), self._totals()
         new = _Sample(
             now,
@@ -90,8 +99,7 @@ class Progress:
         self._samples.append(new)
         while self._samples[0].at < now - WINDOW_S:
             self._samples.popleft()
-        self.rates = self._between(self._samples[0], new)
-        return self.rates
+        return self._between(self._samples[0], new)
 
     def _totals(self) -> dict[str, float]:
         """Sums over live actors, and what those that left had reached."""

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from learner.config import WeightsConfig
 from learner.coordinator import Coordinator
 from learner.snapshots import Snapshot, SnapshotStore
+from protocol.errors import TrainingError
 from protocol.messages import Weights
 from protocol.weights import chunks
 
@@ -88,13 +89,20 @@ class Publisher:
             return reports
 
     def close(self) -> None:
-        """End after the push at hand, or at its deadline."""
+        """End after the push at hand, which a hung actor may hold up until its deadline."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(4 * self._config.timeout_s)
+        self._thread.join(self._config.timeout_s)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            log.exception("publisher died")
+            self._coordinator.fail(TrainingError(f"publisher died: {error}"))
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending is not None or self._closing)

@@ -6,6 +6,7 @@ Where it departs from the GDPO paper's synchronous recipe:
 3. There is no KL term.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -167,10 +168,10 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self._model.parameters(), self._config.learner.max_grad_norm
         ).item()
-        if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"step {self.version + 1}: loss {loss}, gradient norm {norm}; the last checkpoint "
-                "is good. Lower learner.lr, or look for a reward of extreme size"
+                f"step {self.version + 1}: loss {loss}, gradient norm {norm}; the weights before "
+                "it are saved. Lower learner.lr, or look for a reward of extreme size"
             )
         self._optimizer.step()
         return norm

@@ -31,6 +31,9 @@ class WorkQueue:
         self._evaluation = Evaluation(works, version)
         return self._evaluation
 
+    def end_evaluation(self) -> None:
+        self._evaluation = None
+
     def next_evaluation(self, actor_version: int) -> Work | None:
         """A held-out prompt for an actor that samples from ``actor_version``."""
         evaluation = self._evaluation

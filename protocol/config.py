@@ -52,7 +52,8 @@ class ActorConfig(StrictModel):
     """What an actor needs to generate; resolved by the learner and sent in the welcome."""
 
     engine: Literal["auto", "transformers"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: the learner's; weights are sent in this type."""
     device: str = "auto"
     """``auto``: a GPU where there is one."""
     max_leases: PositiveInt = 16

@@ -9,7 +9,7 @@ weights are payload frames.
     learner -> actor    Welcome  Lease  Ack  Weights  WeightsChunk  Pong  Drain  Error
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -70,7 +70,7 @@ class Status(Header, tag="status", frozen=True):
     """Heartbeat, sent by the loop that does the work; answered by `Pong`."""
 
     sequence: int
-    capacity: int
+    capacity: Annotated[int, msgspec.Meta(ge=0, le=65_536)]
     """Leases the actor can hold at once; 0 until its engine has weights, and while draining."""
     version: int
     """Policy version that the engine samples from; -1 before the first one."""
@@ -132,10 +132,10 @@ class Lease(Header, tag="lease", frozen=True):
     row: dict[str, Any]
     """The data set's columns; ``prompt`` is a string or a list of chat messages."""
     prompt_id: str
-    seed: int
-    num_rollouts: int
-    temperature: float
-    max_tokens: int
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    num_rollouts: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+    temperature: Annotated[float, msgspec.Meta(ge=0)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     purpose: Purpose
     deadline_s: float
     """Seconds from receipt after which the learner issues the row again."""

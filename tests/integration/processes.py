@@ -103,7 +103,7 @@ class System:
     def summary_after_stop(self) -> dict[str, Any]:
         """Stop the learner in order; what it then reports."""
         self.learner.signal(signal.SIGTERM)
-        assert self.learner.wait(20) == 0, self.learner.output
+        assert self.learner.wait(20) == 130, self.learner.output
         return self.summary
 
     def status(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Calls that block, off the event loop."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from threading import Thread
 from typing import Any, TypeVar
@@ -26,12 +27,21 @@ async def in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
             future.set_result(result)
 
     def run() -> None:
+        result: Any = None
+        error: Exception | None = None
         try:
             result = function()
-        except Exception as error:
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, result, None)
+        except StopIteration as problem:
+            # A future refuses it.
+            error = RuntimeError(f"StopIteration: {problem}")
+        except Exception as problem:
+            error = problem
+        except BaseException as problem:
+            # SystemExit and its like must not end the process from in here.
+            error = RuntimeError(f"{type(problem).__name__}: {problem}")
+        # The loop is closed if the process is leaving: then nobody waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
 
     Thread(target=run, name="blocking-call", daemon=True).start()
     outcome: ResultT = await future

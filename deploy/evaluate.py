@@ -36,7 +36,8 @@ def evaluate(config: RunConfig, model: Path | None) -> int:
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )
-    works = evaluation_work(load_rows(heldout, config.data.heldout_split), config)
+    rows = load_rows(heldout, config.data.heldout_split)
+    works = evaluation_work(rows, config, version=0)
     evaluation = asyncio.run(_evaluate(config, load_policy(config), works))
     print(f"{evaluation.num_prompts} prompts x {config.eval.num_rollouts} rollouts")
     for name, mean in evaluation.means(tuple(r.name for r in config.rewards)).items():

@@ -13,7 +13,9 @@ def print_summary(summary: dict[str, Any], plot: Path | None) -> None:
     console = Console(highlight=False)
     if not summary["completed"]:
         console.print(
-            f"The run ended early after {summary['steps']} steps: {summary['ended_because']}"
+            f"The run ended early after {summary['steps']} steps: {summary['ended_because']}",
+            soft_wrap=True,
+            markup=False,
         )
     if summary["rewards"]["before"] and summary["rewards"]["after"]:
         console.print(_rewards(summary["rewards"]))

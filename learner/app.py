@@ -98,6 +98,7 @@ class Learner:
                 config.sampling.max_tokens,
                 len(config.rewards),
             ),
+            max_uses=config.buffer.max_uses,
         )
 
     def _connect(self) -> None:
@@ -226,7 +227,7 @@ class Learner:
             return None
         self.phase = phase
         version = self.trainer.version
-        works = evaluation_work(self._heldout, self.config)
+        works = evaluation_work(self._heldout, self.config, version)
         evaluation = self.coordinator.start_evaluation(works, version)
         self._intake.wake()
         deadline = math.inf

@@ -64,6 +64,7 @@ class ReplayBuffer:
         self._sampling = sampling
         self._entries: list[_Entry] = []
         self._changed = Condition()
+        self._woken = False
         self.in_training = 0
         """Groups that the last `take` removed, until `step_done`."""
         self.size_bytes = 0
@@ -85,16 +86,20 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     def take(self, num_groups: int, version: int, timeout_s: float) -> list[Group] | None:
-        """Cut a batch of ``num_groups`` for the trainer at ``version``; None after ``timeout_s``.
+        """Cut a batch of ``num_groups`` for the trainer at ``version``.
+
+        None after ``timeout_s``, or after `wake`.
 
         Groups that are too stale by now are evicted first. ``fifo`` takes them in the order in
         which they were leased, so that a slow group is not overtaken while it can still be used;
         ``freshest`` takes those whose oldest token is youngest.
         """
         with self._changed:
-            if not self._changed.wait_for(
-                lambda: self._evict_stale(version) >= num_groups, timeout_s
-            ):
+            self._woken = False
+            self._changed.wait_for(
+                lambda: self._woken or self._evict_stale(version) >= num_groups, timeout_s
+            )
+            if self._evict_stale(version) < num_groups:
                 return None
             chosen = self._choose(num_groups)
             for entry in chosen:
@@ -112,8 +117,9 @@ class ReplayBuffer:
         self.in_training = 0
 
     def wake(self) -> None:
-        """Make a waiting `take` look again, for example because the run is being stopped."""
+        """End a waiting `take`, because the run is not to go on."""
         with self._changed:
+            self._woken = True
             self._changed.notify_all()
 
     def _choose(self, num_groups: int) -> Sequence[_Entry]:

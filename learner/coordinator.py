@@ -145,12 +145,16 @@ class Coordinator:
             now = self._clock()
             for actor in list(self._actors.values()):
                 limit = self._config.learner
-                patience = limit.actor_timeout_s if actor.ready else limit.join_timeout_s
-                if now - actor.last_heard > patience:
-                    self._forget(actor, f"silent for {now - actor.last_heard:.1f} s")
+                silence, age = now - actor.last_heard, now - actor.joined_at
+                if actor.ready and silence > limit.actor_timeout_s:
+                    self._forget(actor, f"silent for {silence:.1f} s")
+                elif not actor.ready and age > limit.join_timeout_s:
+                    self._forget(actor, f"without weights {age:.0f} s after it joined")
             for held in self.leases.overdue(now):
                 log.warning("lease %d overran its deadline; issued again", held.lease)
                 self._end(held, "deadline")
+                if holder := self._actors.get(held.holder):
+                    holder.overrun.add(held.lease)
                 self._work.again(held.work)
             self._issue(now)
 
@@ -182,8 +186,10 @@ class Coordinator:
             self._work.end_evaluation()
 
     def drain(self, cause: str) -> None:
-        """The run is over: tell every actor."""
+        """The run is over: tell every actor; nothing is leased any more."""
         with self._lock:
+            self._training = False
+            self._work.end_evaluation()
             for session in self._actors:
                 self._send(session, Drain(cause=cause))
 
@@ -261,7 +267,8 @@ class Coordinator:
     def _why_refused(self, session: str, hello: Hello) -> str:
         if hello.session != session:
             return f"the session {hello.session!r} is not the connection's {session!r}"
-        if len(self._actors) >= self._config.learner.max_actors:
+        full = len(self._actors) >= self._config.learner.max_actors
+        if full and session not in self._actors:
             return f"learner.max_actors = {self._config.learner.max_actors} actors are connected"
         pairs = (
             ("protocol version", hello.protocol, PROTOCOL_VERSION),
@@ -275,6 +282,7 @@ class Coordinator:
         )
 
     def _group(self, actor: ActorState, header: GroupHeader, payloads: list[memoryview]) -> None:
+        actor.overrun.discard(header.lease)
         held = self.leases.find(header.lease, actor.session)
         if held is None:
             verdict, cause = self.leases.why_not(header.lease)
@@ -313,6 +321,7 @@ class Coordinator:
         self._send(actor.session, Ack(lease=lease, verdict=verdict, cause=cause))  # type: ignore[arg-type]
 
     def _failed(self, actor: ActorState, message: Failed) -> None:
+        actor.overrun.discard(message.lease)
         held = self.leases.find(message.lease, actor.session)
         if held is None:
             return
@@ -330,6 +339,7 @@ class Coordinator:
     def _weights_ready(self, actor: ActorState, ready: WeightsReady) -> None:
         if ready.digest != self._snapshots.digest(ready.version):
             self.counters.digest_mismatches += 1
+            actor.version = -1
             log.error("actor %d holds other weights than version %d", actor.number, ready.version)
             self._send(actor.session, self._snapshots.latest.announcement())
             return

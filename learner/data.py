@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from learner.config import RunConfig
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, brief
 from protocol.leases import Work
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -27,6 +27,8 @@ def load_rows(source: str, split: str) -> list[Row]:
         file_type = _FILE_TYPES.get(Path(source).suffix)
         if file_type and not Path(source).is_file():
             raise ConfigError(f"no such data file: {source}")
+        if file_type and Path(source).stat().st_size == 0:
+            raise ConfigError(f"{source} is empty: there is nothing to train on")
         if file_type:
             data = load_dataset(file_type, data_files=source, split="train")
         else:
@@ -34,9 +36,12 @@ def load_rows(source: str, split: str) -> list[Row]:
     except ConfigError:
         raise
     except Exception as error:
+        # A file with columns but without rows is an error to `datasets`, of no type of its own.
+        if "corresponds to no data" in str(error):
+            raise ConfigError(f"{source} is empty: there is nothing to train on") from error
         raise ConfigError(
-            f"cannot load data {source!r}: {_first_line(error)}; give a hub name or a file of "
-            f"type {', '.join(_FILE_TYPES)}"
+            f"cannot load data {source!r}: {brief(error.__cause__ or error)}; give a hub name or "
+            f"a file of type {', '.join(_FILE_TYPES)}"
         ) from error
     if "prompt" not in data.column_names:
         raise ConfigError(f"{source}: no column 'prompt' among {', '.join(data.column_names)}")
@@ -44,10 +49,6 @@ def load_rows(source: str, split: str) -> list[Row]:
     if not rows:
         raise ConfigError(f"{source} is empty: there is nothing to train on")
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _plain(source: str, index: int, row: Row) -> Row:
@@ -91,11 +92,11 @@ class PromptStream:
         )
 
 
-def evaluation_work(rows: list[Row], config: RunConfig) -> list[Work]:
+def evaluation_work(rows: list[Row], config: RunConfig, version: int) -> list[Work]:
     """The held-out prompts, with seeds that are the same at every evaluation."""
     return [
         Work(
-            prompt_id=f"heldout/{index}",
+            prompt_id=f"heldout/{version}/{index}",
             row=row,
             seed=_seed(config.seed, 1, 0, index),
             num_rollouts=config.eval.num_rollouts,

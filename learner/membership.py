@@ -22,6 +22,8 @@ class ActorState:
     status: Status | None = None
     held: int = 0
     """Outstanding leases."""
+    overrun: set[int] = field(default_factory=set)
+    """Leases whose deadline passed, but that it may still be working on."""
     groups: int = 0
 
     @property
@@ -31,7 +33,9 @@ class ActorState:
     @property
     def room(self) -> int:
         """Leases that it can take on top."""
-        return (self.status.capacity if self.status and self.ready else 0) - self.held
+        if self.status is None or not self.ready:
+            return 0
+        return self.status.capacity - self.held - len(self.overrun)
 
 
 @dataclass(slots=True)

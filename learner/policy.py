@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from learner.config import RunConfig
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, brief
 from protocol.weights import TensorSpec, layout
 
 _FILES = ("config.json", "generation_config.json", "chat_template.jinja")
@@ -55,8 +55,7 @@ def load_policy(config: RunConfig) -> Policy:
             attn_implementation=config.model.attention,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path = {config.model.path!r}: {first_line}") from error
+        raise ConfigError(f"model.path = {config.model.path!r}: {brief(error)}") from error
     _check_lengths(config, model)
     files = {path.name: path.read_bytes() for path in _model_files(folder)}
     if not any(name.startswith("tokenizer") for name in files):
@@ -96,9 +95,8 @@ def _folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=list(_HUB_PATTERNS)))
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model.path = {path!r} is no folder, and the hub does not have it: {first_line}"
+            f"model.path = {path!r} is no folder, and the hub does not have it: {brief(error)}"
         ) from error
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 
 from learner.coordinator import Coordinator
 
@@ -22,6 +23,15 @@ class _Sample:
     tokens_trained: float
     learner_wait_seconds: float
     steps: int
+
+
+class _Counters(NamedTuple):
+    """What one actor has reached."""
+
+    tokens: int
+    groups: int
+    uptime: float
+    idle: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +69,8 @@ class Progress:
         self._clock = clock
         self._lock = Lock()
         self._samples: deque[_Sample] = deque()
-        self._gone = dict.fromkeys(("tokens", "groups", "uptime", "idle"), 0.0)
-        self._last_seen: dict[str, dict[str, float]] = {}
+        self._first: dict[str, _Counters] = {}
+        self._last: dict[str, _Counters] = {}
         self.tokens_trained = 0
         self.wait_seconds = 0.0
         self.steps = 0
@@ -102,27 +112,23 @@ class Progress:
         return self._between(self._samples[0], new)
 
     def _totals(self) -> dict[str, float]:
-        """Sums over live actors, and what those that left had reached."""
-        live = {}
+        """Sums over all actors ever seen, as far as each one had got when it was last heard."""
         for actor in self._coordinator.actors():
             if status := actor.status:
-                live[actor.session] = {
-                    "tokens": status.tokens_generated,
-                    "groups": status.groups_generated,
-                    "uptime": status.uptime_seconds,
-                    "idle": status.idle_seconds,
-                }
-        for session in self._last_seen.keys() - live.keys():
-            for name, value in self._last_seen[session].items():
-                self._gone[name] += value
-        for session in live.keys() - self._last_seen.keys():
-            # Only what happens from now on counts, so that rates do not jump at a join.
-            for name, value in live[session].items():
-                self._gone[name] -= value if name in ("uptime", "idle") else 0
-        self._last_seen = live
+                values = _Counters(
+                    status.tokens_generated,
+                    status.groups_generated,
+                    status.uptime_seconds,
+                    status.idle_seconds,
+                )
+                # Only time from now on counts, so that shares do not jump at a join.
+                self._first.setdefault(actor.session, values)
+                self._last[actor.session] = values
         return {
-            name: gone + sum(values[name] for values in live.values())
-            for name, gone in self._gone.items()
+            "tokens": sum(c.tokens for c in self._last.values()),
+            "groups": sum(c.groups for c in self._last.values()),
+            "uptime": sum(c.uptime - self._first[s].uptime for s, c in self._last.items()),
+            "idle": sum(c.idle - self._first[s].idle for s, c in self._last.items()),
         }
 
     def _between(self, old: _Sample, new: _Sample) -> Rates:

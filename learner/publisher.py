@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from learner.config import WeightsConfig
 from learner.coordinator import Coordinator
 from learner.snapshots import Snapshot, SnapshotStore
-from protocol.errors import TrainingError
+from protocol.errors import TrainingError, brief
 from protocol.messages import Weights
 from protocol.weights import chunks
 
@@ -136,7 +136,7 @@ class Publisher:
             log.warning(
                 "push of version %d by collective failed, actors pull it instead: %s",
                 snapshot.version,
-                str(error).splitlines()[0],
+                brief(error),
             )
             by_collective = False
             self._collective.end()

@@ -32,6 +32,7 @@ class WorkQueue:
         return self._evaluation
 
     def end_evaluation(self) -> None:
+        """What is still out comes back for nothing."""
         self._evaluation = None
 
     def next_evaluation(self, actor_version: int) -> Work | None:
@@ -48,15 +49,15 @@ class WorkQueue:
     def done(self, work: Work, group: Group) -> None:
         """A valid group came back."""
         self._failures_in_a_row = 0
-        if work.purpose == "eval" and self._evaluation is not None:
-            self._evaluation.receive(work, group)
+        if evaluation := self._evaluation_of(work):
+            evaluation.receive(work, group)
 
     def again(self, work: Work) -> None:
         """The actor was lost, not the row: lease it again before anything new."""
         if work.purpose == "train":
             self._retries.append(work)
-        elif self._evaluation is not None:
-            self._evaluation.waiting.append(work)
+        elif evaluation := self._evaluation_of(work):
+            evaluation.waiting.append(work)
 
     def failed(self, work: Work, cause: str) -> None:
         """The row could not be rolled out: again, or left out if that happens every time.
@@ -69,10 +70,17 @@ class WorkQueue:
             self.again(work)
         else:
             log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
-            if work.purpose == "eval" and self._evaluation is not None:
-                self._evaluation.give_up(work)
+            if evaluation := self._evaluation_of(work):
+                evaluation.give_up(work)
         if self._failures_in_a_row >= self._max_failures:
             raise TrainingError(
                 f"{self._failures_in_a_row} groups failed in a row, the last one "
                 f"({work.prompt_id}) because: {cause}"
             )
+
+    def _evaluation_of(self, work: Work) -> Evaluation | None:
+        """The current evaluation, if ``work`` belongs to it and not to an earlier one."""
+        evaluation = self._evaluation
+        if evaluation is None or work.purpose != "eval" or not evaluation.wants(work):
+            return None
+        return evaluation

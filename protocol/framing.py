@@ -57,7 +57,9 @@ def _decode_header(frame: Buffer, types: Any) -> Any:
         raise BadMessage(f"header frame exceeds {MAX_HEADER_BYTES} bytes")
     try:
         # Its limits on lengths default to the size of the frame, its depth is bounded too.
-        untyped = msgpack.unpackb(frame, raw=False, strict_map_key=True)
+        untyped = msgpack.unpackb(
+            frame, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys
+        )
         return msgspec.convert(untyped, types, strict=True)
     except (
         msgspec.ValidationError,
@@ -66,3 +68,11 @@ def _decode_header(frame: Buffer, types: Any) -> Any:
         OverflowError,
     ) as error:
         raise BadMessage(f"not a valid message: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A map; one that names a key twice could mean two things."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a map with a key twice")
+    return result

@@ -54,9 +54,10 @@ class ObservabilityServer:
         handler = _handler(registry, heartbeat, ready, dict(routes or {}))
         try:
             self._server = ThreadingHTTPServer((host, port), handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another port"
+                f"cannot serve metrics on {host}:{port}: {reason}; choose another port"
             ) from error
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]

@@ -62,8 +62,8 @@ def parse_tcp(url: str) -> tuple[str, int]:
     return host, port
 
 
-def require_loopback(url: str) -> None:
-    """Refuse to listen where others could connect: the socket is not encrypted."""
+def require_loopback(url: str) -> str:
+    """The url, unless others could connect to it: then `ConfigError`, as nothing is encrypted."""
     host, _ = parse_tcp(url)
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -71,9 +71,10 @@ def require_loopback(url: str) -> None:
         loopback = False
     if not loopback:
         raise ConfigError(
-            f"learner.bind = {url!r} is reachable from other machines, and this version neither "
-            "encrypts nor authenticates; use tcp://127.0.0.1:PORT"
+            f"{url} is reachable from other machines, and this version neither encrypts nor "
+            "authenticates; use tcp://127.0.0.1:PORT"
         )
+    return url
 
 
 def address_towards(host: str, port: int) -> str:

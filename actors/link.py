@@ -15,8 +15,6 @@ from protocol.sockets import connect_actor
 
 log = logging.getLogger("actor")
 
-HELLO_INTERVAL_S = 1.0
-
 
 class LearnerLink:
     """Sends and receives messages; knows when the learner was last heard of."""
@@ -35,16 +33,14 @@ class LearnerLink:
         return self._clock() - self._last_heard
 
     async def join(self, hello: Hello, timeout_s: float) -> tuple[Welcome, list[memoryview]]:
-        """Say hello until the learner answers; raises `PeerLost`, or `Refused` with its reason."""
+        """Say hello, which waits for the connection; raises `PeerLost`, or `Refused` with why."""
         deadline = self._clock() + timeout_s
         await self.send(hello)
         while (left := deadline - self._clock()) > 0:
             try:
-                message, payloads = await asyncio.wait_for(
-                    self.receive(), min(left, HELLO_INTERVAL_S)
-                )
+                message, payloads = await asyncio.wait_for(self.receive(), left)
             except TimeoutError:
-                continue
+                break
             if isinstance(message, Welcome):
                 return message, payloads
             if isinstance(message, Error):

@@ -39,7 +39,7 @@ def load_reward(path: str, allowed_modules: Iterable[str], folder: Path) -> Rewa
     """
     module_name, _, function_name = path.partition(":")
     allowed = any(f"{module_name}.".startswith(f"{name}.") for name in allowed_modules)
-    if not allowed and not _lies_in(folder, module_name.partition(".")[0]):
+    if not _lies_in(folder, module_name) and not allowed:
         raise RewardError(
             f"reward function {path}: module {module_name} is not allowed here; start the actor in "
             f"the folder that holds it, or with --allow-rewards {module_name}"
@@ -58,18 +58,23 @@ def load_reward(path: str, allowed_modules: Iterable[str], folder: Path) -> Rewa
     return function
 
 
-def _lies_in(folder: Path, name: str) -> bool:
-    """Whether the top-level module ``name``, as Python would import it, lies in ``folder``."""
+def _lies_in(folder: Path, module_name: str) -> bool:
+    """Whether a module, as Python would import it, lies in ``folder``, its packages as well."""
+    parts = module_name.split(".")
+    name = parts[0]
     if not (folder / f"{name}.py").is_file() and not (folder / name).is_dir():
         return False
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     # A folder without __init__.py gives way to a module of its name that is installed.
-    spec = importlib.util.find_spec(name)
-    locations = [spec.origin] if spec and spec.origin else []
-    if spec and spec.submodule_search_locations:
-        locations = list(spec.submodule_search_locations)
-    return any(Path(place).resolve().is_relative_to(folder.resolve()) for place in locations)
+    # Parents come first: looking for a module imports them.
+    for end in range(1, len(parts) + 1):
+        spec = importlib.util.find_spec(".".join(parts[:end]))
+        origin = spec.origin if spec else None
+        # A package without __init__.py has no origin, and no code either.
+        if origin and not Path(origin).resolve().is_relative_to(folder.resolve()):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

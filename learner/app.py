@@ -205,10 +205,20 @@ class Learner:
 
     def _next_batch(self) -> list[Group] | None:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
-        started = time.monotonic()
+        started = started_waiting = time.monotonic()
+        accepted = self.buffer.books.accepted
+        config = self.config.learner
+        patience_s = config.lease_timeout_s + config.wait_for_actors_s
         try:
             while not self.interrupted:
                 self.coordinator.raise_if_failed()
+                if self.buffer.books.accepted > accepted:
+                    started_waiting, accepted = time.monotonic(), self.buffer.books.accepted
+                if time.monotonic() - started_waiting > patience_s:
+                    raise TrainingError(
+                        f"no group came in for {patience_s:.0f} s, though "
+                        f"{self.coordinator.num_live} actors are connected; look into their logs"
+                    )
                 self._heartbeat.beat()
                 groups = self.buffer.take(
                     self.config.learner.batch_groups, self.trainer.version, STOP_CHECK_S

@@ -1,7 +1,7 @@
 """The replay buffer: complete groups between intake and trainer.
 
-    add ──► buffered ──► trained          used `max_uses` times
-                    └──► evicted[cause]   too stale when a batch was cut, or no room
+    add ──► buffered ──► trained          used `max_uses` times, or fewer and then too stale
+                    └──► evicted[cause]   never used: too stale when a batch was cut, or no room
 
     invariant:   accepted = trained + evicted + buffered
 
@@ -107,9 +107,10 @@ class ReplayBuffer:
                 staleness = version - entry.group.oldest_version
                 self.largest_staleness = max(self.largest_staleness, staleness)
                 if entry.uses == self._max_uses:
+                    # First: who counts groups without the lock may count one twice, never none.
+                    self.in_training += 1
                     self._remove(entry)
                     self.books.trained += 1
-                    self.in_training += 1
             return [entry.group for entry in chosen]
 
     def step_done(self) -> None:

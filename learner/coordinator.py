@@ -50,6 +50,8 @@ from protocol.weights import CHUNK_BYTES
 
 log = logging.getLogger("learner")
 
+MAX_WRONG_DIGESTS = 3
+
 
 class Coordinator:
     """Actors, leases, evaluation and weights requests of one run."""
@@ -110,6 +112,9 @@ class Coordinator:
                     self._failed(actor, message)
                 case Status():
                     actor.status = message
+                    if message.active_leases == 0:
+                        # Whatever it overran is not being worked on any more.
+                        actor.overrun.clear()
                     pong = Pong(sequence=message.sequence, version=self._trainer_version)
                     self._send(session, pong)
                 case WeightsPull():
@@ -117,7 +122,7 @@ class Coordinator:
                 case WeightsReady():
                     self._weights_ready(actor, message)
                 case Goodbye():
-                    self._forget(actor, f"goodbye ({message.cause})")
+                    self._forget(actor, f"goodbye ({message.cause})", lost=False)
             self._issue(now)
 
     def bad_message(self, session: str, error: BadMessage) -> None:
@@ -131,7 +136,7 @@ class Coordinator:
         """The connection to an actor is gone, or its queue is full."""
         with self._lock:
             if actor := self._actors.get(session):
-                self._forget(actor, "unreachable")
+                self._forget(actor, "unreachable", lost=True)
 
     def fail(self, error: AsyncGdpoError) -> None:
         """Going on is impossible; the trainer's thread raises ``error``."""
@@ -147,15 +152,16 @@ class Coordinator:
                 limit = self._config.learner
                 silence, age = now - actor.last_heard, now - actor.joined_at
                 if actor.ready and silence > limit.actor_timeout_s:
-                    self._forget(actor, f"silent for {silence:.1f} s")
+                    self._forget(actor, f"silent for {silence:.1f} s", lost=True)
                 elif not actor.ready and age > limit.join_timeout_s:
-                    self._forget(actor, f"without weights {age:.0f} s after it joined")
+                    cause = f"without weights {age:.0f} s after it joined"
+                    self._forget(actor, cause, lost=True)
             for held in self.leases.overdue(now):
                 log.warning("lease %d overran its deadline; issued again", held.lease)
                 self._end(held, "deadline")
                 if holder := self._actors.get(held.holder):
                     holder.overrun.add(held.lease)
-                self._work.again(held.work)
+                self._work.overran(held.work)
             self._issue(now)
 
     # --- called by the trainer's thread ---------------------------------------------------------
@@ -255,7 +261,7 @@ class Coordinator:
             self._send(session, Error(code="refused", message=refusal))
             return
         if old := self._actors.get(session):
-            self._forget(old, "said hello again")
+            self._forget(old, "said hello again", lost=True)
         self._num_joined += 1
         self._last_actor_at = now
         self._actors[session] = ActorState(session, hello, now, now, self._num_joined)
@@ -339,10 +345,17 @@ class Coordinator:
     def _weights_ready(self, actor: ActorState, ready: WeightsReady) -> None:
         if ready.digest != self._snapshots.digest(ready.version):
             self.counters.digest_mismatches += 1
-            actor.version = -1
             log.error("actor %d holds other weights than version %d", actor.number, ready.version)
-            self._send(actor.session, self._snapshots.latest.announcement())
+            actor.version, actor.joined_at = -1, self._clock()
+            actor.wrong_digests += 1
+            if actor.wrong_digests < MAX_WRONG_DIGESTS:
+                self._send(actor.session, self._snapshots.latest.announcement())
+            else:
+                cause = f"{actor.wrong_digests} times in a row its weights had a wrong digest"
+                self._send(actor.session, Error(code="refused", message=cause))
+                self._forget(actor, cause, lost=True)
             return
+        actor.wrong_digests = 0
         actor.version, actor.digest, actor.route = ready.version, ready.digest, ready.route
         newest = self._snapshots.latest
         if ready.version < newest.version and ready.route == "stream":
@@ -398,17 +411,16 @@ class Coordinator:
 
     # --- details --------------------------------------------------------------------------------
 
-    def _forget(self, actor: ActorState, cause: str) -> None:
+    def _forget(self, actor: ActorState, cause: str, *, lost: bool) -> None:
         """The actor is gone; what it held is issued again."""
         del self._actors[actor.session]
-        lost = self.leases.held_by(actor.session)
-        for held in lost:
+        unfinished = self.leases.held_by(actor.session)
+        for held in unfinished:
             self._end(held, "actor_lost")
             self._work.again(held.work)
         self._last_actor_at = self._clock()
-        if not cause.startswith("goodbye"):
-            self.counters.actors_lost += 1
-        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, len(lost))
+        self.counters.actors_lost += lost
+        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, len(unfinished))
         self._changed.notify_all()
 
     def _send(self, session: str, header: Header, payloads: tuple[Buffer, ...] = ()) -> None:

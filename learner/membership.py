@@ -20,6 +20,8 @@ class ActorState:
     digest: str = ""
     route: str = ""
     status: Status | None = None
+    wrong_digests: int = 0
+    """In a row."""
     held: int = 0
     """Outstanding leases."""
     overrun: set[int] = field(default_factory=set)

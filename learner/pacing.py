@@ -11,8 +11,8 @@ and, as no more than the rest of the run can be used, while
 
     outstanding + buffered + in training < (steps - V) * batch_groups
 
-Groups that are used max_uses times each make a batch last for so many steps: those behind it wait
-longer, and fewer of them are needed.
+With max_uses above 1 a batch of groups lasts for that many steps: both bounds are then divided by
+it, the first rounded down to whole batches, the second up.
 
 Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
 largest. The constructor refuses bounds under which a batch could never fill.
@@ -68,7 +68,6 @@ class Pacing:
         lag = trainer_version - actor_version
         by_staleness = (self.max_staleness + 1 - lag) // self.max_uses * self.batch_groups
         steps_left = self.steps - trainer_version
-        # Every step takes different groups, so the last one alone needs a whole batch.
         by_need = -(-steps_left // self.max_uses) * self.batch_groups
         ahead = outstanding + buffered + in_training
         by_groups = min(by_staleness - ahead, by_need - ahead, self.max_groups - ahead)

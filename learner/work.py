@@ -13,7 +13,7 @@ from protocol.leases import Work
 log = logging.getLogger("learner")
 
 MAX_ATTEMPTS = 3
-"""A row that its actors reported as failed so often is left out."""
+"""A row that failed or overran its lease so often is left out."""
 
 
 class WorkQueue:
@@ -59,24 +59,30 @@ class WorkQueue:
         elif evaluation := self._evaluation_of(work):
             evaluation.waiting.append(work)
 
+    def overran(self, work: Work) -> None:
+        """The lease took too long, which may be the actor's fault or the row's: again, at first."""
+        self._retry(replace(work, attempts=work.attempts + 1))
+
     def failed(self, work: Work, cause: str) -> None:
         """The row could not be rolled out: again, or left out if that happens every time.
 
         Raises `TrainingError` when nothing but failures comes back.
         """
         self._failures_in_a_row += 1
-        work = replace(work, attempts=work.attempts + 1)
-        if work.attempts < MAX_ATTEMPTS:
-            self.again(work)
-        else:
-            log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
-            if evaluation := self._evaluation_of(work):
-                evaluation.give_up(work)
+        self._retry(replace(work, attempts=work.attempts + 1))
         if self._failures_in_a_row >= self._max_failures:
             raise TrainingError(
                 f"{self._failures_in_a_row} groups failed in a row, the last one "
                 f"({work.prompt_id}) because: {cause}"
             )
+
+    def _retry(self, work: Work) -> None:
+        if work.attempts < MAX_ATTEMPTS:
+            self.again(work)
+            return
+        log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
+        if evaluation := self._evaluation_of(work):
+            evaluation.give_up(work)
 
     def _evaluation_of(self, work: Work) -> Evaluation | None:
         """The current evaluation, if ``work`` belongs to it and not to an earlier one."""

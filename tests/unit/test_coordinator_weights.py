@@ -69,6 +69,19 @@ def test_an_actor_that_got_a_later_version_wrong_is_not_ready_any_more():
     assert cluster.coordinator.ready_sessions() == ()
 
 
+def test_an_actor_that_worked_for_long_has_time_to_get_weights_right_again():
+    cluster = joined("a", join_timeout_s=100)
+    for _ in range(30):
+        cluster.clock.advance(5)
+        cluster.status("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.weights_ready("a", version=1, digest="wrong")
+    cluster.pass_time(1)
+    assert cluster.coordinator.num_live == 1
+    cluster.weights_ready("a", version=1)
+    assert cluster.coordinator.ready_sessions() == ("a",)
+
+
 def test_weights_that_nobody_published_make_no_actor_ready():
     cluster = joined()
     cluster.hello("a")

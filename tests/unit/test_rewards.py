@@ -82,6 +82,23 @@ def test_a_folder_of_the_same_name_does_not_open_a_module_that_lies_elsewhere(tm
     assert "is not allowed" in refusal("json.tool:main", tmp_path)
 
 
+def test_a_module_in_the_folder_may_be_allowed_by_name_as_well(tmp_path):
+    write_module(tmp_path, "def f(**_): return []")
+    assert load_reward("my_rewards:f", ("my_rewards",), tmp_path)
+
+
+def test_a_package_that_is_spread_over_folders_opens_only_its_part_in_this_one(
+    tmp_path, monkeypatch
+):
+    # Namespace packages, without __init__.py, like those that start with `google`.
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    write_module(here, "def f(**_): return []", "spread/mine")
+    write_module(elsewhere, "def f(**_): return []", "spread/others")
+    monkeypatch.syspath_prepend(elsewhere)
+    assert load_reward("spread.mine:f", (), here)
+    assert "is not allowed" in refusal("spread.others:f", here)
+
+
 def test_a_function_that_a_module_only_imported_is_refused(tmp_path):
     write_module(tmp_path, "from shutil import rmtree\nfrom os import system")
     assert "defines no function rmtree" in refusal("my_rewards:rmtree", tmp_path)
@@ -106,6 +123,12 @@ def test_what_is_no_function_of_the_module_is_refused(tmp_path, name):
 def test_a_module_that_does_not_import_is_refused_with_its_error(tmp_path, source, problem):
     write_module(tmp_path, source)
     assert problem in refusal("my_rewards:f", tmp_path)
+
+
+def test_a_package_that_does_not_import_is_refused_with_its_error(tmp_path):
+    write_module(tmp_path, "raise RuntimeError('x')", "package/__init__")
+    write_module(tmp_path, "def f(**_): return []", "package/inner")
+    assert "RuntimeError: x" in refusal("package.inner:f", tmp_path)
 
 
 # ---- Scoring -----------------------------------------------------------------------------------

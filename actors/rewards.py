@@ -39,13 +39,16 @@ def load_reward(path: str, allowed_modules: Iterable[str], folder: Path) -> Rewa
     """
     module_name, _, function_name = path.partition(":")
     allowed = any(f"{module_name}.".startswith(f"{name}.") for name in allowed_modules)
-    if not _lies_in(folder, module_name) and not allowed:
-        raise RewardError(
-            f"reward function {path}: module {module_name} is not allowed here; start the actor in "
-            f"the folder that holds it, or with --allow-rewards {module_name}"
-        )
     try:
+        # Looking for a module in a package imports the package.
+        if not _lies_in(folder, module_name) and not allowed:
+            raise RewardError(
+                f"reward function {path}: module {module_name} is not allowed here; start the "
+                f"actor in the folder that holds it, or with --allow-rewards {module_name}"
+            )
         module = importlib.import_module(module_name)
+    except RewardError:
+        raise
     except (Exception, SystemExit) as error:
         raise RewardError(
             f"reward function {path} does not import: {type(error).__name__}: {brief(error)}"

@@ -141,6 +141,8 @@ class LaunchConfig(StrictModel):
     actors: PositiveInt = 2
     actor_threads: PositiveInt = 1
     """CPU threads of each actor."""
+    start_timeout_s: PositiveFloat = 3600.0
+    """For the learner to load model and data, downloads included."""
     max_restarts: NonNegativeInt = 10
     """Of dead actors, in the whole run."""
 
@@ -151,7 +153,7 @@ class RunConfig(StrictModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run folder ``runs/NAME``."""
     runs_folder: str = "runs"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelConfig
     data: DataConfig
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
@@ -182,11 +184,6 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"learner.minibatches = {self.learner.minibatches} exceeds the {sequences} "
                 "sequences of a batch"
-            )
-        if self.buffer.max_groups < self.learner.batch_groups:
-            raise ValueError(
-                f"buffer.max_groups = {self.buffer.max_groups} can never hold a batch of "
-                f"learner.batch_groups = {self.learner.batch_groups}: training would wait for ever"
             )
         return self
 

@@ -22,7 +22,7 @@ from learner.evaluation import Evaluation
 from learner.membership import ActorState, Outgoing, WireCounters
 from learner.pacing import Pacing
 from learner.snapshots import SnapshotStore
-from learner.work import WorkQueue
+from learner.work import MAX_ATTEMPTS, WorkQueue
 from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
 from protocol.framing import Buffer
 from protocol.groups import GroupLimits, unpack_group
@@ -83,11 +83,14 @@ class Coordinator:
         self._actors: dict[str, ActorState] = {}
         self._num_joined = 0
         self._training = False
+        self._draining = False
         self._trainer_version = 0
         self._last_actor_at = clock()
         self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
         self.counters = WireCounters()
         self.outbox: deque[Outgoing] = deque()
+        self.timings: deque[tuple[str, float]] = deque(maxlen=10_000)
+        """(phase, seconds) as actors reported them; whoever exports them takes them out."""
         self.failure: AsyncGdpoError | None = None
 
     # --- called by intake -----------------------------------------------------------------------
@@ -161,7 +164,7 @@ class Coordinator:
                 self._end(held, "deadline")
                 if holder := self._actors.get(held.holder):
                     holder.overrun.add(held.lease)
-                self._work.overran(held.work)
+                self._work.failed(held.work)
             self._issue(now)
 
     # --- called by the trainer's thread ---------------------------------------------------------
@@ -194,7 +197,7 @@ class Coordinator:
     def drain(self, cause: str) -> None:
         """The run is over: tell every actor; nothing is leased any more."""
         with self._lock:
-            self._training = False
+            self._training, self._draining = False, True
             self._work.end_evaluation()
             for session in self._actors:
                 self._send(session, Drain(cause=cause))
@@ -217,10 +220,10 @@ class Coordinator:
 
     # --- called by the publisher's thread -------------------------------------------------------
 
-    def ready_sessions(self) -> tuple[str, ...]:
-        """Actors that have weights: the members of the next push."""
+    def ready_sessions(self, version: int = 0) -> tuple[str, ...]:
+        """Actors that sample from ``version`` or later."""
         with self._lock:
-            return tuple(session for session, actor in self._actors.items() if actor.ready)
+            return tuple(s for s, actor in self._actors.items() if actor.version >= version)
 
     def announce(self, session: str, weights: Weights) -> None:
         with self._lock:
@@ -261,7 +264,7 @@ class Coordinator:
             self._send(session, Error(code="refused", message=refusal))
             return
         if old := self._actors.get(session):
-            self._forget(old, "said hello again", lost=True)
+            self._forget(old, "said hello again", lost=False)
         self._num_joined += 1
         self._last_actor_at = now
         self._actors[session] = ActorState(session, hello, now, now, self._num_joined)
@@ -273,6 +276,8 @@ class Coordinator:
     def _why_refused(self, session: str, hello: Hello) -> str:
         if hello.session != session:
             return f"the session {hello.session!r} is not the connection's {session!r}"
+        if self._draining:
+            return "the run is over"
         full = len(self._actors) >= self._config.learner.max_actors
         if full and session not in self._actors:
             return f"learner.max_actors = {self._config.learner.max_actors} actors are connected"
@@ -300,10 +305,14 @@ class Coordinator:
             self.counters.bad_messages += 1
             self._end(held, "invalid_group")
             self._ack(actor, header.lease, "rejected", str(error))
-            self._failed_row(held.work, str(error))
+            self._work.failed(held.work)
+            self._count_failure(actor, held.work, str(error))
             return
+        actor.failures = 0
         actor.held -= 1
         actor.groups += 1
+        self.timings.append(("generate", group.generation_seconds))
+        self.timings.append(("score", group.reward_seconds))
         self.leases.receive(held)
         self._work.done(held.work, group)
         if held.work.purpose == "train":
@@ -333,7 +342,8 @@ class Coordinator:
             return
         log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, message.cause)
         self._end(held, "actor_failed")
-        self._failed_row(held.work, message.cause)
+        self._work.failed(held.work)
+        self._count_failure(actor, held.work, message.cause)
 
     def _weights_pull(self, session: str, pull: WeightsPull) -> None:
         chunk = self._snapshots.read(pull.version, pull.offset, min(pull.num_bytes, CHUNK_BYTES))
@@ -356,7 +366,9 @@ class Coordinator:
                 self._forget(actor, cause, lost=True)
             return
         actor.wrong_digests = 0
-        actor.version, actor.digest, actor.route = ready.version, ready.digest, ready.route
+        actor.version, actor.route = ready.version, ready.route
+        self.timings.append(("weights_receive", ready.receive_seconds))
+        self.timings.append(("weights_load", ready.load_seconds))
         newest = self._snapshots.latest
         if ready.version < newest.version and ready.route == "stream":
             self._send(actor.session, newest.announcement())
@@ -403,11 +415,20 @@ class Coordinator:
         if actor := self._actors.get(held.holder):
             actor.held -= 1
 
-    def _failed_row(self, work: Work, cause: str) -> None:
-        try:
-            self._work.failed(work, cause)
-        except TrainingError as error:
-            self.fail(error)
+    def _count_failure(self, actor: ActorState, work: Work, cause: str) -> None:
+        """Let an actor go from which nothing but failures comes; the last such one ends the run."""
+        actor.failures += 1
+        if actor.failures < max(MAX_ATTEMPTS, self._config.learner.batch_groups):
+            return
+        problem = (
+            f"{actor.failures} groups failed in a row, the last one ({work.prompt_id}) because: "
+            f"{cause}"
+        )
+        if not any(other.failures == 0 for other in self._actors.values()):
+            self.fail(TrainingError(problem))
+            return
+        self._send(actor.session, Error(code="refused", message=problem))
+        self._forget(actor, problem, lost=True)
 
     # --- details --------------------------------------------------------------------------------
 

@@ -17,9 +17,10 @@ class ActorState:
     last_heard: float
     number: int
     version: int = -1
-    digest: str = ""
     route: str = ""
     status: Status | None = None
+    failures: int = 0
+    """Groups that failed in a row."""
     wrong_digests: int = 0
     """In a row."""
     held: int = 0

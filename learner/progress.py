@@ -3,7 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from learner.coordinator import Coordinator
 
 WINDOW_S = 15.0
+WINDOW_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class _Counters(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Over the last `WINDOW_S` seconds or less."""
+    """Over the last `WINDOW_S` seconds or `WINDOW_STEPS` steps, whichever are more."""
 
     tokens_generated_per_s: float = 0.0
     tokens_trained_per_s: float = 0.0
@@ -72,7 +74,8 @@ class Progress:
         self._first: dict[str, _Counters] = {}
         self._last: dict[str, _Counters] = {}
         self.tokens_trained = 0
-        self.wait_seconds = 0.0
+        self._waited = 0.0
+        self._waiting_since: float | None = None
         self.steps = 0
         self.rates = Rates()
 
@@ -87,6 +90,22 @@ class Progress:
         """By all actors ever seen, also for evaluation and for groups that were not used."""
         with self._lock:
             return int(self._totals()["tokens"])
+
+    @property
+    def wait_seconds(self) -> float:
+        """The learner's time without a batch, a wait that still goes on included."""
+        since = self._waiting_since
+        return self._waited + (self._clock() - since if since is not None else 0.0)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The learner waits for groups."""
+        started = self._waiting_since = self._clock()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+            self._waited += self._clock() - started
 
     def sample(self) -> Rates:
         """Update `rates`; call it a few times a second, from any thread."""
@@ -107,7 +126,12 @@ class Progress:
             self.steps,
         )
         self._samples.append(new)
-        while self._samples[0].at < now - WINDOW_S:
+        # At least some steps, however long they take.
+        while (
+            len(self._samples) > 2
+            and self._samples[1].at < now - WINDOW_S
+            and self._samples[1].steps <= new.steps - WINDOW_STEPS
+        ):
             self._samples.popleft()
         return self._between(self._samples[0], new)
 

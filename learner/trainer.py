@@ -8,7 +8,7 @@ Where it departs from the GDPO paper's synchronous recipe:
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,14 @@ class StepResult:
 class Trainer:
     """Owns the optimiser and the policy version."""
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: RunConfig,
+        *,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_progress = on_progress
         self._model = policy.model
         self._config = config
         self._device = next(self._model.parameters()).device
@@ -191,6 +198,7 @@ class Trainer:
 
         Padding is on the right, where causal attention cannot see it: no mask is needed.
         """
+        self._on_progress()
         logits_BTV = self._model(input_ids=batch.tokens_BL[:, :-1], use_cache=False).logits
         return gdpo.token_logprobs(
             logits_BTV, batch.tokens_BL[:, 1:], temperature=self._config.sampling.temperature

@@ -1,4 +1,4 @@
-"""What is to be leased next: evaluation prompts, rows to try again, then the stream of prompts."""
+"""What is to be leased next: evaluation prompts, rows to try again, then new prompts."""
 
 import logging
 from collections import deque
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from learner.data import PromptStream
 from learner.evaluation import Evaluation
-from protocol.errors import TrainingError
 from protocol.groups import Group
 from protocol.leases import Work
 
@@ -17,12 +16,10 @@ MAX_ATTEMPTS = 3
 
 
 class WorkQueue:
-    """Hands out work and takes it back; ends the run when nothing succeeds any more."""
+    """Hands out work and takes it back."""
 
-    def __init__(self, stream: PromptStream, *, max_failures_in_a_row: int) -> None:
+    def __init__(self, stream: PromptStream) -> None:
         self._stream = stream
-        self._max_failures = max(MAX_ATTEMPTS, max_failures_in_a_row)
-        self._failures_in_a_row = 0
         self._retries: deque[Work] = deque()
         self._evaluation: Evaluation | None = None
 
@@ -48,7 +45,6 @@ class WorkQueue:
 
     def done(self, work: Work, group: Group) -> None:
         """A valid group came back."""
-        self._failures_in_a_row = 0
         if evaluation := self._evaluation_of(work):
             evaluation.receive(work, group)
 
@@ -59,24 +55,10 @@ class WorkQueue:
         elif evaluation := self._evaluation_of(work):
             evaluation.waiting.append(work)
 
-    def overran(self, work: Work) -> None:
-        """The lease took too long, which may be the actor's fault or the row's: again, at first."""
-        self._retry(replace(work, attempts=work.attempts + 1))
-
-    def failed(self, work: Work, cause: str) -> None:
-        """The row could not be rolled out: again, or left out if that happens every time.
-
-        Raises `TrainingError` when nothing but failures comes back.
-        """
-        self._failures_in_a_row += 1
-        self._retry(replace(work, attempts=work.attempts + 1))
-        if self._failures_in_a_row >= self._max_failures:
-            raise TrainingError(
-                f"{self._failures_in_a_row} groups failed in a row, the last one "
-                f"({work.prompt_id}) because: {cause}"
-            )
-
-    def _retry(self, work: Work) -> None:
+    def failed(self, work: Work) -> None:
+        """The row could not be rolled out, or took too long: again, or left out after
+        `MAX_ATTEMPTS`, because the fault may be the actor's or the row's."""
+        work = replace(work, attempts=work.attempts + 1)
         if work.attempts < MAX_ATTEMPTS:
             self.again(work)
             return

@@ -20,8 +20,12 @@ Purpose = Literal["train", "eval"]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """A duration: neither negative nor NaN nor infinite."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-Verdict = Literal["accepted", "duplicate", "stale", "rejected"]
+Verdict = Literal["accepted", "duplicate", "rejected"]
 FinishReason = Literal["stop", "length"]
+
+
+MODEL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""Configuration and tokenizer files that a welcome may bring: data, never code."""
 
 
 class Header(
@@ -46,9 +50,9 @@ class Hello(Header, tag="hello", frozen=True):
     """The run that the actor was built for, when it says hello again after a silence."""
     model_digest: str | None = None
     """`Welcome.model_digest` that the actor was built from, likewise."""
-    engine: str = "auto"
     host: str = ""
     pid: int = 0
+    metrics_host: str = ""
     metrics_port: int = 0
 
 
@@ -70,7 +74,7 @@ class Failed(Header, tag="failed", frozen=True):
 
 
 class Status(Header, tag="status", frozen=True):
-    """Heartbeat, sent by the loop that does the work; answered by `Pong`."""
+    """Heartbeat, sent while the engine makes progress or has nothing to do; see `Pong`."""
 
     sequence: int
     capacity: Annotated[int, msgspec.Meta(ge=0, le=65_536)]

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,6 +11,7 @@ from tests.integration.processes import (
     System,
     assert_books_balance,
     http_get,
+    listening_addresses,
     resident_bytes,
     wait_for,
 )
@@ -122,3 +124,31 @@ def test_actors_wait_for_a_slow_learner(system: System):
     assert summary["staleness"]["largest"] <= 2
     assert summary["books"]["groups"]["evicted"].get("overflow", 0) == 0
     assert_books_balance(summary)
+
+
+def test_a_learner_that_was_frozen_goes_on_with_its_actors(system: System):
+    """Longer than heartbeats and silences last: every connection is made anew."""
+    system.start_learner(*LONG_RUN)
+    actors = [system.start_actor("one"), system.start_actor("two")]
+    wait_for(lambda: system.status()["actors_live"] == 2, "both actors")
+    system.wait_for_step(2)
+    system.learner.signal(signal.SIGSTOP)
+    time.sleep(14)
+    system.learner.signal(signal.SIGCONT)
+    for actor in actors:
+        before = (system.actor(actor.pid) or {}).get("groups", 0)
+        wait_for(
+            lambda pid=actor.pid, groups=before: (
+                (system.actor(pid) or {}).get("groups", 0) > groups
+            ),
+            "each actor to work again",
+        )
+    assert_books_balance(system.summary_after_stop())
+
+
+def test_no_port_is_open_to_other_machines(system: System):
+    """The collective's rendezvous included."""
+    system.start_learner(*LONG_RUN)
+    system.start_actor("actor")
+    system.wait_for_step(2)
+    assert listening_addresses(system.learner.pid) == {"127.0.0.1"}

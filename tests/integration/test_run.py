@@ -65,13 +65,6 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
         assert float(printed[1]) == pytest.approx(mean, abs=1e-4)
 
 
-def test_an_earlier_run_of_the_same_name_is_never_touched(system):
-    for expected in ("tool_calling_tiny", "tool_calling_tiny-2"):
-        run = system.gdpo("run", "run", str(RECIPE), *QUICK, "learner.steps=1", "launch.actors=1")
-        assert run.wait(60) == 0, run.output
-        assert (system.folder / "runs" / expected / "summary.json").exists()
-
-
 def test_a_dead_actor_is_started_again(system):
     run = start_run(system, "learner.steps=400", "learner.actor_timeout_s=2")
     wait_for(lambda: system.status()["step"] >= 1, "the first step")

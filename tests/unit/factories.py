@@ -179,8 +179,7 @@ class Cluster:
             ),
             files=(b"{}",),
             work=WorkQueue(
-                PromptStream([{"prompt": f"p{i}"} for i in range(num_rows)], self.config),
-                max_failures_in_a_row=self.config.learner.batch_groups,
+                PromptStream([{"prompt": f"p{i}"} for i in range(num_rows)], self.config)
             ),
             buffer=self.buffer,
             pacing=make_pacing(self.config),

@@ -199,7 +199,6 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("actor.sampling.max_tokens=3", "[sampling] at the top level"),
         ("actor.rewards=[]", "[[rewards]]"),
         ("learner.minibatches=999", "exceeds the 256 sequences of a batch"),
-        ("buffer.max_groups=8", "can never hold a batch of learner.batch_groups = 32"),
         ("learner.betas=[0.9, 1.0]", "learner.betas"),
         ("learner.betas=[-0.1, 0.9]", "learner.betas"),
         ("learner.metrics_port=70000", "learner.metrics_port"),

@@ -206,3 +206,19 @@ def test_the_first_failure_is_the_one_that_ends_the_run():
     cluster.coordinator.fail(TrainingError("second"))
     with pytest.raises(TrainingError, match="first"):
         cluster.coordinator.raise_if_failed()
+
+
+def test_an_actor_from_which_only_failures_come_is_let_go_while_others_work():
+    cluster = joined("good", "bad", capacity=1, max_staleness=8)
+    for _ in range(40):
+        for lease in cluster.leases("good"):
+            cluster.finish("good", lease)
+        for lease in cluster.leases("bad"):
+            cluster.say("bad", Failed(lease=lease, cause="no luck"))
+        if cluster.coordinator.num_live == 1:
+            break
+    [refused] = cluster.heard("bad", Error)
+    assert "groups failed in a row" in refused.message
+    assert "no luck" in refused.message
+    cluster.coordinator.raise_if_failed()
+    assert [actor.session for actor in cluster.coordinator.actors()] == ["good"]

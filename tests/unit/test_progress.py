@@ -20,8 +20,10 @@ def make_progress() -> tuple[Cluster, Progress]:
 
 def test_rates_are_differences_over_the_time_between_samples():
     cluster, progress = make_progress()
-    cluster.clock.advance(5)
-    progress.tokens_trained, progress.wait_seconds, progress.steps = 100, 1.0, 2
+    cluster.clock.advance(4)
+    with progress.waiting():
+        cluster.clock.advance(1)
+    progress.tokens_trained, progress.steps = 100, 2
     cluster.status(
         "a", tokens_generated=250, groups_generated=4, idle_seconds=1.0, uptime_seconds=5.0
     )
@@ -32,6 +34,23 @@ def test_rates_are_differences_over_the_time_between_samples():
     assert rates.learner_wait_share == pytest.approx(0.2)  # 1 / 5
     # The learner uses 2 * 2 groups in 4 busy seconds, an actor makes 4 groups in 4 busy seconds.
     assert rates.actors_wanted == 1
+
+
+def test_a_wait_that_still_goes_on_counts_already():
+    cluster, progress = make_progress()
+    cluster.clock.advance(10)
+    with progress.waiting():
+        cluster.clock.advance(30)
+        assert progress.sample().learner_wait_share == pytest.approx(0.75)  # 30 / 40
+
+
+def test_rates_cover_some_steps_however_long_they_take():
+    cluster, progress = make_progress()
+    for step in range(1, 5):
+        cluster.clock.advance(100)
+        progress.steps, progress.tokens_trained = step, 1000 * step
+        rates = progress.sample()
+    assert rates.tokens_trained_per_s == pytest.approx(10)  # 1000 / 100
 
 
 def test_what_an_actor_did_before_it_was_seen_does_not_count_as_now():

@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/gdpo run examples/tool_calling_tiny.toml
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test-demo: install
 	$(BIN)/pytest -m demo

@@ -26,8 +26,9 @@ def load_rows(source: str, split: str) -> list[Row]:
     # Importing `datasets` takes a second, which commands that load no data need not wait.
     import datasets
 
-    # What it logs of a broken file comes in our own error.
+    # What it logs of a broken file comes in our own error, and its bars would tear our display.
     datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
     try:
         file_type = _FILE_TYPES.get(Path(source).suffix)
         if file_type and not Path(source).is_file():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from learner.config import RunConfig
@@ -49,6 +50,8 @@ class Policy:
 def load_policy(config: RunConfig) -> Policy:
     """Load the model and its files; raises `ConfigError`."""
     folder = _folder(config.model.path)
+    # Its bars would tear our own display.
+    transformers.utils.logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,

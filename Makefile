@@ -10,15 +10,15 @@ install: $(VENV)/.installed
 # torch goes first: with it in place the other packages do not ask for a different build.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
+	$(BIN)/pip install --editable '.[dev]'
 	touch $@
 
 demo: install
 	$(BIN)/gdpo run examples/tool_calling_tiny.toml
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test-demo: install
 	$(BIN)/pytest -m demo

@@ -12,7 +12,6 @@ and sent again if that takes too long; the learner knows a group that it already
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import msgspec
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -38,10 +38,11 @@ from actors.rollout import RolloutWorker, UnusableRow
 from actors.transformers_engine import TransformersEngine
 from actors.weights import WeightsReceiver
 from protocol.config import ActorConfig
-from protocol.errors import BadMessage, PeerLost, Refused, RewardError
+from protocol.errors import BadMessage, EngineError, PeerLost, Refused, RewardError, brief
 from protocol.framing import Buffer
 from protocol.groups import pack_group
 from protocol.messages import (
+    MODEL_FILE_SUFFIXES,
     PROTOCOL_VERSION,
     Ack,
     Drain,
@@ -100,8 +101,9 @@ class Actor:
         self._groups_generated = 0
         self._failed: Counter[str] = Counter()
         self._sequence = 0
-        self._heartbeat = Heartbeat(limit_s=30.0)
+        self._heartbeat = Heartbeat("loop", limit_s=30.0)
         self._engine: Engine | None = None
+        self._rejoining = False
 
     def stop(self, cause: str) -> None:
         """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
@@ -116,7 +118,7 @@ class Actor:
             registry,
             host=self._options.metrics_host,
             port=self._options.metrics_port,
-            heartbeat=self._heartbeat,
+            heartbeats=(self._heartbeat,),
             ready=lambda: self._engine is not None and self._engine.version >= 0,
         )
         self._hello = Hello(
@@ -124,6 +126,7 @@ class Actor:
             session=self._session,
             host=socket.gethostname(),
             pid=os.getpid(),
+            metrics_host=self._options.metrics_host,
             metrics_port=server.port,
         )
         try:
@@ -156,10 +159,11 @@ class Actor:
             goodbye = self._stop_cause
         except BaseExceptionGroup as errors:
             # The loops fail one at a time; the first failure cancels the others.
-            goodbye = f"error: {errors.exceptions[0]}"
-            raise errors.exceptions[0] from None
+            error = _first(errors)
+            goodbye = f"error: {brief(error)}"
+            raise error from None
         except Exception as error:
-            goodbye = f"error: {error}"
+            goodbye = f"error: {brief(error)}"
             raise
         finally:
             log.info("leaving: %s", goodbye)
@@ -189,7 +193,7 @@ class Actor:
         )
         self._worker = RolloutWorker(
             engine,
-            AutoTokenizer.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
             scorer,
             max_prompt_tokens=config.sampling.max_prompt_tokens,
         )
@@ -211,8 +215,8 @@ class Actor:
                     task.add_done_callback(partial(self._forget, message.lease))
                 case Ack():
                     self._unacknowledged.pop(message.lease, None)
-                    if message.verdict in ("rejected", "stale"):
-                        log.info("lease %d %s: %s", message.lease, message.verdict, message.cause)
+                    if message.verdict == "rejected":
+                        log.info("lease %d rejected: %s", message.lease, message.cause)
                 case Weights():
                     self._weights.announce(message)
                 case WeightsChunk():
@@ -220,12 +224,10 @@ class Actor:
                 case Welcome():
                     self._welcome_back(message)
                 case Drain():
-                    for task in list(self._rollouts.values()):
-                        task.cancel()
+                    self._cancel_rollouts()
                     self.stop(message.cause)
                 case Error(code="unknown_session"):
-                    # The learner gave us up during a silence; our leases are already reissued.
-                    await self._link.send(self._hello_again())
+                    await self._join_again()
                 case Error(code="refused"):
                     raise Refused(f"the learner refuses this actor: {message.message}")
                 case Error():
@@ -234,16 +236,26 @@ class Actor:
     async def _roll_out(self, lease: Lease) -> None:
         """Generate and score one lease; ends in a group or a failure, never in neither."""
         try:
-            group = await self._worker.roll_out(lease)
-        except (RewardError, UnusableRow) as error:
-            self._failed["reward" if isinstance(error, RewardError) else "prompt"] += 1
-            log.warning("lease %d (%s) failed: %s", lease.lease, lease.prompt_id, error)
-            await self._link.send(Failed(lease=lease.lease, cause=str(error)))
+            async with asyncio.timeout(lease.deadline_s):
+                group = await self._worker.roll_out(lease)
+        except RewardError as error:
+            await self._give_up(lease, "reward", str(error))
+            return
+        except UnusableRow as error:
+            await self._give_up(lease, "prompt", str(error))
+            return
+        except TimeoutError:
+            await self._give_up(lease, "deadline", f"it took longer than {lease.deadline_s:g} s")
             return
         self._groups_generated += 1
         header, payloads = pack_group(group)
         self._unacknowledged[lease.lease] = _Unacknowledged(header, payloads, time.monotonic())
         await self._link.send(header, payloads)
+
+    async def _give_up(self, lease: Lease, kind: str, cause: str) -> None:
+        self._failed[kind] += 1
+        log.warning("lease %d (%s) failed: %s", lease.lease, lease.prompt_id, cause)
+        await self._link.send(Failed(lease=lease.lease, cause=cause))
 
     async def _send_status(self) -> None:
         """Heartbeat; also sends groups again whose acknowledgement is overdue."""
@@ -253,6 +265,10 @@ class Actor:
                     f"the learner at {self._options.learner} has been silent for "
                     f"{self._link.silence_s:.0f} s; this actor stops"
                 )
+            if self._engine and self._engine.stalled_s > self._config.engine_timeout_s:
+                raise EngineError(
+                    f"the engine has made no progress for {self._engine.stalled_s:.0f} s"
+                )
             self._sequence += 1
             await self._link.send(self._status())
             now = time.monotonic()
@@ -261,17 +277,17 @@ class Actor:
                     message.sent_at = now
                     await self._link.send(message.header, message.payloads)
             self._heartbeat.beat()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), self._config.status_interval_s)
-            if self._stopping.is_set():
-                await self._link.send(self._status())
-                return
+            await asyncio.sleep(self._config.status_interval_s)
 
     async def _drain(self) -> None:
         """Finish the leases at hand, within `DRAIN_TIMEOUT_S`; the learner reissues the rest."""
+        await self._link.send(self._status())
         if self._rollouts:
             log.info("finishing %d leases", len(self._rollouts))
             await asyncio.wait(list(self._rollouts.values()), timeout=DRAIN_TIMEOUT_S)
+        self._cancel_rollouts()
+
+    def _cancel_rollouts(self) -> None:
         for task in list(self._rollouts.values()):
             task.cancel()
 
@@ -295,15 +311,20 @@ class Actor:
             uptime_seconds=time.monotonic() - self._started,
         )
 
-    def _hello_again(self) -> Hello:
-        return Hello(
-            protocol=PROTOCOL_VERSION,
-            session=self._session,
-            run_id=self._welcome.run_id,
-            model_digest=self._welcome.model_digest,
-            host=self._hello.host,
-            pid=self._hello.pid,
-            metrics_port=self._hello.metrics_port,
+    async def _join_again(self) -> None:
+        """The learner gave us up during a silence: our leases are with others, so drop them."""
+        if self._rejoining:
+            # It answers so to each of the messages that were on their way.
+            return
+        self._rejoining = True
+        self._cancel_rollouts()
+        self._unacknowledged.clear()
+        await self._link.send(
+            msgspec.structs.replace(
+                self._hello,
+                run_id=self._welcome.run_id,
+                model_digest=self._welcome.model_digest,
+            )
         )
 
     def _welcome_back(self, welcome: Welcome) -> None:
@@ -312,7 +333,16 @@ class Actor:
                 f"the learner now runs {welcome.run_id}, this actor was built for "
                 f"{self._welcome.run_id}; start it again"
             )
+        self._rejoining = False
         log.info("joined again after a silence")
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first failure in nested task groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _write_model_files(folder: Path, names: Sequence[str], contents: list[memoryview]) -> None:
@@ -320,6 +350,6 @@ def _write_model_files(folder: Path, names: Sequence[str], contents: list[memory
         raise BadMessage(f"the welcome names {len(names)} files and brings {len(contents)}")
     for name, content in zip(names, contents, strict=True):
         # The names come from the network: never leave the folder.
-        if Path(name).name != name or not name.endswith((".json", ".jinja", ".txt", ".model")):
+        if Path(name).name != name or not name.endswith(MODEL_FILE_SUFFIXES):
             raise BadMessage(f"the welcome brings a file named {name!r}")
         (folder / name).write_bytes(content)

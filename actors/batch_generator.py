@@ -90,6 +90,16 @@ class BatchGenerator:
         self._waiting.append(_Pending(key, request, [None] * request.num_rollouts))
 
     @torch.inference_mode()
+    def abort(self, key: int) -> None:
+        """Forget a group, wherever it is."""
+        self._waiting = deque(group for group in self._waiting if group.key != key)
+        keep = [index for index, row in enumerate(self._rows) if row.group.key != key]
+        if len(keep) < len(self._rows):
+            assert self._logits_BV is not None
+            self._logits_BV = self._logits_BV[torch.tensor(keep, dtype=torch.long)]
+            self._keep_rows(keep)
+
+    @torch.inference_mode()
     def weights_changed(self, version: int) -> None:
         """Recompute every row in flight under the weights that the model now holds."""
         self._version = version

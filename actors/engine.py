@@ -40,12 +40,22 @@ class Engine(Protocol):
     every token carries the version of the weights that produced its distribution.
     """
 
-    stats: EngineStats
     version: int
     """Of the weights in use; -1 before the first `load_weights`."""
 
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since it began what it is doing now; 0 while it has nothing to do."""
+        ...
+
     async def generate(self, request: Request) -> list[Rollout]:
-        """Complete a prompt; raises `EngineError` when the engine is dead or closed."""
+        """Complete a prompt; raises `EngineError` when the engine is dead or closed.
+
+        Cancelling it ends the generation.
+        """
         ...
 
     async def load_weights(

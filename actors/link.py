@@ -1,6 +1,7 @@
 """The actor's end of its connection to the learner."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from protocol.framing import Buffer, decode_to_actor, encode
 from protocol.messages import Error, Header, Hello, ToActor, Welcome
 from protocol.sockets import connect_actor
 
-HELLO_INTERVAL_S = 1.0
+log = logging.getLogger("actor")
 
 
 class LearnerLink:
@@ -32,16 +33,14 @@ class LearnerLink:
         return self._clock() - self._last_heard
 
     async def join(self, hello: Hello, timeout_s: float) -> tuple[Welcome, list[memoryview]]:
-        """Say hello until the learner answers; raises `PeerLost`, or `Refused` with its reason."""
+        """Say hello, which waits for the connection; raises `PeerLost`, or `Refused` with why."""
         deadline = self._clock() + timeout_s
         await self.send(hello)
         while (left := deadline - self._clock()) > 0:
             try:
-                message, payloads = await asyncio.wait_for(
-                    self.receive(), min(left, HELLO_INTERVAL_S)
-                )
+                message, payloads = await asyncio.wait_for(self.receive(), left)
             except TimeoutError:
-                continue
+                break
             if isinstance(message, Welcome):
                 return message, payloads
             if isinstance(message, Error):
@@ -65,8 +64,9 @@ class LearnerLink:
             frames = await self._socket.recv_multipart(copy=False)
             try:
                 message, payloads = decode_to_actor([frame.buffer for frame in frames])
-            except BadMessage:
+            except BadMessage as error:
                 self.dropped_messages += 1
+                log.warning("bad message from the learner: %s", error)
                 continue
             self._last_heard = self._clock()
             return message, payloads

@@ -37,6 +37,6 @@ class StatusCollector(Collector):
         failed = CounterMetricFamily(
             "gdpo_groups_failed", "Groups given up, by cause", labels=["cause"]
         )
-        for cause, count in self._failed.items():
+        for cause, count in dict(self._failed).items():
             failed.add_metric([cause], count)
         yield failed

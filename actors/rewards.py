@@ -9,18 +9,21 @@ strings, or ``[{"role": "assistant", "content": ...}]`` where the prompt is a li
 
 import asyncio
 import importlib
+import importlib.util
 import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actors.threads import in_daemon_thread
 from protocol.config import RewardConfig
-from protocol.errors import RewardError
+from protocol.errors import RewardError, brief
 from protocol.groups import Floats
 
 DEFAULT_MODULES = ("actors.tasks",)
@@ -35,23 +38,20 @@ def load_reward(path: str, allowed_modules: Iterable[str], folder: Path) -> Rewa
     in ``folder`` (where the actor was started) are imported, and only functions defined there.
     """
     module_name, _, function_name = path.partition(":")
-    top = module_name.partition(".")[0]
-    in_folder = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
-    if not in_folder and not any(
-        module_name == allowed or module_name.startswith(f"{allowed}.")
-        for allowed in allowed_modules
-    ):
-        raise RewardError(
-            f"reward function {path}: module {module_name} is not allowed here; start the actor in "
-            f"the folder that holds it, or with --allow-rewards {module_name}"
-        )
-    if in_folder and str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    allowed = any(f"{module_name}.".startswith(f"{name}.") for name in allowed_modules)
     try:
+        # Looking for a module in a package imports the package.
+        if not _lies_in(folder, module_name) and not allowed:
+            raise RewardError(
+                f"reward function {path}: module {module_name} is not allowed here; start the "
+                f"actor in the folder that holds it, or with --allow-rewards {module_name}"
+            )
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
         raise RewardError(
-            f"reward function {path} does not import: {type(error).__name__}: {error}"
+            f"reward function {path} does not import: {type(error).__name__}: {brief(error)}"
         ) from error
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function) or function.__module__ != module_name:
@@ -59,6 +59,25 @@ def load_reward(path: str, allowed_modules: Iterable[str], folder: Path) -> Rewa
             f"reward function {path}: {module_name} defines no function {function_name}"
         )
     return function
+
+
+def _lies_in(folder: Path, module_name: str) -> bool:
+    """Whether a module, as Python would import it, lies in ``folder``, its packages as well."""
+    parts = module_name.split(".")
+    name = parts[0]
+    if not (folder / f"{name}.py").is_file() and not (folder / name).is_dir():
+        return False
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    # A folder without __init__.py gives way to a module of its name that is installed.
+    # Parents come first: looking for a module imports them.
+    for end in range(1, len(parts) + 1):
+        spec = importlib.util.find_spec(".".join(parts[:end]))
+        origin = spec.origin if spec else None
+        # A package without __init__.py has no origin, and no code either.
+        if origin and not Path(origin).resolve().is_relative_to(folder.resolve()):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +132,7 @@ class RewardScorer:
             if inspect.iscoroutinefunction(reward.function):
                 call = reward.function(**arguments)
             else:
-                call = asyncio.to_thread(reward.function, **arguments)
+                call = in_daemon_thread(partial(reward.function, **arguments))
             scores = await asyncio.wait_for(call, self._timeout_s)
         except TimeoutError as error:
             raise RewardError(
@@ -121,7 +140,7 @@ class RewardScorer:
             ) from error
         except Exception as error:
             raise RewardError(
-                f"reward {reward.name!r} raised {type(error).__name__}: {error}"
+                f"reward {reward.name!r} raised {type(error).__name__}: {brief(error)}"
             ) from error
         return [_valid(reward.name, score) for score in _of_length(reward, scores, num_rollouts)]
 
@@ -141,8 +160,9 @@ def _valid(name: str, score: Any) -> float:
     try:
         value = float(score)
     except (TypeError, ValueError, OverflowError) as error:
-        raise RewardError(f"reward {name!r} returned {score!r}, which is no number") from error
-    if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+        shown = brief(ValueError(repr(score)), 100)
+        raise RewardError(f"reward {name!r} returned {shown}, which is no number") from error
+    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
         raise RewardError(
             f"reward {name!r} returned {value}; return None where the reward does not apply"
         )

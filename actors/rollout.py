@@ -7,11 +7,12 @@ import numpy as np
 
 from actors.engine import Engine, Request
 from actors.rewards import RewardScorer
+from protocol.errors import AsyncGdpoError, brief
 from protocol.groups import Group
 from protocol.messages import Lease
 
 
-class UnusableRow(Exception):
+class UnusableRow(AsyncGdpoError):
     """A data row that cannot be rolled out."""
 
 
@@ -55,12 +56,16 @@ class RolloutWorker:
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         """Token ids of a prompt: plain text, or chat messages through the chat template."""
-        if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-        else:
-            ids = self._tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False
-            )
+        try:
+            if isinstance(prompt, str):
+                ids = self._tokenizer(prompt)["input_ids"]
+            else:
+                ids = self._tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, return_dict=False
+                )
+        except Exception as error:
+            # Tokenizers and templates raise what they like; the row is at fault, not the actor.
+            raise UnusableRow(f"the prompt cannot be tokenized: {brief(error)}") from error
         if not 1 <= len(ids) <= self._max_prompt_tokens:
             raise UnusableRow(
                 f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens is "

@@ -4,6 +4,7 @@ import asyncio
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.initialization import no_init_weights
 from actors.batch_generator import BatchGenerator
 from actors.engine import EngineStats, Request
 from protocol import weights
-from protocol.errors import ConfigError, EngineError
+from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec
 
@@ -24,7 +25,7 @@ class TransformersEngine:
     """Runs anywhere torch runs; see `actors.engine.Engine`."""
 
     def __init__(self, folder: Path, *, dtype: str, device: str, max_rows: int) -> None:
-        self.stats = EngineStats()
+        self._stats = EngineStats()
         self.version = -1
         self._model = _empty_model(folder, dtype, device)
         self._generator = BatchGenerator(
@@ -34,9 +35,23 @@ class TransformersEngine:
         self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
         self._next_key = 0
         self._failure: EngineError | None = None
+        self._working_since: float | None = None
+        self._idle_since: float | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def stats(self) -> EngineStats:
+        """Totals, the time idle until now included."""
+        since = self._idle_since
+        idle = self._stats.idle_seconds + (time.monotonic() - since if since else 0.0)
+        return replace(self._stats, idle_seconds=idle)
+
+    @property
+    def stalled_s(self) -> float:
+        since = self._working_since
+        return time.monotonic() - since if since else 0.0
 
     async def generate(self, request: Request) -> list[Rollout]:
         self._raise_if_dead()
@@ -47,7 +62,9 @@ class TransformersEngine:
         try:
             return await future
         finally:
-            self._futures.pop(key, None)
+            del self._futures[key]
+            if future.cancelled():
+                self._commands.put(lambda: self._generator.abort(key))
 
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
@@ -62,7 +79,7 @@ class TransformersEngine:
             self.version = version
             digest = model_digest(self._model, specs)
             seconds = time.monotonic() - started
-            self.stats.stall_seconds += seconds
+            self._stats.stall_seconds += seconds
             self._resolve(future, (digest, seconds))
 
         self._commands.put(load)
@@ -95,16 +112,19 @@ class TransformersEngine:
             except queue.Empty:
                 if self._generator.busy:
                     return True
-                started = time.monotonic()
+                self._working_since, self._idle_since = None, time.monotonic()
                 command = self._commands.get()
-                self.stats.idle_seconds += time.monotonic() - started
+                self._stats.idle_seconds += time.monotonic() - self._idle_since
+                self._idle_since = None
             if command is None:
                 return False
+            self._working_since = time.monotonic()
             command()
 
     def _generate(self) -> None:
+        self._working_since = time.monotonic()
         num_tokens, finished = self._generator.step()
-        self.stats.tokens_generated += num_tokens
+        self._stats.tokens_generated += num_tokens
         for key, rollouts in finished:
             future = self._futures.get(key)
             if future is not None:
@@ -175,13 +195,16 @@ def model_digest(model: torch.nn.Module, specs: list[TensorSpec]) -> str:
 def _empty_model(folder: Path, dtype: str, device: str) -> Any:
     """The model of a configuration, without weights: they come from the learner."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with no_init_weights(), torch.device(_resolve_device(device)):
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"the learner's model cannot be built here: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the learner's model cannot be built here: {brief(error)}") from error
     # Tying is part of the initialisation that was left out.
     model.tie_weights()
     return model.requires_grad_(False)

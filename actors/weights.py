@@ -13,12 +13,11 @@ the newest one wins.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from datetime import timedelta
-from threading import Thread
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -26,15 +25,16 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from actors.engine import Engine
 from actors.link import LearnerLink
-from protocol.errors import EngineError, PeerLost
+from actors.threads import in_daemon_thread
+from protocol.errors import EngineError, PeerLost, brief
 from protocol.messages import Weights, WeightsChunk, WeightsPull, WeightsReady
 from protocol.sockets import address_towards, parse_tcp
 from protocol.weights import TensorSpec, chunks, packed_digest, total_bytes
 
+log = logging.getLogger("actor")
+
 PULLS_IN_FLIGHT = 4
 PULL_RETRY_S = 5.0
-
-ResultT = TypeVar("ResultT")
 
 
 class _Gone(Exception):
@@ -107,11 +107,12 @@ class WeightsReceiver:
     async def _receive(self, announcement: Weights) -> bool:
         """Whether the collective brought the announced bytes."""
         try:
-            await _in_daemon_thread(lambda: self._collective.receive(announcement, self._buffer))
-        except RuntimeError:
+            await in_daemon_thread(lambda: self._collective.receive(announcement, self._buffer))
+        except Exception as error:
             # A member died or was late: the epoch is over for everybody. The stream works anyway.
+            log.info("collective of epoch %s failed: %s", announcement.epoch, brief(error))
             return False
-        return self._is_intact(announcement)
+        return await self._is_intact(announcement)
 
     async def _pull(self, announcement: Weights) -> bool:
         """Pull all chunks, several at a time; False if the version was replaced meanwhile."""
@@ -129,7 +130,7 @@ class WeightsReceiver:
             self._chunks.clear()
         if gone:
             return False
-        if not self._is_intact(announcement):
+        if not await self._is_intact(announcement):
             raise EngineError(
                 f"the weights of version {announcement.version} arrived damaged: their digest is "
                 f"not {announcement.digest}"
@@ -159,8 +160,12 @@ class WeightsReceiver:
                 continue
         raise PeerLost(f"the learner at {self._link.url} sends no weights")
 
-    def _is_intact(self, announcement: Weights) -> bool:
-        return packed_digest(self._buffer.numpy().data, self._specs) == announcement.digest
+    async def _is_intact(self, announcement: Weights) -> bool:
+        # A large model takes seconds, in which the event loop has to go on.
+        digest = await in_daemon_thread(
+            lambda: packed_digest(self._buffer.numpy().data, self._specs)
+        )
+        return digest == announcement.digest
 
 
 class _Collective:
@@ -183,7 +188,7 @@ class _Collective:
                 bucket = buffer[offset : offset + num_bytes]
                 self._group.broadcast(bucket, 0, timeout).wait(timeout)  # type: ignore[attr-defined]
         except Exception:
-            self._group, self._epoch = None, None
+            self._store, self._group, self._epoch = None, None, None
             raise
 
     def _join(self, announcement: Weights, timeout: timedelta) -> ProcessGroupGloo:
@@ -200,30 +205,3 @@ class _Collective:
         options._devices = [ProcessGroupGloo.create_device(hostname=self._own_address)]
         store = PrefixStore(f"weights/{announcement.epoch}", self._store)
         return ProcessGroupGloo(store, announcement.rank, announcement.world_size, options)
-
-
-async def _in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
-    """Like asyncio.to_thread, on a thread that does not hold up the exit of the process: a gloo
-    wait cannot be interrupted and may last until the collective's deadline."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def run() -> None:
-        try:
-            result = function()
-        except Exception as error:
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, result, None)
-
-    Thread(target=run, name="collective", daemon=True).start()
-    outcome: ResultT = await future
-    return outcome

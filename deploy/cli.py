@@ -8,11 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy import FAILURE, INTERRUPTED, USER_ERROR
 from protocol.errors import AsyncGdpoError, ConfigError, RewardError
-
-EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,12 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except (ConfigError, RewardError) as error:
         print(f"gdpo: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return USER_ERROR
     except AsyncGdpoError as error:
         print(f"gdpo: error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+        return FAILURE
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,14 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     actor.add_argument("--metrics-port", type=int, default=0, help="0 (default): any free port")
     actor.add_argument("--metrics-host", default="127.0.0.1")
     actor.add_argument("--connect-timeout", type=float, default=30.0, metavar="SECONDS")
-    actor.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    actor.add_argument(
-        "--allow-rewards",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import reward functions from this module too; may be repeated",
-    )
+    actor.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
+    _add_allow_rewards(actor)
     _add_child_options(actor)
     actor.set_defaults(command=_actor)
 
@@ -75,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--model", type=Path, help="checkpoint (default: the config's model)")
     evaluate.set_defaults(command=_evaluate)
+    for command in (run, check, evaluate):
+        _add_allow_rewards(command)
 
     plot = commands.add_parser("plot", help="draw the curves of a run again")
     plot.add_argument("run", type=Path, metavar="RUN_FOLDER")
@@ -90,6 +83,23 @@ def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _add_allow_rewards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-rewards",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import reward functions from this module too; may be repeated",
+    )
+
+
 def _add_child_options(parser: argparse.ArgumentParser) -> None:
     # The launcher holds the other end of standard input: when it dies, its children end too.
     parser.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
@@ -101,7 +111,7 @@ def _add_child_options(parser: argparse.ArgumentParser) -> None:
 def _run(options: Any) -> int:
     from deploy.launcher import launch
 
-    return launch(_load(options), Path.cwd())
+    return launch(_load(options), Path.cwd(), options.allow_rewards)
 
 
 def _learner(options: Any) -> int:
@@ -122,7 +132,6 @@ def _actor(options: Any) -> int:
     _start_logging()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from actors.app import ActorOptions
-    from actors.rewards import DEFAULT_MODULES
     from deploy.actor_process import run_actor
 
     return run_actor(
@@ -131,7 +140,7 @@ def _actor(options: Any) -> int:
             metrics_port=options.metrics_port,
             metrics_host=options.metrics_host,
             connect_timeout_s=options.connect_timeout,
-            allowed_modules=(*DEFAULT_MODULES, *options.allow_rewards),
+            allowed_modules=_allowed(options),
         ),
         threads=options.threads,
         as_child=options.exit_with_parent,
@@ -147,7 +156,7 @@ def _evaluate(options: Any) -> int:
     config = _load(options)
     from deploy.evaluate import evaluate
 
-    return evaluate(config, options.model)
+    return evaluate(config, options.model, _allowed(options))
 
 
 def _plot(options: Any) -> int:
@@ -159,18 +168,36 @@ def _plot(options: Any) -> int:
 
 def _load(options: Any) -> Any:
     """The configuration, with its reward functions imported to see that they are there."""
-    from actors.rewards import DEFAULT_MODULES, load_reward
+    from actors.rewards import load_reward
     from learner.config import load_config
 
     config = load_config(options.config, options.overrides)
     for reward in config.rewards:
-        load_reward(reward.function, DEFAULT_MODULES, Path.cwd())
+        load_reward(reward.function, _allowed(options), Path.cwd())
     return config
+
+
+def _allowed(options: Any) -> tuple[str, ...]:
+    """Modules that reward functions may come from, besides those in this folder."""
+    from actors.rewards import DEFAULT_MODULES
+
+    return (*DEFAULT_MODULES, *options.allow_rewards)
+
+
+class _CurrentStderr(logging.StreamHandler[Any]):
+    """Writes to sys.stderr as it is at the moment: the live display puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def _start_logging() -> None:
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+        level=logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[_CurrentStderr()],
     )
     for name in ("actor", "learner"):
         logging.getLogger(name).setLevel(logging.INFO)

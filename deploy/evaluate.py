@@ -5,27 +5,29 @@ the figures of its summary.
 """
 
 import asyncio
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from actors.rewards import DEFAULT_MODULES, RewardScorer
-from actors.rollout import RolloutWorker
+from actors.rewards import RewardScorer
+from actors.rollout import RolloutWorker, UnusableRow
 from actors.transformers_engine import TransformersEngine
 from learner.config import RunConfig
 from learner.data import evaluation_work, load_rows
 from learner.evaluation import Evaluation
 from learner.policy import Policy, load_policy
 from learner.snapshots import pack
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
 
 IN_FLIGHT = 32
 
 
-def evaluate(config: RunConfig, model: Path | None) -> int:
+def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[str]) -> int:
     """Print the mean of every reward; returns the exit code."""
     heldout = config.data.heldout
     if heldout is None:
@@ -36,41 +38,49 @@ def evaluate(config: RunConfig, model: Path | None) -> int:
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )
-    works = evaluation_work(load_rows(heldout, config.data.heldout_split), config)
-    evaluation = asyncio.run(_evaluate(config, load_policy(config), works))
+    rows = load_rows(heldout, config.data.heldout_split)
+    works = evaluation_work(rows, config, version=0)
+    evaluation = asyncio.run(_evaluate(config, load_policy(config), works, allowed_modules))
     print(f"{evaluation.num_prompts} prompts x {config.eval.num_rollouts} rollouts")
     for name, mean in evaluation.means(tuple(r.name for r in config.rewards)).items():
         print(f"{name}: {'-' if mean is None else f'{mean:.4f}'}")
     return 0
 
 
-async def _evaluate(config: RunConfig, policy: Policy, works: list[Work]) -> Evaluation:
+async def _evaluate(
+    config: RunConfig, policy: Policy, works: list[Work], allowed_modules: Sequence[str]
+) -> Evaluation:
     engine = TransformersEngine(
         policy.folder,
-        dtype=config.actor.dtype,
+        dtype=config.for_actors().dtype,
         device=config.actor.device,
         max_rows=IN_FLIGHT * config.eval.num_rollouts,
     )
     await engine.load_weights(0, pack(0, policy.model, policy.specs).packed, policy.specs)
     scorer = RewardScorer(
         config.rewards,
-        allowed_modules=DEFAULT_MODULES,
+        allowed_modules=allowed_modules,
         folder=Path.cwd(),
         timeout_s=config.actor.reward_timeout_s,
     )
     worker = RolloutWorker(
         engine,
-        AutoTokenizer.from_pretrained(policy.folder),
+        AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
         scorer,
         max_prompt_tokens=config.sampling.max_prompt_tokens,
     )
     evaluation = Evaluation(works, version=0)
-    book = LeaseBook(timeout_s=config.eval.timeout_s)
+    book = LeaseBook(timeout_s=config.learner.lease_timeout_s)
     room = asyncio.Semaphore(IN_FLIGHT)
 
     async def roll_out(work: Work) -> None:
         async with room:
-            group = await worker.roll_out(book.issue(work, "gdpo eval", now=0.0))
+            try:
+                group = await worker.roll_out(book.issue(work, "gdpo eval", now=0.0))
+            except (RewardError, UnusableRow) as error:
+                print(f"{work.prompt_id} is left out: {error}", file=sys.stderr)
+                evaluation.give_up(work)
+                return
         evaluation.receive(work, group)
 
     tasks = [asyncio.create_task(roll_out(work)) for work in works]

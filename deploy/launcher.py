@@ -12,12 +12,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
+from deploy import INTERRUPTED, USER_ERROR
 from deploy.display import Display
 from deploy.plot import plot_run
 from deploy.report import print_summary
@@ -25,8 +27,7 @@ from learner.config import RunConfig
 from learner.runlog import RunFolder
 from protocol.errors import TrainingError
 
-USER_ERROR = 2
-START_TIMEOUT_S = 300.0
+_ERROR = "gdpo: error: "
 STOP_TIMEOUT_S = 10.0
 RESTART_DELAY_S = 1.0
 
@@ -36,55 +37,62 @@ class _Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    log_start: int
+    """Size of the log when this process began: an earlier one wrote what is before."""
 
-    def last_words(self) -> str:
-        """The error line that it ended with."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return next(
-            (line.removeprefix("gdpo: error: ") for line in reversed(lines) if "error: " in line),
-            lines[-1] if lines else "nothing was logged",
-        )
+    def how_it_ended(self) -> str:
+        """Its exit code or signal, and the error line that it ended with, if any."""
+        code = self.process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        lines = self.log.read_bytes()[self.log_start :].decode(errors="replace").splitlines()
+        words = [line for line in lines if line.startswith(_ERROR)]
+        return f"{how}: {words[-1].removeprefix(_ERROR)}" if words else how
 
 
-def launch(config: RunConfig, cwd: Path) -> int:
+def launch(config: RunConfig, cwd: Path, allowed_modules: Sequence[str] = ()) -> int:
     """Run to the end; returns the exit code. Raises `TrainingError` if the run fails."""
     folder = RunFolder.create(config)
-    launcher = Launcher(config, folder, cwd)
+    launcher = Launcher(config, folder, cwd, allowed_modules)
     with Display(launcher.status):
         launcher.run()
     summary_path = folder.path / "summary.json"
     if not summary_path.exists():
+        if launcher.stop_requested:
+            return INTERRUPTED
         raise TrainingError(launcher.failure or "the learner ended without a summary")
     summary = json.loads(summary_path.read_text())
     has_steps = (folder.path / "metrics.jsonl").exists()
     print_summary(summary, plot_run(folder.path) if has_steps else None)
     if launcher.failure:
         raise TrainingError(launcher.failure)
-    return 0
+    return 0 if summary["completed"] else INTERRUPTED
 
 
 class Launcher:
     """Starts, restarts and stops the processes of one run."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, cwd: Path) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, cwd: Path, allowed_modules: Sequence[str]
+    ) -> None:
+        self._allowed_modules = allowed_modules
         self._config = config
         self._folder = folder
         self._cwd = cwd
         self._exits: SimpleQueue[_Child] = SimpleQueue()
         self._actors: dict[str, _Child] = {}
         self._restarts = 0
-        self._stop_requested = False
+        self.stop_requested = False
         self._metrics_url = ""
         self.failure = ""
         (folder.path / "logs").mkdir(exist_ok=True)
 
     def run(self) -> None:
         """Until the learner has ended and every child is gone."""
+        self._learner = self._start("learner", self._learner_command(), self._learner_threads())
         previous = {
             signum: signal.signal(signum, self._on_signal)
             for signum in (signal.SIGINT, signal.SIGTERM)
         }
-        self._learner = self._start("learner", self._learner_command(), self._learner_threads())
         try:
             endpoints = self._wait_for_endpoints()
             if endpoints is not None:
@@ -99,7 +107,7 @@ class Launcher:
 
     def status(self) -> dict[str, Any] | None:
         """The learner's live status; None while it does not answer."""
-        if not self._metrics_url:
+        if not self._metrics_url or self._learner.process.poll() is not None:
             return None
         url = self._metrics_url.removesuffix("/metrics") + "/status"
         try:
@@ -115,7 +123,8 @@ class Launcher:
     def _wait_for_endpoints(self) -> dict[str, str] | None:
         """Where the learner listens; None if it ended before it did."""
         path = self._folder.path / "endpoints.json"
-        deadline = time.monotonic() + START_TIMEOUT_S
+        limit_s = self._config.launch.start_timeout_s
+        deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             try:
                 self._exits.get(timeout=0.1)
@@ -124,10 +133,10 @@ class Launcher:
                     endpoints: dict[str, str] = json.loads(path.read_text())
                     return endpoints
             else:
-                if not self._stop_requested:
+                if not self.stop_requested:
                     self._fail_with(self._learner)
                 return None
-        self.failure = f"the learner did not start within {START_TIMEOUT_S:.0f} s"
+        self.failure = f"the learner did not start within launch.start_timeout_s = {limit_s:.0f}"
         return None
 
     def _supervise(self, url: str) -> None:
@@ -136,13 +145,13 @@ class Launcher:
             child = self._exits.get()
             code = child.process.returncode
             if child is self._learner:
-                if code != 0:
+                if code not in (0, INTERRUPTED):
                     self._fail_with(child)
                 return
             if self._actors.get(child.name) is not child:
                 continue
             del self._actors[child.name]
-            if code == 0 or self._stop_requested:
+            if code == 0 or self.stop_requested:
                 continue
             if code == USER_ERROR or self._restarts >= self._config.launch.max_restarts:
                 # It would fail in the same way again, or does so all the time.
@@ -150,29 +159,29 @@ class Launcher:
                 self._signal(self._learner, signal.SIGTERM)
                 continue
             self._restarts += 1
-            self._say(f"{child.name} died ({_how(code)}): {child.last_words()}; starting it again")
+            self._say(f"{child.name} died ({child.how_it_ended()}); starting it again")
             time.sleep(RESTART_DELAY_S)
             self._start_actor(child.name, url)
 
     def _fail_with(self, child: _Child) -> None:
-        self.failure = self.failure or f"{child.name}: {child.last_words()} (log: {child.log})"
+        self.failure = self.failure or f"{child.name}: {child.how_it_ended()} (log: {child.log})"
 
     def _on_signal(self, signum: int, _: Any) -> None:
-        if self._stop_requested:
+        if self.stop_requested:
             self._say("stopping at once")
             for child in (self._learner, *self._actors.values()):
                 self._signal(child, signal.SIGKILL)
             return
-        self._stop_requested = True
-        self._say("stopping: the learner finishes its step and saves; once more kills it")
+        self.stop_requested = True
+        self._say("stopping: a learner in training finishes its step and saves; once more kills it")
         self._signal(self._learner, signal.SIGTERM)
 
     def _stop_children(self) -> None:
         """Nobody is left afterwards."""
         children = [self._learner, *self._actors.values()]
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        if self._learner.process.poll() is None:
-            self._signal(self._learner, signal.SIGTERM)
+        for child in children:
+            self._signal(child, signal.SIGTERM)
         for child in children:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -187,8 +196,10 @@ class Launcher:
         log = self._folder.path / "logs" / f"{name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with log.open("ab") as output:
+            log_start = output.tell()
             process = subprocess.Popen(
-                [sys.executable, "-m", "deploy", *command, "--exit-with-parent"],
+                # -P: a folder of the user's that is named like one of our packages stays out.
+                [sys.executable, "-P", "-m", "deploy", *command, "--exit-with-parent"],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -196,7 +207,7 @@ class Launcher:
                 cwd=self._cwd,
                 start_new_session=True,
             )
-        child = _Child(name, process, log)
+        child = _Child(name, process, log, log_start)
 
         def wait() -> None:
             process.wait()
@@ -208,6 +219,8 @@ class Launcher:
     def _start_actor(self, name: str, url: str) -> None:
         threads = self._config.launch.actor_threads
         command = ["actor", "--learner", url, "--threads", str(threads)]
+        for module in self._allowed_modules:
+            command += ["--allow-rewards", module]
         self._actors[name] = self._start(name, command, threads)
 
     def _learner_command(self) -> list[str]:
@@ -226,7 +239,3 @@ class Launcher:
 
     def _say(self, text: str) -> None:
         print(f"gdpo: {text}", file=sys.stderr)
-
-
-def _how(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

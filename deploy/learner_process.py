@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 
+from deploy import INTERRUPTED
 from deploy.display import Display
 from deploy.lifeline import when_parent_dies
 from deploy.plot import plot_run
@@ -28,7 +29,7 @@ def run_with_display(config: RunConfig, folder: RunFolder, *, as_child: bool) ->
         summary = run_learner(config, folder, on_start=on_start)
     if not as_child:
         print_summary(summary, _plot(folder.path))
-    return 0
+    return 0 if summary["completed"] else INTERRUPTED
 
 
 def _plot(folder: Path) -> Path | None:

@@ -6,6 +6,15 @@ from typing import Any
 
 from protocol.errors import ConfigError
 
+_DRAWN = {
+    "step",
+    "rewards",
+    "staleness_max",
+    "staleness_mean",
+    "tokens_generated_per_s",
+    "tokens_trained_per_s",
+}
+
 
 def plot_run(folder: Path) -> Path:
     """Draw ``plots/curves.png`` in a run folder; returns its path. Raises `ConfigError`."""
@@ -50,8 +59,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; is it a run folder?") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     if not lines:
         raise ConfigError(f"{path} holds no step yet")
+    if not all(isinstance(line, dict) and line.keys() >= _DRAWN for line in lines):
+        raise ConfigError(f"{path} is damaged: a line lacks one of {', '.join(sorted(_DRAWN))}")
     return lines

@@ -1,5 +1,6 @@
 """The end of a run: rewards before and after, the books, and where things are."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ def print_summary(summary: dict[str, Any], plot: Path | None) -> None:
     console = Console(highlight=False)
     if not summary["completed"]:
         console.print(
-            f"The run ended early after {summary['steps']} steps: {summary['ended_because']}"
+            f"The run ended early after {summary['steps']} steps: {summary['ended_because']}",
+            soft_wrap=True,
+            markup=False,
         )
     if summary["rewards"]["before"] and summary["rewards"]["after"]:
         console.print(_rewards(summary["rewards"]))
-    console.print(_books(summary["books"]), soft_wrap=True)
+    console.print(_books(summary["books"]), soft_wrap=True, markup=False)
     console.print(_figures(summary), soft_wrap=True)
     for name, path in (("checkpoint", summary["checkpoint"]), ("curves", plot)):
         if path:
-            console.print(f"{name}: {path}", soft_wrap=True)
+            console.print(f"{name}: {os.path.relpath(path)}", soft_wrap=True, markup=False)
 
 
 def _rewards(rewards: dict[str, Any]) -> Table:
@@ -77,7 +80,7 @@ def _by_cause(counts: dict[str, int], what: str) -> str:
 
 
 def _verdict(books: dict[str, Any]) -> str:
-    return "  [balanced]".replace("[", "\\[") if books["balanced"] else "  NOT BALANCED"
+    return "  [balanced]" if books["balanced"] else "  [NOT BALANCED]"
 
 
 def _number(value: float | None) -> str:

@@ -19,11 +19,14 @@ def main(arguments: list[str]) -> int:
         # Only now torch: a mistake in the configuration is told at once.
         from learner.main import run_learner
 
-        run_learner(config, RunFolder.create(config))
+        summary = run_learner(config, RunFolder.create(config))
+    except KeyboardInterrupt:
+        return 130
     except AsyncGdpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    # Like the shell's code for an interrupted program: it must not look finished.
+    return 0 if summary["completed"] else 130
 
 
 if __name__ == "__main__":

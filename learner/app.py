@@ -14,9 +14,9 @@ The trainer runs on the main thread; the others on one thread each.
 """
 
 import logging
+import math
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from learner.runlog import RunFolder
 from learner.snapshots import SnapshotStore, pack
 from learner.trainer import StepResult, Trainer
 from learner.work import WorkQueue
-from protocol.errors import TrainingError
+from protocol.errors import TrainingError, brief
 from protocol.groups import Group
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
@@ -64,6 +64,8 @@ class Learner:
         self.lag0_difference: float | None = None
         self.training_seconds = 0.0
         self.interrupted = ""
+        """Why the run is to end early."""
+        self.completed = False
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
         self._load()
@@ -78,7 +80,8 @@ class Learner:
         )
         self._stream = PromptStream(rows, config)
         self.policy: Policy = load_policy(config)
-        self.trainer = Trainer(self.policy, config)
+        self._heartbeat = Heartbeat("trainer", limit_s=120.0)
+        self.trainer = Trainer(self.policy, config, on_progress=self._heartbeat.beat)
         self.buffer = ReplayBuffer(
             max_groups=config.buffer.max_groups,
             max_bytes=config.buffer.max_bytes,
@@ -98,13 +101,18 @@ class Learner:
                 config.sampling.max_tokens,
                 len(config.rewards),
             ),
+            max_uses=config.buffer.max_uses,
         )
 
     def _connect(self) -> None:
         """Open the ports and start the threads; from here on actors may join."""
         config = self.config
         self._context: zmq.Context[Any] = zmq.Context()
-        socket = bind_learner(self._context, config.learner.bind)
+        # The largest frame of a group is its version spans: at most one triple a token.
+        tokens = config.sampling.max_tokens * max(
+            config.sampling.num_rollouts, config.eval.num_rollouts
+        )
+        socket = bind_learner(self._context, config.learner.bind, max(1 << 20, 12 * tokens))
         self.url = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._snapshots = SnapshotStore(pack(0, self.policy.model, self.policy.specs))
         self.coordinator = Coordinator(
@@ -117,7 +125,7 @@ class Learner:
                 manifest=self.policy.manifest,
             ),
             files=tuple(self.policy.files.values()),
-            work=WorkQueue(self._stream, max_failures_in_a_row=config.learner.batch_groups),
+            work=WorkQueue(self._stream),
             buffer=self.buffer,
             pacing=self._pacing,
             snapshots=self._snapshots,
@@ -125,7 +133,8 @@ class Learner:
             clock=time.monotonic,
         )
         self.progress = Progress(self.coordinator, config.learner.batch_groups)
-        self._intake = Intake(socket, self.coordinator, Heartbeat(limit_s=10.0))
+        intake_heartbeat = Heartbeat("intake", limit_s=10.0)
+        self._intake = Intake(socket, self.coordinator, intake_heartbeat)
         host, _ = parse_tcp(self.url)
         self.publisher = Publisher(
             self.coordinator, self._snapshots, config.weights, host, self._intake.wake
@@ -133,12 +142,11 @@ class Learner:
         registry = CollectorRegistry()
         registry.register(StateCollector(self.coordinator, self.buffer, self.progress))
         self._metrics = StepMetrics(registry)
-        self._heartbeat = Heartbeat(limit_s=120.0)
         self._server = ObservabilityServer(
             registry,
             host=config.learner.metrics_host,
             port=config.learner.metrics_port,
-            heartbeat=self._heartbeat,
+            heartbeats=(self._heartbeat, intake_heartbeat),
             ready=lambda: self.phase != "loading",
             routes={"/status": lambda: status_report(self), "/sd": self._service_discovery},
         )
@@ -151,20 +159,28 @@ class Learner:
         """Evaluate, train, evaluate, save; returns the summary.
 
         A stop request ends training after the step at hand, skips the evaluation and still saves.
-        Raises `TrainingError` when going on is impossible; the summary is written even then.
+        Raises what made going on impossible, a `TrainingError` above all; checkpoint and summary
+        are written even then, because a step is checked before it changes the weights.
         """
-        failure: TrainingError | None = None
+        failure: Exception | None = None
         try:
             self.before = self._evaluate("evaluating before")
             self._train()
             self.after = self._evaluate("evaluating after")
-        except TrainingError as error:
+            self.completed = not self.interrupted
+        except Exception as error:
             failure = error
-            self.interrupted = str(error)
-        self.phase = "saving"
-        if failure is None:
+            self.interrupted = brief(error)
+        try:
+            self.phase = "saving"
             save_checkpoint(self.policy, self.folder.checkpoint)
+        except Exception as error:
+            failure = failure or error
+            self.completed = False
+            self.interrupted = self.interrupted or brief(error)
         self._leave()
+        # Nothing changes the books any more.
+        self._intake.close()
         summary = summary_report(self)
         self.folder.write_summary(summary)
         if failure is not None:
@@ -197,17 +213,28 @@ class Learner:
             self.coordinator.advance(step.version)
             self.publisher.publish(pack(step.version, self.policy.model, self.policy.specs))
             self._intake.wake()
+            self.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
             self._pause()
-            self.training_seconds = time.monotonic() - started
+        self.training_seconds = time.monotonic() - started
         self.coordinator.close_training()
 
     def _next_batch(self) -> list[Group] | None:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
-        started = time.monotonic()
-        try:
+        last_group_at = time.monotonic()
+        accepted = self.buffer.books.accepted
+        config = self.config.learner
+        patience_s = config.lease_timeout_s + config.wait_for_actors_s
+        with self.progress.waiting():
             while not self.interrupted:
                 self.coordinator.raise_if_failed()
+                if self.buffer.books.accepted > accepted:
+                    last_group_at, accepted = time.monotonic(), self.buffer.books.accepted
+                if time.monotonic() - last_group_at > patience_s:
+                    raise TrainingError(
+                        f"no group came in for {patience_s:.0f} s, though "
+                        f"{self.coordinator.num_live} actors are connected; look into their logs"
+                    )
                 self._heartbeat.beat()
                 groups = self.buffer.take(
                     self.config.learner.batch_groups, self.trainer.version, STOP_CHECK_S
@@ -217,8 +244,6 @@ class Learner:
                 if groups is not None:
                     return groups
             return None
-        finally:
-            self.progress.wait_seconds += time.monotonic() - started
 
     def _evaluate(self, phase: str) -> Evaluation | None:
         """Roll the held-out prompts out under the current version; None if stopped or no data."""
@@ -226,20 +251,30 @@ class Learner:
             return None
         self.phase = phase
         version = self.trainer.version
-        works = evaluation_work(self._heldout, self.config)
+        works = evaluation_work(self._heldout, self.config, version)
         evaluation = self.coordinator.start_evaluation(works, version)
         self._intake.wake()
-        while self._wait(evaluation.done.wait):
-            if evaluation.done.is_set():
-                return evaluation
-        return None
-
-    def _wait(self, wait: Callable[[float], bool]) -> bool:
-        """One bounded wait; False if the run is to stop."""
-        self.coordinator.raise_if_failed()
-        self._heartbeat.beat()
-        wait(STOP_CHECK_S)
-        return not self.interrupted
+        deadline = math.inf
+        while not evaluation.done.wait(STOP_CHECK_S):
+            self.coordinator.raise_if_failed()
+            self._heartbeat.beat()
+            if self.interrupted:
+                return None
+            # The time runs while there is somebody to evaluate.
+            if not self.coordinator.ready_sessions():
+                deadline = math.inf
+            elif deadline == math.inf:
+                deadline = time.monotonic() + self.config.eval.timeout_s
+            if time.monotonic() > deadline:
+                log.warning(
+                    "evaluation ended after eval.timeout_s = %g with %d of %d prompts",
+                    self.config.eval.timeout_s,
+                    evaluation.num_prompts,
+                    len(works),
+                )
+                break
+        self.coordinator.end_evaluation()
+        return evaluation
 
     def _record(self, step: StepResult, seconds: float) -> None:
         self.last_step = step
@@ -249,6 +284,7 @@ class Learner:
         self.progress.steps = step.version
         self.progress.sample()
         self._metrics.step(step, seconds)
+        self._metrics.actor_phases(self.coordinator.timings)
         for report in self.publisher.take_reports():
             self._metrics.push(report)
         self.folder.append_step(step_line(self, step, seconds))
@@ -270,7 +306,7 @@ class Learner:
         """Prometheus HTTP service discovery: the live actors' metrics endpoints."""
         return [
             {
-                "targets": [f"{self.config.learner.metrics_host}:{actor.hello.metrics_port}"],
+                "targets": [f"{actor.hello.metrics_host}:{actor.hello.metrics_port}"],
                 "labels": {"actor": str(actor.number), "run": self.folder.path.name},
             }
             for actor in self.coordinator.actors()

@@ -1,7 +1,7 @@
 """The replay buffer: complete groups between intake and trainer.
 
-    add ──► buffered ──► trained          used `max_uses` times
-                    └──► evicted[cause]   too stale when a batch was cut, or no room
+    add ──► buffered ──► trained          used `max_uses` times, or fewer and then too stale
+                    └──► evicted[cause]   never used: too stale when a batch was cut, or no room
 
     invariant:   accepted = trained + evicted + buffered
 
@@ -24,6 +24,7 @@ class BufferBooks:
     """Counts of groups since the start of the run."""
 
     accepted: int = 0
+    accepted_tokens: int = 0
     trained: int = 0
     evicted: Counter[str] = field(default_factory=Counter)
     """By cause."""
@@ -63,6 +64,7 @@ class ReplayBuffer:
         self._sampling = sampling
         self._entries: list[_Entry] = []
         self._changed = Condition()
+        self._woken = False
         self.in_training = 0
         """Groups that the last `take` removed, until `step_done`."""
         self.size_bytes = 0
@@ -77,22 +79,27 @@ class ReplayBuffer:
         """Store a group; when full, the oldest makes room. Leases are paced so that it never is."""
         with self._changed:
             self.books.accepted += 1
+            self.books.accepted_tokens += group.num_tokens
             self._insert(_Entry(group))
             while len(self._entries) > self._max_groups or self.size_bytes > self._max_bytes:
                 self._evict(self._entries[0], "overflow")
             self._changed.notify_all()
 
     def take(self, num_groups: int, version: int, timeout_s: float) -> list[Group] | None:
-        """Cut a batch of ``num_groups`` for the trainer at ``version``; None after ``timeout_s``.
+        """Cut a batch of ``num_groups`` for the trainer at ``version``.
+
+        None after ``timeout_s``, or after `wake`.
 
         Groups that are too stale by now are evicted first. ``fifo`` takes them in the order in
         which they were leased, so that a slow group is not overtaken while it can still be used;
         ``freshest`` takes those whose oldest token is youngest.
         """
         with self._changed:
-            if not self._changed.wait_for(
-                lambda: self._evict_stale(version) >= num_groups, timeout_s
-            ):
+            self._woken = False
+            self._changed.wait_for(
+                lambda: self._woken or self._evict_stale(version) >= num_groups, timeout_s
+            )
+            if self._evict_stale(version) < num_groups:
                 return None
             chosen = self._choose(num_groups)
             for entry in chosen:
@@ -100,9 +107,10 @@ class ReplayBuffer:
                 staleness = version - entry.group.oldest_version
                 self.largest_staleness = max(self.largest_staleness, staleness)
                 if entry.uses == self._max_uses:
+                    # First: who counts groups without the lock may count one twice, never none.
+                    self.in_training += 1
                     self._remove(entry)
                     self.books.trained += 1
-                    self.in_training += 1
             return [entry.group for entry in chosen]
 
     def step_done(self) -> None:
@@ -110,8 +118,9 @@ class ReplayBuffer:
         self.in_training = 0
 
     def wake(self) -> None:
-        """Make a waiting `take` look again, for example because the run is being stopped."""
+        """End a waiting `take`, because the run is not to go on."""
         with self._changed:
+            self._woken = True
             self._changed.notify_all()
 
     def _choose(self, num_groups: int) -> Sequence[_Entry]:

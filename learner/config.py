@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     NonNegativeFloat,
@@ -20,10 +21,14 @@ from pydantic import (
 
 from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
 from protocol.errors import ConfigError
+from protocol.sockets import require_loopback
 
 EstimatorName = Literal["gdpo", "grpo", "grpo_no_std", "grpo_batch_norm"]
 CorrectionName = Literal["decoupled_ppo", "ppo", "none"]
 AggregationName = Literal["token_mean", "sequence_mean", "constant"]
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(StrictModel):
@@ -91,10 +96,10 @@ class WeightsConfig(StrictModel):
 class LearnerConfig(StrictModel):
     """Training, and what the learner expects of its actors."""
 
-    bind: str = "tcp://127.0.0.1:5555"
+    bind: Annotated[str, AfterValidator(require_loopback)] = "tcp://127.0.0.1:5555"
     """Where actors connect; port 0 takes any free one."""
     metrics_host: str = "127.0.0.1"
-    metrics_port: NonNegativeInt = 9400
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 9400
     """Prometheus endpoint; 0 takes any free port."""
     steps: PositiveInt = 100
     """Training batches."""
@@ -109,7 +114,7 @@ class LearnerConfig(StrictModel):
     """Batches over which the learning rate rises linearly."""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """After the warm-up: stay, or fall linearly to 0 at the last step."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_staleness: NonNegativeInt = 4
@@ -122,6 +127,8 @@ class LearnerConfig(StrictModel):
     """An actor that is silent for so long is lost."""
     join_timeout_s: PositiveFloat = 300.0
     """Longest time from an actor's hello to its first weights."""
+    max_actors: PositiveInt = 1024
+    """More are refused."""
     wait_for_actors_s: PositiveFloat = 600.0
     """Without any live actor for so long, the run ends with an error."""
     pause_per_step_s: NonNegativeFloat = 0.0
@@ -134,6 +141,8 @@ class LaunchConfig(StrictModel):
     actors: PositiveInt = 2
     actor_threads: PositiveInt = 1
     """CPU threads of each actor."""
+    start_timeout_s: PositiveFloat = 3600.0
+    """For the learner to load model and data, downloads included."""
     max_restarts: NonNegativeInt = 10
     """Of dead actors, in the whole run."""
 
@@ -144,7 +153,7 @@ class RunConfig(StrictModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run folder ``runs/NAME``."""
     runs_folder: str = "runs"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelConfig
     data: DataConfig
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
@@ -176,16 +185,14 @@ class RunConfig(StrictModel):
                 f"learner.minibatches = {self.learner.minibatches} exceeds the {sequences} "
                 "sequences of a batch"
             )
-        if self.buffer.max_groups < self.learner.batch_groups:
-            raise ValueError(
-                f"buffer.max_groups = {self.buffer.max_groups} can never hold a batch of "
-                f"learner.batch_groups = {self.learner.batch_groups}: training would wait for ever"
-            )
         return self
 
     def for_actors(self) -> ActorConfig:
         """What goes into the welcome."""
-        return self.actor.model_copy(update={"rewards": self.rewards, "sampling": self.sampling})
+        dtype = self.model.dtype if self.actor.dtype == "auto" else self.actor.dtype
+        return self.actor.model_copy(
+            update={"rewards": self.rewards, "sampling": self.sampling, "dtype": dtype}
+        )
 
     def to_toml(self) -> str:
         """The resolved configuration; reading it back gives the same run."""
@@ -226,7 +233,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = text.strip()
     node: Any = tree
     for part in parts[:-1]:
         node = _child(node, part, override)
@@ -252,7 +259,10 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         table = tree.get(section)
         for key in keys:
             if isinstance(table, dict) and isinstance(table.get(key), str):
-                candidate = folder / Path(table[key]).expanduser()
+                try:
+                    candidate = folder / Path(table[key]).expanduser()
+                except RuntimeError as error:
+                    raise ConfigError(f"{section}.{key} = {table[key]!r}: {error}") from error
                 if candidate.exists():
                     table[key] = str(candidate.resolve())
 

@@ -22,7 +22,7 @@ from learner.evaluation import Evaluation
 from learner.membership import ActorState, Outgoing, WireCounters
 from learner.pacing import Pacing
 from learner.snapshots import SnapshotStore
-from learner.work import WorkQueue
+from learner.work import MAX_ATTEMPTS, WorkQueue
 from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
 from protocol.framing import Buffer
 from protocol.groups import GroupLimits, unpack_group
@@ -49,6 +49,8 @@ from protocol.messages import (
 from protocol.weights import CHUNK_BYTES
 
 log = logging.getLogger("learner")
+
+MAX_WRONG_DIGESTS = 3
 
 
 class Coordinator:
@@ -81,11 +83,14 @@ class Coordinator:
         self._actors: dict[str, ActorState] = {}
         self._num_joined = 0
         self._training = False
+        self._draining = False
         self._trainer_version = 0
         self._last_actor_at = clock()
         self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
         self.counters = WireCounters()
         self.outbox: deque[Outgoing] = deque()
+        self.timings: deque[tuple[str, float]] = deque(maxlen=10_000)
+        """(phase, seconds) as actors reported them; whoever exports them takes them out."""
         self.failure: AsyncGdpoError | None = None
 
     # --- called by intake -----------------------------------------------------------------------
@@ -110,6 +115,9 @@ class Coordinator:
                     self._failed(actor, message)
                 case Status():
                     actor.status = message
+                    if message.active_leases == 0:
+                        # Whatever it overran is not being worked on any more.
+                        actor.overrun.clear()
                     pong = Pong(sequence=message.sequence, version=self._trainer_version)
                     self._send(session, pong)
                 case WeightsPull():
@@ -117,7 +125,7 @@ class Coordinator:
                 case WeightsReady():
                     self._weights_ready(actor, message)
                 case Goodbye():
-                    self._forget(actor, f"goodbye ({message.cause})")
+                    self._forget(actor, f"goodbye ({message.cause})", lost=False)
             self._issue(now)
 
     def bad_message(self, session: str, error: BadMessage) -> None:
@@ -131,7 +139,7 @@ class Coordinator:
         """The connection to an actor is gone, or its queue is full."""
         with self._lock:
             if actor := self._actors.get(session):
-                self._forget(actor, "unreachable")
+                self._forget(actor, "unreachable", lost=True)
 
     def fail(self, error: AsyncGdpoError) -> None:
         """Going on is impossible; the trainer's thread raises ``error``."""
@@ -145,13 +153,18 @@ class Coordinator:
             now = self._clock()
             for actor in list(self._actors.values()):
                 limit = self._config.learner
-                patience = limit.actor_timeout_s if actor.ready else limit.join_timeout_s
-                if now - actor.last_heard > patience:
-                    self._forget(actor, f"silent for {now - actor.last_heard:.1f} s")
+                silence, age = now - actor.last_heard, now - actor.joined_at
+                if actor.ready and silence > limit.actor_timeout_s:
+                    self._forget(actor, f"silent for {silence:.1f} s", lost=True)
+                elif not actor.ready and age > limit.join_timeout_s:
+                    cause = f"without weights {age:.0f} s after it joined"
+                    self._forget(actor, cause, lost=True)
             for held in self.leases.overdue(now):
                 log.warning("lease %d overran its deadline; issued again", held.lease)
                 self._end(held, "deadline")
-                self._work.again(held.work)
+                if holder := self._actors.get(held.holder):
+                    holder.overrun.add(held.lease)
+                self._work.failed(held.work)
             self._issue(now)
 
     # --- called by the trainer's thread ---------------------------------------------------------
@@ -176,9 +189,16 @@ class Coordinator:
         with self._lock:
             return self._work.start_evaluation(works, version)
 
-    def drain(self, cause: str) -> None:
-        """The run is over: tell every actor."""
+    def end_evaluation(self) -> None:
+        """Lease no more of its prompts; what still comes back is not used."""
         with self._lock:
+            self._work.end_evaluation()
+
+    def drain(self, cause: str) -> None:
+        """The run is over: tell every actor; nothing is leased any more."""
+        with self._lock:
+            self._training, self._draining = False, True
+            self._work.end_evaluation()
             for session in self._actors:
                 self._send(session, Drain(cause=cause))
 
@@ -200,10 +220,10 @@ class Coordinator:
 
     # --- called by the publisher's thread -------------------------------------------------------
 
-    def ready_sessions(self) -> tuple[str, ...]:
-        """Actors that have weights: the members of the next push."""
+    def ready_sessions(self, version: int = 0) -> tuple[str, ...]:
+        """Actors that sample from ``version`` or later."""
         with self._lock:
-            return tuple(session for session, actor in self._actors.items() if actor.ready)
+            return tuple(s for s, actor in self._actors.items() if actor.version >= version)
 
     def announce(self, session: str, weights: Weights) -> None:
         with self._lock:
@@ -244,7 +264,7 @@ class Coordinator:
             self._send(session, Error(code="refused", message=refusal))
             return
         if old := self._actors.get(session):
-            self._forget(old, "said hello again")
+            self._forget(old, "said hello again", lost=False)
         self._num_joined += 1
         self._last_actor_at = now
         self._actors[session] = ActorState(session, hello, now, now, self._num_joined)
@@ -256,6 +276,11 @@ class Coordinator:
     def _why_refused(self, session: str, hello: Hello) -> str:
         if hello.session != session:
             return f"the session {hello.session!r} is not the connection's {session!r}"
+        if self._draining:
+            return "the run is over"
+        full = len(self._actors) >= self._config.learner.max_actors
+        if full and session not in self._actors:
+            return f"learner.max_actors = {self._config.learner.max_actors} actors are connected"
         pairs = (
             ("protocol version", hello.protocol, PROTOCOL_VERSION),
             ("run", hello.run_id or self._welcome.run_id, self._welcome.run_id),
@@ -268,6 +293,7 @@ class Coordinator:
         )
 
     def _group(self, actor: ActorState, header: GroupHeader, payloads: list[memoryview]) -> None:
+        actor.overrun.discard(header.lease)
         held = self.leases.find(header.lease, actor.session)
         if held is None:
             verdict, cause = self.leases.why_not(header.lease)
@@ -279,10 +305,14 @@ class Coordinator:
             self.counters.bad_messages += 1
             self._end(held, "invalid_group")
             self._ack(actor, header.lease, "rejected", str(error))
-            self._failed_row(held.work, str(error))
+            self._work.failed(held.work)
+            self._count_failure(actor, held.work, str(error))
             return
+        actor.failures = 0
         actor.held -= 1
         actor.groups += 1
+        self.timings.append(("generate", group.generation_seconds))
+        self.timings.append(("score", group.reward_seconds))
         self.leases.receive(held)
         self._work.done(held.work, group)
         if held.work.purpose == "train":
@@ -306,12 +336,14 @@ class Coordinator:
         self._send(actor.session, Ack(lease=lease, verdict=verdict, cause=cause))  # type: ignore[arg-type]
 
     def _failed(self, actor: ActorState, message: Failed) -> None:
+        actor.overrun.discard(message.lease)
         held = self.leases.find(message.lease, actor.session)
         if held is None:
             return
         log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, message.cause)
         self._end(held, "actor_failed")
-        self._failed_row(held.work, message.cause)
+        self._work.failed(held.work)
+        self._count_failure(actor, held.work, message.cause)
 
     def _weights_pull(self, session: str, pull: WeightsPull) -> None:
         chunk = self._snapshots.read(pull.version, pull.offset, min(pull.num_bytes, CHUNK_BYTES))
@@ -321,13 +353,22 @@ class Coordinator:
             self._send(session, self._snapshots.latest.announcement())
 
     def _weights_ready(self, actor: ActorState, ready: WeightsReady) -> None:
-        expected = self._snapshots.digest(ready.version)
-        if expected is not None and ready.digest != expected:
+        if ready.digest != self._snapshots.digest(ready.version):
             self.counters.digest_mismatches += 1
             log.error("actor %d holds other weights than version %d", actor.number, ready.version)
-            self._send(actor.session, self._snapshots.latest.announcement())
+            actor.version, actor.joined_at = -1, self._clock()
+            actor.wrong_digests += 1
+            if actor.wrong_digests < MAX_WRONG_DIGESTS:
+                self._send(actor.session, self._snapshots.latest.announcement())
+            else:
+                cause = f"{actor.wrong_digests} times in a row its weights had a wrong digest"
+                self._send(actor.session, Error(code="refused", message=cause))
+                self._forget(actor, cause, lost=True)
             return
-        actor.version, actor.digest, actor.route = ready.version, ready.digest, ready.route
+        actor.wrong_digests = 0
+        actor.version, actor.route = ready.version, ready.route
+        self.timings.append(("weights_receive", ready.receive_seconds))
+        self.timings.append(("weights_load", ready.load_seconds))
         newest = self._snapshots.latest
         if ready.version < newest.version and ready.route == "stream":
             self._send(actor.session, newest.announcement())
@@ -374,25 +415,33 @@ class Coordinator:
         if actor := self._actors.get(held.holder):
             actor.held -= 1
 
-    def _failed_row(self, work: Work, cause: str) -> None:
-        try:
-            self._work.failed(work, cause)
-        except TrainingError as error:
-            self.fail(error)
+    def _count_failure(self, actor: ActorState, work: Work, cause: str) -> None:
+        """Let an actor go from which nothing but failures comes; the last such one ends the run."""
+        actor.failures += 1
+        if actor.failures < max(MAX_ATTEMPTS, self._config.learner.batch_groups):
+            return
+        problem = (
+            f"{actor.failures} groups failed in a row, the last one ({work.prompt_id}) because: "
+            f"{cause}"
+        )
+        if not any(other.failures == 0 for other in self._actors.values()):
+            self.fail(TrainingError(problem))
+            return
+        self._send(actor.session, Error(code="refused", message=problem))
+        self._forget(actor, problem, lost=True)
 
     # --- details --------------------------------------------------------------------------------
 
-    def _forget(self, actor: ActorState, cause: str) -> None:
+    def _forget(self, actor: ActorState, cause: str, *, lost: bool) -> None:
         """The actor is gone; what it held is issued again."""
         del self._actors[actor.session]
-        lost = self.leases.held_by(actor.session)
-        for held in lost:
+        unfinished = self.leases.held_by(actor.session)
+        for held in unfinished:
             self._end(held, "actor_lost")
             self._work.again(held.work)
         self._last_actor_at = self._clock()
-        if not cause.startswith("goodbye"):
-            self.counters.actors_lost += 1
-        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, len(lost))
+        self.counters.actors_lost += lost
+        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, len(unfinished))
         self._changed.notify_all()
 
     def _send(self, session: str, header: Header, payloads: tuple[Buffer, ...] = ()) -> None:

@@ -1,5 +1,6 @@
 """Prompts: loading a data set, and the endless seeded stream of work made from it."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import msgspec
 import numpy as np
 
 from learner.config import RunConfig
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, brief
 from protocol.leases import Work
 
+_EMPTY = "is empty: there is nothing to train on"
+_MAX_ROW_BYTES = 1 << 20
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 Row = dict[str, Any]
@@ -21,33 +24,37 @@ def load_rows(source: str, split: str) -> list[Row]:
     Every row has a ``prompt``: a string, or a list of chat messages.
     """
     # Importing `datasets` takes a second, which commands that load no data need not wait.
-    from datasets import load_dataset
+    import datasets
 
+    # What it logs of a broken file comes in our own error, and its bars would tear our display.
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
     try:
         file_type = _FILE_TYPES.get(Path(source).suffix)
         if file_type and not Path(source).is_file():
             raise ConfigError(f"no such data file: {source}")
+        if file_type and Path(source).stat().st_size == 0:
+            raise ConfigError(f"{source} {_EMPTY}")
         if file_type:
-            data = load_dataset(file_type, data_files=source, split="train")
+            data = datasets.load_dataset(file_type, data_files=source, split="train")
         else:
-            data = load_dataset(source, split=split)
+            data = datasets.load_dataset(source, split=split)
     except ConfigError:
         raise
     except Exception as error:
+        # A file with columns but without rows is an error to `datasets`, of no type of its own.
+        if "corresponds to no data" in str(error):
+            raise ConfigError(f"{source} {_EMPTY}") from error
         raise ConfigError(
-            f"cannot load data {source!r}: {_first_line(error)}; give a hub name or a file of "
-            f"type {', '.join(_FILE_TYPES)}"
+            f"cannot load data {source!r}: {brief(error.__cause__ or error)}; give a hub name or "
+            f"a file of type {', '.join(_FILE_TYPES)}"
         ) from error
     if "prompt" not in data.column_names:
         raise ConfigError(f"{source}: no column 'prompt' among {', '.join(data.column_names)}")
     rows: list[Row] = [_plain(source, index, row) for index, row in enumerate(data)]
     if not rows:
-        raise ConfigError(f"{source} is empty: there is nothing to train on")
+        raise ConfigError(f"{source} {_EMPTY}")
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _plain(source: str, index: int, row: Row) -> Row:
@@ -57,9 +64,15 @@ def _plain(source: str, index: int, row: Row) -> Row:
             "not a string or a list of messages"
         )
     try:
-        return dict(msgspec.to_builtins(row))
+        plain = dict(msgspec.to_builtins(row))
     except TypeError as error:
         raise ConfigError(f"{source}, row {index}: {error}") from error
+    size = len(msgspec.msgpack.encode(plain))
+    if size > _MAX_ROW_BYTES:
+        raise ConfigError(
+            f"{source}, row {index}: {size} bytes; a row has {_MAX_ROW_BYTES} at most"
+        )
+    return plain
 
 
 class PromptStream:
@@ -91,11 +104,11 @@ class PromptStream:
         )
 
 
-def evaluation_work(rows: list[Row], config: RunConfig) -> list[Work]:
+def evaluation_work(rows: list[Row], config: RunConfig, version: int) -> list[Work]:
     """The held-out prompts, with seeds that are the same at every evaluation."""
     return [
         Work(
-            prompt_id=f"heldout/{index}",
+            prompt_id=f"heldout/{version}/{index}",
             row=row,
             seed=_seed(config.seed, 1, 0, index),
             num_rollouts=config.eval.num_rollouts,

@@ -17,23 +17,27 @@ class Evaluation:
         self.waiting = deque(works)
         self.done = Event()
         self.num_failed = 0
-        self._left = len(works)
+        self._open = {work.prompt_id for work in works}
         self._scores: dict[str, Floats] = {}
         self._num_tokens = 0
         self._num_rollouts = 0
         if not works:
             self.done.set()
 
+    def wants(self, work: Work) -> bool:
+        """Whether ``work`` is of this evaluation and has not ended."""
+        return work.prompt_id in self._open
+
     def receive(self, work: Work, group: Group) -> None:
         self._scores[work.prompt_id] = group.scores
         self._num_tokens += group.num_tokens
         self._num_rollouts += len(group.rollouts)
-        self._end_one()
+        self._end(work)
 
     def give_up(self, work: Work) -> None:
         """A prompt that failed too often is left out."""
         self.num_failed += 1
-        self._end_one()
+        self._end(work)
 
     @property
     def num_prompts(self) -> int:
@@ -54,7 +58,7 @@ class Evaluation:
         """Mean length of the completions."""
         return self._num_tokens / max(self._num_rollouts, 1)
 
-    def _end_one(self) -> None:
-        self._left -= 1
-        if self._left == 0:
+    def _end(self, work: Work) -> None:
+        self._open.remove(work.prompt_id)
+        if not self._open:
             self.done.set()

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from threading import Thread
+from threading import Lock, Thread
 
 import zmq
 
@@ -30,25 +30,32 @@ class Intake:
         self._coordinator = coordinator
         self._heartbeat = heartbeat
         # ZeroMQ sockets belong to one thread, a pipe does not.
-        self._wake_read, self._wake_write = os.pipe()
+        self._pipe_lock = Lock()
+        self._wake_read, write = os.pipe()
         os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
+        os.set_blocking(write, False)
+        self._wake_write: int | None = write
         self._closing = False
         self._thread = Thread(target=self._run, name="intake", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Callable from any thread."""
+        """Callable from any thread, also after `close`."""
         # A full pipe has woken the thread already.
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"!")
+        with self._pipe_lock, contextlib.suppress(BlockingIOError):
+            if self._wake_write is not None:
+                os.write(self._wake_write, b"!")
 
     def close(self) -> None:
+        """End the thread and close the socket; once is enough, twice does no harm."""
         self._closing = True
         self.wake()
         self._thread.join()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        with self._pipe_lock:
+            if self._wake_write is not None:
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+            self._wake_write = None
 
     def _run(self) -> None:
         try:

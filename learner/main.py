@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
-import transformers
-
 from learner.app import Learner
 from learner.config import RunConfig
 from learner.runlog import RunFolder
@@ -27,9 +24,6 @@ def run_learner(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the learner is one process; start it with --nproc-per-node=1")
-    # Their bars for loading small files would only tear our own display.
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     learner = Learner(config, folder)
     try:
         with _stopped_by_signals(learner):

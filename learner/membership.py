@@ -17,11 +17,16 @@ class ActorState:
     last_heard: float
     number: int
     version: int = -1
-    digest: str = ""
     route: str = ""
     status: Status | None = None
+    failures: int = 0
+    """Groups that failed in a row."""
+    wrong_digests: int = 0
+    """In a row."""
     held: int = 0
     """Outstanding leases."""
+    overrun: set[int] = field(default_factory=set)
+    """Leases whose deadline passed, but that it may still be working on."""
     groups: int = 0
 
     @property
@@ -31,7 +36,9 @@ class ActorState:
     @property
     def room(self) -> int:
         """Leases that it can take on top."""
-        return (self.status.capacity if self.status and self.ready else 0) - self.held
+        if self.status is None or not self.ready:
+            return 0
+        return self.status.capacity - self.held - len(self.overrun)
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
 """What the learner exports to Prometheus."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,12 @@ class StepMetrics:
         self._correlation = gauge(
             "gdpo_reward_correlation", "Correlation of two rewards", ("first", "second")
         )
+        self._actor_seconds = Histogram(
+            "gdpo_actor_phase_seconds",
+            "Phases of a group and of a weight update on the actors",
+            ("phase",),
+            registry=registry,
+        )
         self._push_seconds = Histogram(
             "gdpo_weight_push_seconds", "Phases of a weight push", ("phase",), registry=registry
         )
@@ -86,6 +93,12 @@ class StepMetrics:
             elif name.startswith("reward/"):
                 _, reward, field = name.split("/")
                 self._reward[field].labels(reward).set(value)
+
+    def actor_phases(self, timings: deque[tuple[str, float]]) -> None:
+        """Take out and export what actors reported."""
+        while timings:
+            phase, seconds = timings.popleft()
+            self._actor_seconds.labels(phase).observe(seconds)
 
     def push(self, report: PushReport) -> None:
         self._pushes.labels("collective" if report.by_collective else "stream").inc()
@@ -124,11 +137,17 @@ class StateCollector(Collector):
             self._progress.tokens_generated,
         )
         yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
+        yield _counter("gdpo_tokens_accepted", "Their completion tokens", books.accepted_tokens)
         yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
         yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
         yield _by("gdpo_tokens_evicted", "Their tokens", "cause", books.evicted_tokens)
         yield _by("gdpo_groups_received", "Group messages", "verdict", counters.verdicts)
         yield _counter("gdpo_bad_messages", "Messages refused as invalid", counters.bad_messages)
+        yield _counter(
+            "gdpo_unknown_session_messages",
+            "Messages of actors that were given up before",
+            counters.unknown_session,
+        )
         yield _counter("gdpo_actors_lost", "Actors lost without goodbye", counters.actors_lost)
         yield _counter(
             "gdpo_weight_digest_mismatches",
@@ -138,19 +157,21 @@ class StateCollector(Collector):
         yield from self._leases()
 
     def _leases(self) -> Iterator[Metric]:
-        leases = CounterMetricFamily(
-            "gdpo_leases", "Leases by purpose and outcome", labels=["purpose", "outcome"]
+        issued = CounterMetricFamily("gdpo_leases_issued", "Leases issued", labels=["purpose"])
+        ended = CounterMetricFamily(
+            "gdpo_leases_ended", "Leases ended, by outcome", labels=["purpose", "outcome"]
         )
         outstanding = GaugeMetricFamily(
             "gdpo_leases_outstanding", "Leases being worked on", labels=["purpose"]
         )
         for purpose, books in self._coordinator.leases.books.items():
-            leases.add_metric([purpose, "leased"], books.leased)
-            leases.add_metric([purpose, "received"], books.received)
+            issued.add_metric([purpose], books.leased)
+            ended.add_metric([purpose, "received"], books.received)
             for cause, count in dict(books.failed).items():
-                leases.add_metric([purpose, f"failed_{cause}"], count)
+                ended.add_metric([purpose, f"failed_{cause}"], count)
             outstanding.add_metric([purpose], books.outstanding)
-        yield leases
+        yield issued
+        yield ended
         yield outstanding
 
 

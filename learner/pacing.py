@@ -11,6 +11,9 @@ and, as no more than the rest of the run can be used, while
 
     outstanding + buffered + in training < (steps - V) * batch_groups
 
+With max_uses above 1 a batch of groups lasts for that many steps: both bounds are then divided by
+it, the first rounded down to whole batches, the second up.
+
 Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
 largest. The constructor refuses bounds under which a batch could never fill.
 """
@@ -31,12 +34,18 @@ class Pacing:
     max_bytes: int
     group_bytes: int
     """Largest size of one group."""
+    max_uses: int = 1
 
     def __post_init__(self) -> None:
         if self.max_groups < self.batch_groups:
             raise ConfigError(
                 f"buffer.max_groups = {self.max_groups} can never hold a batch of "
                 f"{self.batch_groups} groups: training would wait for ever"
+            )
+        if self.max_uses > self.max_staleness + 1:
+            raise ConfigError(
+                f"buffer.max_uses = {self.max_uses} needs learner.max_staleness of at least "
+                f"{self.max_uses - 1}: every further use is one version later"
             )
         if self.max_bytes < self.batch_groups * self.group_bytes:
             raise ConfigError(
@@ -57,8 +66,9 @@ class Pacing:
     ) -> int:
         """Training leases that an actor at ``actor_version`` may be given now; 0 or more."""
         lag = trainer_version - actor_version
-        by_staleness = (self.max_staleness + 1 - lag) * self.batch_groups
-        by_need = (self.steps - trainer_version) * self.batch_groups
+        by_staleness = (self.max_staleness + 1 - lag) // self.max_uses * self.batch_groups
+        steps_left = self.steps - trainer_version
+        by_need = -(-steps_left // self.max_uses) * self.batch_groups
         ahead = outstanding + buffered + in_training
         by_groups = min(by_staleness - ahead, by_need - ahead, self.max_groups - ahead)
         by_bytes = (self.max_bytes - buffered_bytes) // self.group_bytes - outstanding

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from learner.config import RunConfig
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, brief
+from protocol.messages import MODEL_FILE_SUFFIXES
 from protocol.weights import TensorSpec, layout
 
 _FILES = ("config.json", "generation_config.json", "chat_template.jinja")
@@ -48,23 +50,29 @@ class Policy:
 def load_policy(config: RunConfig) -> Policy:
     """Load the model and its files; raises `ConfigError`."""
     folder = _folder(config.model.path)
+    # Its bars would tear our own display.
+    transformers.utils.logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attention,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path = {config.model.path!r}: {first_line}") from error
+        model.to(_device(config.model.device))
+    except Exception as error:
+        # Damaged files, unknown architectures and devices each raise something of their own.
+        raise ConfigError(f"model.path = {config.model.path!r}: {brief(error)}") from error
     _check_lengths(config, model)
+    _check_buffers(config, model)
     files = {path.name: path.read_bytes() for path in _model_files(folder)}
     if not any(name.startswith("tokenizer") for name in files):
         raise ConfigError(f"model.path = {config.model.path!r} holds no tokenizer files")
-    manifest = [(n, config.actor.dtype, tuple(p.shape)) for n, p in model.named_parameters()]
+    dtype = config.for_actors().dtype
+    manifest = [(name, dtype, tuple(p.shape)) for name, p in model.named_parameters()]
     return Policy(
         # Without dropout, so that log-probabilities are those of the sampled policy.
-        model=model.eval().to(_device(config.model.device)),
+        model=model.eval(),
         folder=folder,
         files=files,
         files_digest=_files_digest(files),
@@ -95,15 +103,14 @@ def _folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=list(_HUB_PATTERNS)))
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model.path = {path!r} is no folder, and the hub does not have it: {first_line}"
+            f"model.path = {path!r} is no folder, and the hub does not have it: {brief(error)}"
         ) from error
 
 
 def _model_files(folder: Path) -> list[Path]:
     found = {path for pattern in (*_FILES, *_TOKENIZER_FILES) for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if path.is_file() and path.suffix in MODEL_FILE_SUFFIXES)
 
 
 def _files_digest(files: dict[str, bytes]) -> str:
@@ -120,6 +127,16 @@ def _check_lengths(config: RunConfig, model: Any) -> None:
         raise ConfigError(
             f"sampling.max_prompt_tokens + sampling.max_tokens = {needed} exceeds the model's "
             f"{longest} positions; lower one of them"
+        )
+
+
+def _check_buffers(config: RunConfig, model: Any) -> None:
+    """Only parameters are trained and sent: a persistent buffer would differ on the actors."""
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    if buffers:
+        raise ConfigError(
+            f"model.path = {config.model.path!r}: its weights contain buffers "
+            f"({', '.join(sorted(buffers)[:3])}), which are not sent to actors"
         )
 
 

@@ -3,12 +3,16 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
+from typing import NamedTuple
 
 from learner.coordinator import Coordinator
 
 WINDOW_S = 15.0
+WINDOW_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +27,18 @@ class _Sample:
     steps: int
 
 
+class _Counters(NamedTuple):
+    """What one actor has reached."""
+
+    tokens: int
+    groups: int
+    uptime: float
+    idle: float
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Over the last `WINDOW_S` seconds or less."""
+    """Over the last `WINDOW_S` seconds or `WINDOW_STEPS` steps, whichever are more."""
 
     tokens_generated_per_s: float = 0.0
     tokens_trained_per_s: float = 0.0
@@ -56,26 +69,51 @@ class Progress:
         self._coordinator = coordinator
         self._batch_groups = batch_groups
         self._clock = clock
+        self._lock = Lock()
         self._samples: deque[_Sample] = deque()
-        self._gone = dict.fromkeys(("tokens", "groups", "uptime", "idle"), 0.0)
-        self._last_seen: dict[str, dict[str, float]] = {}
+        self._first: dict[str, _Counters] = {}
+        self._last: dict[str, _Counters] = {}
         self.tokens_trained = 0
-        self.wait_seconds = 0.0
+        self._waited = 0.0
+        self._waiting_since: float | None = None
         self.steps = 0
         self.rates = Rates()
 
     def restart(self) -> None:
         """Forget what was before training: rates are about now."""
-        self._samples.clear()
+        with self._lock:
+            self._samples.clear()
         self.sample()
 
     @property
     def tokens_generated(self) -> int:
         """By all actors ever seen, also for evaluation and for groups that were not used."""
-        return int(self._totals()["tokens"])
+        with self._lock:
+            return int(self._totals()["tokens"])
+
+    @property
+    def wait_seconds(self) -> float:
+        """The learner's time without a batch, a wait that still goes on included."""
+        since = self._waiting_since
+        return self._waited + (self._clock() - since if since is not None else 0.0)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The learner waits for groups."""
+        started = self._waiting_since = self._clock()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+            self._waited += self._clock() - started
 
     def sample(self) -> Rates:
-        """Update `rates`; call it a few times a second."""
+        """Update `rates`; call it a few times a second, from any thread."""
+        with self._lock:
+            self.rates = self._sample()
+            return self.rates
+
+    def _sample(self) -> Rates:
         now, totals = self._clock(), self._totals()
         new = _Sample(
             now,
@@ -88,33 +126,33 @@ class Progress:
             self.steps,
         )
         self._samples.append(new)
-        while self._samples[0].at < now - WINDOW_S:
+        # At least some steps, however long they take.
+        while (
+            len(self._samples) > 2
+            and self._samples[1].at < now - WINDOW_S
+            and self._samples[1].steps <= new.steps - WINDOW_STEPS
+        ):
             self._samples.popleft()
-        self.rates = self._between(self._samples[0], new)
-        return self.rates
+        return self._between(self._samples[0], new)
 
     def _totals(self) -> dict[str, float]:
-        """Sums over live actors, and what those that left had reached."""
-        live = {}
+        """Sums over all actors ever seen, as far as each one had got when it was last heard."""
         for actor in self._coordinator.actors():
             if status := actor.status:
-                live[actor.session] = {
-                    "tokens": status.tokens_generated,
-                    "groups": status.groups_generated,
-                    "uptime": status.uptime_seconds,
-                    "idle": status.idle_seconds,
-                }
-        for session in self._last_seen.keys() - live.keys():
-            for name, value in self._last_seen[session].items():
-                self._gone[name] += value
-        for session in live.keys() - self._last_seen.keys():
-            # Only what happens from now on counts, so that rates do not jump at a join.
-            for name, value in live[session].items():
-                self._gone[name] -= value if name in ("uptime", "idle") else 0
-        self._last_seen = live
+                values = _Counters(
+                    status.tokens_generated,
+                    status.groups_generated,
+                    status.uptime_seconds,
+                    status.idle_seconds,
+                )
+                # Only time from now on counts, so that shares do not jump at a join.
+                self._first.setdefault(actor.session, values)
+                self._last[actor.session] = values
         return {
-            name: gone + sum(values[name] for values in live.values())
-            for name, gone in self._gone.items()
+            "tokens": sum(c.tokens for c in self._last.values()),
+            "groups": sum(c.groups for c in self._last.values()),
+            "uptime": sum(c.uptime - self._first[s].uptime for s, c in self._last.items()),
+            "idle": sum(c.idle - self._first[s].idle for s, c in self._last.items()),
         }
 
     def _between(self, old: _Sample, new: _Sample) -> Rates:

@@ -11,6 +11,7 @@ actors whose weights are too old just get no leases.
 """
 
 import logging
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from learner.config import WeightsConfig
 from learner.coordinator import Coordinator
 from learner.snapshots import Snapshot, SnapshotStore
+from protocol.errors import TrainingError, brief
 from protocol.messages import Weights
 from protocol.weights import chunks
 
@@ -64,6 +66,7 @@ class Publisher:
         self._changed = Condition()
         self._pending: Snapshot | None = None
         self._pushed = snapshots.latest.version
+        """Version of the last push."""
         self._closing = False
         self.reports: list[PushReport] = []
         """Of the pushes since they were last taken."""
@@ -77,39 +80,43 @@ class Publisher:
             self._pending = snapshot
             self._changed.notify_all()
 
-    def wait(self, version: int, timeout_s: float) -> bool:
-        """Whether the push of ``version`` ended in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._pushed >= version, timeout_s)
-
     def take_reports(self) -> list[PushReport]:
         with self._changed:
             reports, self.reports = self.reports, []
             return reports
 
     def close(self) -> None:
-        """End after the push at hand, or at its deadline."""
+        """End after the push at hand, which a hung actor may hold up until its deadline."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(4 * self._config.timeout_s)
+        # A broadcast to a hung actor and the wait for its confirmation: each has its deadline.
+        self._thread.join(2 * self._config.timeout_s + 1)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            log.exception("publisher died")
+            self._coordinator.fail(TrainingError(f"publisher died: {error}"))
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending is not None or self._closing)
                 snapshot, self._pending = self._pending, None
-            if snapshot is None:
+            if snapshot is None or self._closing:
                 return
             report = self._push(snapshot)
-            with self._changed:
-                if report:
+            self._pushed = snapshot.version
+            if report:
+                with self._changed:
                     self.reports.append(report)
-                self._pushed = snapshot.version
-                self._changed.notify_all()
 
     def _push(self, snapshot: Snapshot) -> PushReport | None:
-        members = self._coordinator.ready_sessions()
+        # Only those that kept up: an actor that is behind pulls until it has caught up, so a slow
+        # or broken one costs one push its deadlines, not every push.
+        members = self._coordinator.ready_sessions(self._pushed)
         if not members:
             return None
         started = time.monotonic()
@@ -128,7 +135,7 @@ class Publisher:
             log.warning(
                 "push of version %d by collective failed, actors pull it instead: %s",
                 snapshot.version,
-                str(error).splitlines()[0],
+                brief(error),
             )
             by_collective = False
             self._collective.end()
@@ -175,8 +182,17 @@ class _Collective:
     def __init__(self, address: str, timeout: timedelta) -> None:
         self._timeout = timeout
         self._address = address
-        self._store = TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        self.store_port: int = self._store.port
+        # TCPStore alone would listen on every interface, whatever address it is given.
+        with socket.create_server((address, 0)) as listener:
+            self.store_port: int = listener.getsockname()[1]
+            self._store = TCPStore(
+                address,
+                self.store_port,
+                is_master=True,
+                timeout=timeout,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
         self.epoch = 0
         self._members: tuple[str, ...] = ()
         self._group: ProcessGroupGloo | None = None

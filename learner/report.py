@@ -20,7 +20,7 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         "phase": learner.phase,
         "step": done,
         "steps": total,
-        "seconds_left": learner.training_seconds / done * (total - done) if done else None,
+        "seconds_left": _seconds_left(learner.training_seconds, done, total),
         "rewards": step.rewards if step else {},
         "tokens_generated_per_s": rates.tokens_generated_per_s,
         "tokens_trained_per_s": rates.tokens_trained_per_s,
@@ -55,7 +55,7 @@ def step_line(learner: "Learner", step: StepResult, seconds: float) -> dict[str,
     rates = learner.progress.rates
     return {
         "step": step.version,
-        "seconds": learner.training_seconds + seconds,
+        "seconds": learner.training_seconds,
         "step_seconds": seconds,
         "rewards": step.rewards,
         "completion_tokens_mean": step.mean_tokens,
@@ -80,8 +80,8 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
     seconds = learner.training_seconds
     return {
         "run": learner.folder.path.name,
-        "completed": not learner.interrupted,
-        "ended_because": learner.interrupted or "all steps done",
+        "completed": learner.completed,
+        "ended_because": "all steps done" if learner.completed else learner.interrupted,
         "steps": learner.trainer.version,
         "seconds_training": seconds,
         "rewards": {
@@ -128,6 +128,11 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         if learner.folder.checkpoint.exists()
         else None,
     }
+
+
+def _seconds_left(seconds: float, done: int, total: int) -> float | None:
+    """At the mean pace so far; None while there is none."""
+    return seconds / done * (total - done) if done and seconds > 0 else None
 
 
 def _evaluation(evaluation: Evaluation | None, names: tuple[str, ...]) -> dict[str, Any] | None:

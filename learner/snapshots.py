@@ -80,5 +80,5 @@ class SnapshotStore:
             return snapshot.packed[offset : offset + num_bytes].numpy().data
 
     def digest(self, version: int) -> str | None:
-        """Digest of a version that was published, unless that was very long ago."""
+        """Digest of a version; None if it was never published, or very long ago."""
         return self._digests.get(version)

@@ -6,8 +6,9 @@ Where it departs from the GDPO paper's synchronous recipe:
 3. There is no KL term.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,14 @@ class StepResult:
 class Trainer:
     """Owns the optimiser and the policy version."""
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: RunConfig,
+        *,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_progress = on_progress
         self._model = policy.model
         self._config = config
         self._device = next(self._model.parameters()).device
@@ -167,10 +175,10 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self._model.parameters(), self._config.learner.max_grad_norm
         ).item()
-        if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"step {self.version + 1}: loss {loss}, gradient norm {norm}; the last checkpoint "
-                "is good. Lower learner.lr, or look for a reward of extreme size"
+                f"step {self.version + 1}: loss {loss}, gradient norm {norm}; the weights before "
+                "it are saved. Lower learner.lr, or look for a reward of extreme size"
             )
         self._optimizer.step()
         return norm
@@ -190,6 +198,7 @@ class Trainer:
 
         Padding is on the right, where causal attention cannot see it: no mask is needed.
         """
+        self._on_progress()
         logits_BTV = self._model(input_ids=batch.tokens_BL[:, :-1], use_cache=False).logits
         return gdpo.token_logprobs(
             logits_BTV, batch.tokens_BL[:, 1:], temperature=self._config.sampling.temperature

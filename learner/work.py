@@ -1,4 +1,4 @@
-"""What is to be leased next: evaluation prompts, rows to try again, then the stream of prompts."""
+"""What is to be leased next: evaluation prompts, rows to try again, then new prompts."""
 
 import logging
 from collections import deque
@@ -6,23 +6,20 @@ from dataclasses import replace
 
 from learner.data import PromptStream
 from learner.evaluation import Evaluation
-from protocol.errors import TrainingError
 from protocol.groups import Group
 from protocol.leases import Work
 
 log = logging.getLogger("learner")
 
 MAX_ATTEMPTS = 3
-"""A row that its actors reported as failed so often is left out."""
+"""A row that failed or overran its lease so often is left out."""
 
 
 class WorkQueue:
-    """Hands out work and takes it back; ends the run when nothing succeeds any more."""
+    """Hands out work and takes it back."""
 
-    def __init__(self, stream: PromptStream, *, max_failures_in_a_row: int) -> None:
+    def __init__(self, stream: PromptStream) -> None:
         self._stream = stream
-        self._max_failures = max(MAX_ATTEMPTS, max_failures_in_a_row)
-        self._failures_in_a_row = 0
         self._retries: deque[Work] = deque()
         self._evaluation: Evaluation | None = None
 
@@ -30,6 +27,10 @@ class WorkQueue:
         """Evaluation work comes before any other, for actors that have ``version``."""
         self._evaluation = Evaluation(works, version)
         return self._evaluation
+
+    def end_evaluation(self) -> None:
+        """What is still out comes back for nothing."""
+        self._evaluation = None
 
     def next_evaluation(self, actor_version: int) -> Work | None:
         """A held-out prompt for an actor that samples from ``actor_version``."""
@@ -44,32 +45,30 @@ class WorkQueue:
 
     def done(self, work: Work, group: Group) -> None:
         """A valid group came back."""
-        self._failures_in_a_row = 0
-        if work.purpose == "eval" and self._evaluation is not None:
-            self._evaluation.receive(work, group)
+        if evaluation := self._evaluation_of(work):
+            evaluation.receive(work, group)
 
     def again(self, work: Work) -> None:
         """The actor was lost, not the row: lease it again before anything new."""
         if work.purpose == "train":
             self._retries.append(work)
-        elif self._evaluation is not None:
-            self._evaluation.waiting.append(work)
+        elif evaluation := self._evaluation_of(work):
+            evaluation.waiting.append(work)
 
-    def failed(self, work: Work, cause: str) -> None:
-        """The row could not be rolled out: again, or left out if that happens every time.
-
-        Raises `TrainingError` when nothing but failures comes back.
-        """
-        self._failures_in_a_row += 1
+    def failed(self, work: Work) -> None:
+        """The row could not be rolled out, or took too long: again, or left out after
+        `MAX_ATTEMPTS`, because the fault may be the actor's or the row's."""
         work = replace(work, attempts=work.attempts + 1)
         if work.attempts < MAX_ATTEMPTS:
             self.again(work)
-        else:
-            log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
-            if work.purpose == "eval" and self._evaluation is not None:
-                self._evaluation.give_up(work)
-        if self._failures_in_a_row >= self._max_failures:
-            raise TrainingError(
-                f"{self._failures_in_a_row} groups failed in a row, the last one "
-                f"({work.prompt_id}) because: {cause}"
-            )
+            return
+        log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
+        if evaluation := self._evaluation_of(work):
+            evaluation.give_up(work)
+
+    def _evaluation_of(self, work: Work) -> Evaluation | None:
+        """The current evaluation, if ``work`` belongs to it and not to an earlier one."""
+        evaluation = self._evaluation
+        if evaluation is None or work.purpose != "eval" or not evaluation.wants(work):
+            return None
+        return evaluation

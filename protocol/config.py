@@ -40,7 +40,7 @@ class SamplingConfig(StrictModel):
     """How completions are sampled. No top-p, top-k or penalties: the recorded log-probabilities
     are those of the full distribution at this temperature."""
 
-    num_rollouts: PositiveInt = 8
+    num_rollouts: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Rollouts per prompt: the group size G."""
     temperature: PositiveFloat = 1.0
     max_tokens: PositiveInt = 1024
@@ -51,15 +51,17 @@ class SamplingConfig(StrictModel):
 class ActorConfig(StrictModel):
     """What an actor needs to generate; resolved by the learner and sent in the welcome."""
 
-    engine: Literal["auto", "transformers"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: the learner's; weights are sent in this type."""
     device: str = "auto"
     """``auto``: a GPU where there is one."""
-    max_leases: PositiveInt = 16
+    max_leases: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Groups that one actor generates at once."""
     reward_timeout_s: PositiveFloat = 60.0
     """Longest time for one reward function on one group."""
     status_interval_s: PositiveFloat = 0.5
+    engine_timeout_s: PositiveFloat = 120.0
+    """An actor whose engine needs so long for one token or one load of weights gives up."""
     learner_timeout_s: PositiveFloat = 60.0
     """An actor that hears nothing from the learner for so long gives up."""
     sampling: SamplingConfig = SamplingConfig()

@@ -49,3 +49,9 @@ class RewardError(AsyncGdpoError):
 
 class TrainingError(AsyncGdpoError):
     """Training cannot continue; the run ends with a non-zero exit."""
+
+
+def brief(error: BaseException, limit: int = 300) -> str:
+    """The first line of an error's text, not too long to be shown or sent; its type if empty."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= limit else line[: limit - 3] + "..."

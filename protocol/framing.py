@@ -19,6 +19,8 @@ HeaderT = TypeVar("HeaderT", bound=Header)
 
 MAX_FRAMES = 64
 MAX_HEADER_BYTES = 4 << 20
+"""Of a message to an actor; a lease carries a data row."""
+MAX_HEADER_BYTES_TO_LEARNER = 128 << 10
 MAX_PAYLOAD_BYTES = 256 << 20
 """One payload frame; weights travel in chunks far below it."""
 
@@ -31,18 +33,20 @@ def encode(header: Header, payloads: Sequence[Buffer] = ()) -> list[Buffer]:
 
 def decode_to_learner(frames: Sequence[Buffer]) -> tuple[ToLearner, list[memoryview]]:
     """A message from an actor and its payload frames; raises `BadMessage`."""
-    return _decode(frames, ToLearner)
+    return _decode(frames, ToLearner, MAX_HEADER_BYTES_TO_LEARNER)
 
 
 def decode_to_actor(frames: Sequence[Buffer]) -> tuple[ToActor, list[memoryview]]:
     """A message from the learner and its payload frames; raises `BadMessage`."""
-    return _decode(frames, ToActor)
+    return _decode(frames, ToActor, MAX_HEADER_BYTES)
 
 
-def _decode(frames: Sequence[Buffer], types: Any) -> tuple[Any, list[memoryview]]:
+def _decode(
+    frames: Sequence[Buffer], types: Any, max_header_bytes: int
+) -> tuple[Any, list[memoryview]]:
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise BadMessage(f"{len(frames)} frames; a message has 1 to {MAX_FRAMES}")
-    header = _decode_header(frames[0], types)
+    header = _decode_header(frames[0], types, max_header_bytes)
     payloads = [memoryview(frame).toreadonly() for frame in frames[1:]]
     actual = tuple(payload.nbytes for payload in payloads)
     if actual != header.sizes:
@@ -52,12 +56,14 @@ def _decode(frames: Sequence[Buffer], types: Any) -> tuple[Any, list[memoryview]
     return header, payloads
 
 
-def _decode_header(frame: Buffer, types: Any) -> Any:
-    if memoryview(frame).nbytes > MAX_HEADER_BYTES:
-        raise BadMessage(f"header frame exceeds {MAX_HEADER_BYTES} bytes")
+def _decode_header(frame: Buffer, types: Any, max_bytes: int) -> Any:
+    if memoryview(frame).nbytes > max_bytes:
+        raise BadMessage(f"header frame exceeds {max_bytes} bytes")
     try:
         # Its limits on lengths default to the size of the frame, its depth is bounded too.
-        untyped = msgpack.unpackb(frame, raw=False, strict_map_key=True)
+        untyped = msgpack.unpackb(
+            frame, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys
+        )
         return msgspec.convert(untyped, types, strict=True)
     except (
         msgspec.ValidationError,
@@ -66,3 +72,11 @@ def _decode_header(frame: Buffer, types: Any) -> Any:
         OverflowError,
     ) as error:
         raise BadMessage(f"not a valid message: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A map; one that names a key twice could mean two things."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a map with a key twice")
+    return result

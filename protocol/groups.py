@@ -134,10 +134,6 @@ def unpack_group(header: GroupHeader, payloads: Sequence[memoryview], limits: Gr
     _require(bool((logprobs <= 1e-6).all()), "a log-probability above 0")
     _require(scores.size == num_rollouts * num_rewards, f"{scores.size} scores")
     _require(not bool(np.isinf(scores).any()), "an infinite score")
-    _require(
-        np.isfinite(header.generation_seconds) and np.isfinite(header.reward_seconds),
-        "a duration that is not finite",
-    )
     spans_by_rollout = _spans(spans, lengths, limits)
     stops = np.cumsum(lengths)
     rollouts = tuple(

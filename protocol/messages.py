@@ -9,7 +9,7 @@ weights are payload frames.
     learner -> actor    Welcome  Lease  Ack  Weights  WeightsChunk  Pong  Drain  Error
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -17,8 +17,15 @@ PROTOCOL_VERSION = 1
 """Raised whenever a peer of the old version could misread a message of the new one."""
 
 Purpose = Literal["train", "eval"]
-Verdict = Literal["accepted", "duplicate", "stale", "rejected"]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+"""A duration: neither negative nor NaN nor infinite."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Verdict = Literal["accepted", "duplicate", "rejected"]
 FinishReason = Literal["stop", "length"]
+
+
+MODEL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""Configuration and tokenizer files that a welcome may bring: data, never code."""
 
 
 class Header(
@@ -43,9 +50,9 @@ class Hello(Header, tag="hello", frozen=True):
     """The run that the actor was built for, when it says hello again after a silence."""
     model_digest: str | None = None
     """`Welcome.model_digest` that the actor was built from, likewise."""
-    engine: str = "auto"
     host: str = ""
     pid: int = 0
+    metrics_host: str = ""
     metrics_port: int = 0
 
 
@@ -55,8 +62,8 @@ class GroupHeader(Header, tag="group", frozen=True):
     lease: int
     reward_names: tuple[str, ...]
     finish: tuple[FinishReason, ...]
-    generation_seconds: float
-    reward_seconds: float
+    generation_seconds: Seconds
+    reward_seconds: Seconds
 
 
 class Failed(Header, tag="failed", frozen=True):
@@ -67,30 +74,30 @@ class Failed(Header, tag="failed", frozen=True):
 
 
 class Status(Header, tag="status", frozen=True):
-    """Heartbeat, sent by the loop that does the work; answered by `Pong`."""
+    """Heartbeat, sent while the engine makes progress or has nothing to do; see `Pong`."""
 
     sequence: int
-    capacity: int
+    capacity: Annotated[int, msgspec.Meta(ge=0, le=65_536)]
     """Leases the actor can hold at once; 0 until its engine has weights, and while draining."""
     version: int
     """Policy version that the engine samples from; -1 before the first one."""
-    active_leases: int
-    tokens_generated: int
+    active_leases: Count
+    tokens_generated: Count
     """Since the start of the process, like the four below."""
-    groups_generated: int
-    idle_seconds: float
+    groups_generated: Count
+    idle_seconds: Seconds
     """Time in which the engine had nothing to generate."""
-    stall_seconds: float
+    stall_seconds: Seconds
     """Time in which generation stood still to load weights."""
-    uptime_seconds: float
+    uptime_seconds: Seconds
 
 
 class WeightsPull(Header, tag="weights_pull", frozen=True):
     """Ask for ``num_bytes`` of the packed weights of ``version`` from ``offset`` on."""
 
     version: int
-    offset: int
-    num_bytes: int
+    offset: Count
+    num_bytes: Count
 
 
 class WeightsReady(Header, tag="weights_ready", frozen=True):
@@ -99,8 +106,8 @@ class WeightsReady(Header, tag="weights_ready", frozen=True):
     version: int
     digest: str
     route: Literal["collective", "stream"]
-    receive_seconds: float
-    load_seconds: float
+    receive_seconds: Seconds
+    load_seconds: Seconds
 
 
 class Goodbye(Header, tag="goodbye", frozen=True):
@@ -132,12 +139,12 @@ class Lease(Header, tag="lease", frozen=True):
     row: dict[str, Any]
     """The data set's columns; ``prompt`` is a string or a list of chat messages."""
     prompt_id: str
-    seed: int
-    num_rollouts: int
-    temperature: float
-    max_tokens: int
+    seed: Count
+    num_rollouts: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+    temperature: Annotated[float, msgspec.Meta(ge=0)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     purpose: Purpose
-    deadline_s: float
+    deadline_s: Seconds
     """Seconds from receipt after which the learner issues the row again."""
 
 
@@ -153,22 +160,22 @@ class Weights(Header, tag="weights", frozen=True):
     """A new version exists. ``epoch`` None: pull it with `WeightsPull`."""
 
     version: int
-    num_bytes: int
+    num_bytes: Count
     digest: str
     epoch: int | None = None
     """The collective to receive it in; the fields below belong to it."""
     rank: int = 0
     world_size: int = 0
     store_port: int = 0
-    bucket_bytes: int = 0
-    timeout_s: float = 0.0
+    bucket_bytes: Count = 0
+    timeout_s: Seconds = 0.0
 
 
 class WeightsChunk(Header, tag="weights_chunk", frozen=True):
     """Payload frame: the bytes asked for by `WeightsPull`; none if the version is gone."""
 
     version: int
-    offset: int
+    offset: Count
 
 
 class Pong(Header, tag="pong", frozen=True):

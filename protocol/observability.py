@@ -1,12 +1,12 @@
 """The HTTP endpoint that every process offers: /metrics, /healthz, /readyz and JSON routes.
 
-One small server on a daemon thread. /healthz tells the age of the working loop's last progress,
-so a process that answers HTTP while its loop hangs is reported as unhealthy.
+One small server on a daemon thread. /healthz tells the age of each working loop's last
+progress, so a process that answers HTTP while a loop hangs is reported as unhealthy.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -21,7 +21,10 @@ from protocol.errors import ConfigError
 class Heartbeat:
     """Age of the last progress of a loop; beat from the loop, read from anywhere."""
 
-    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, loop: str, limit_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.loop = loop
         self.limit_s = limit_s
         self._clock = clock
         self._last = clock()
@@ -47,16 +50,17 @@ class ObservabilityServer:
         *,
         host: str,
         port: int,
-        heartbeat: Heartbeat,
+        heartbeats: Sequence[Heartbeat],
         ready: Callable[[], bool],
         routes: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
-        handler = _handler(registry, heartbeat, ready, dict(routes or {}))
+        handler = _handler(registry, heartbeats, ready, dict(routes or {}))
         try:
             self._server = ThreadingHTTPServer((host, port), handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another port"
+                f"cannot serve metrics on {host}:{port}: {reason}; choose another host or port"
             ) from error
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
@@ -74,7 +78,7 @@ class ObservabilityServer:
 
 def _handler(
     registry: CollectorRegistry,
-    heartbeat: Heartbeat,
+    heartbeats: Sequence[Heartbeat],
     ready: Callable[[], bool],
     routes: dict[str, Callable[[], Any]],
 ) -> type[BaseHTTPRequestHandler]:
@@ -87,8 +91,10 @@ def _handler(
                 encode, content_type = choose_encoder(self.headers.get("Accept", ""))
                 self._reply(HTTPStatus.OK, encode(registry), content_type)
             elif path == "/healthz":
-                body = {"age_s": round(heartbeat.age_s, 3), "limit_s": heartbeat.limit_s}
-                self._reply_json(body, ok=heartbeat.healthy)
+                ages = {
+                    h.loop: {"age_s": round(h.age_s, 3), "limit_s": h.limit_s} for h in heartbeats
+                }
+                self._reply_json(ages, ok=all(h.healthy for h in heartbeats))
             elif path == "/readyz":
                 is_ready = ready()
                 self._reply_json({"ready": is_ready}, ok=is_ready)

@@ -1,7 +1,7 @@
 """The socket factory: every ZeroMQ socket of the system is made here, with every limit set.
 
 Nothing blocks for ever: sends never wait (a full queue is an error to handle), closing drops what
-is unsent after `LINGER_MS`, queues are bounded in messages, messages in bytes.
+is unsent after `LINGER_MS`, queues are bounded in messages, frames in bytes.
 """
 
 import ipaddress
@@ -21,11 +21,20 @@ QUEUED_MESSAGES = 1000
 SocketT = TypeVar("SocketT", bound=zmq.Socket[bytes] | zmq.asyncio.Socket)
 
 
-def bind_learner(context: zmq.Context[zmq.Socket[bytes]], url: str) -> zmq.Socket[bytes]:
-    """The learner's ROUTER socket, bound to ``tcp://HOST:PORT``; port 0 takes any free one."""
+def bind_learner(
+    context: zmq.Context[zmq.Socket[bytes]], url: str, max_frame_bytes: int
+) -> zmq.Socket[bytes]:
+    """The learner's ROUTER socket, bound to ``tcp://HOST:PORT``; port 0 takes any free one.
+
+    A peer that sends a frame over ``max_frame_bytes`` is disconnected.
+    """
     require_loopback(url)
     socket = context.socket(zmq.ROUTER)
     _limit(socket)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+    # An actor that reconnects keeps its id: without this its new connection would be ignored for
+    # as long as the old one is not known to be dead.
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     # Without it a message to a peer that has gone is dropped in silence.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     try:
@@ -46,7 +55,11 @@ def connect_actor(context: zmq.asyncio.Context, url: str, identity: bytes) -> zm
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
-    socket.connect(url)
+    try:
+        socket.connect(url)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise ConfigError(f"cannot connect to {url}: {error.strerror}") from error
     return socket
 
 
@@ -62,18 +75,19 @@ def parse_tcp(url: str) -> tuple[str, int]:
     return host, port
 
 
-def require_loopback(url: str) -> None:
-    """Refuse to listen where others could connect: the socket is not encrypted."""
+def require_loopback(url: str) -> str:
+    """The url, unless others could connect to it: then `ConfigError`, as nothing is encrypted."""
     host, _ = parse_tcp(url)
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        loopback = host == "localhost" or ipaddress.IPv4Address(host).is_loopback
     except ValueError:
         loopback = False
     if not loopback:
         raise ConfigError(
-            f"learner.bind = {url!r} is reachable from other machines, and this version neither "
-            "encrypts nor authenticates; use tcp://127.0.0.1:PORT"
+            f"{url} is no IPv4 loopback address but reachable from other machines, and this "
+            "version neither encrypts nor authenticates; use tcp://127.0.0.1:PORT"
         )
+    return url
 
 
 def address_towards(host: str, port: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ class System:
     def summary_after_stop(self) -> dict[str, Any]:
         """Stop the learner in order; what it then reports."""
         self.learner.signal(signal.SIGTERM)
-        assert self.learner.wait(20) == 0, self.learner.output
+        assert self.learner.wait(20) == 130, self.learner.output
         return self.summary
 
     def status(self) -> dict[str, Any]:
@@ -152,6 +153,20 @@ def children_of(pid: int) -> list[int]:
     """Process ids of the direct children."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in text.split()]
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """IP addresses on which a process accepts TCP connections."""
+    targets = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
+    found = set()
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            address, state, inode = fields[1].partition(":")[0], fields[3], fields[9]
+            if state == "0A" and f"socket:[{inode}]" in targets:
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.add(socket.inet_ntop(family, b"".join(words)))
+    return found
 
 
 def resident_bytes(pid: int) -> int:

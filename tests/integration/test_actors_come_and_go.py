@@ -2,11 +2,19 @@
 
 import json
 import signal
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.processes import System, assert_books_balance, http_get, wait_for
+from tests.integration.processes import (
+    System,
+    assert_books_balance,
+    http_get,
+    listening_addresses,
+    resident_bytes,
+    wait_for,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -46,7 +54,7 @@ def test_actors_join_die_and_drain_while_the_learner_trains(system: System):
     step = system.status()["step"]
     system.wait_for_step(step + 5)
     system.learner.signal(signal.SIGTERM)
-    assert system.learner.wait(20) == 0, system.learner.output
+    assert system.learner.wait(20) == 130, system.learner.output
     assert third.wait(15) == 0, third.output
 
     summary = system.summary
@@ -101,14 +109,46 @@ def test_actors_wait_for_a_slow_learner(system: System):
     for name in ("one", "two"):
         system.start_actor(name)
     system.wait_for_step(3)
-    fills = []
-    for step in range(4, 14):
+    fills, memory = [], []
+    for step in range(4, 16):
         system.wait_for_step(step)
         fills.append(system.status()["buffer_groups"])
+        memory.append(resident_bytes(system.learner.pid))
     # (max_staleness + 1) * batch_groups = 3 * 8
     assert max(fills) <= 24
+    growth_mb = (max(memory[6:]) - max(memory[:6])) / 1e6
+    print(f"learner's memory: {memory[0] / 1e6:.0f} MB, {growth_mb:+.1f} MB over six steps")
+    assert growth_mb < 10
     assert system.status()["bottleneck"] == "learner"
     summary = system.summary_after_stop()
     assert summary["staleness"]["largest"] <= 2
     assert summary["books"]["groups"]["evicted"].get("overflow", 0) == 0
     assert_books_balance(summary)
+
+
+def test_a_learner_that_was_frozen_goes_on_with_its_actors(system: System):
+    """Longer than heartbeats and silences last: every connection is made anew."""
+    system.start_learner(*LONG_RUN)
+    actors = [system.start_actor("one"), system.start_actor("two")]
+    wait_for(lambda: system.status()["actors_live"] == 2, "both actors")
+    system.wait_for_step(2)
+    system.learner.signal(signal.SIGSTOP)
+    time.sleep(14)
+    system.learner.signal(signal.SIGCONT)
+    for actor in actors:
+        before = (system.actor(actor.pid) or {}).get("groups", 0)
+        wait_for(
+            lambda pid=actor.pid, groups=before: (
+                (system.actor(pid) or {}).get("groups", 0) > groups
+            ),
+            "each actor to work again",
+        )
+    assert_books_balance(system.summary_after_stop())
+
+
+def test_no_port_is_open_to_other_machines(system: System):
+    """The collective's rendezvous included."""
+    system.start_learner(*LONG_RUN)
+    system.start_actor("actor")
+    system.wait_for_step(2)
+    assert listening_addresses(system.learner.pid) == {"127.0.0.1"}

@@ -142,6 +142,29 @@ def test_a_group_larger_than_the_batch_runs_alone():
     assert [len(group) for group in groups] == [5, 1]
 
 
+@torch.inference_mode()
+def test_an_aborted_group_leaves_the_others_alone():
+    model = make_model(0)
+    requests = [make_request(prompt_tokens=tuple(range(2, 3 + n)), seed=n) for n in range(4)]
+    expected = run(BatchGenerator(model, eos_ids=frozenset(), max_rows=64), requests)
+    # Room for two groups: one of those aborted is in flight, the other one waits.
+    generator = BatchGenerator(model, eos_ids=frozenset(), max_rows=6)
+    for key, request in enumerate(requests):
+        generator.add(key, request)
+    for _ in range(3):
+        generator.step()
+    generator.abort(1)
+    generator.abort(2)
+    results: dict[int, list[Rollout]] = {}
+    while generator.busy:
+        results |= dict(generator.step()[1])
+    assert results.keys() == {0, 3}
+    for key in results:
+        assert [r.tokens.tolist() for r in results[key]] == [
+            r.tokens.tolist() for r in expected[key]
+        ]
+
+
 def test_finish_reason_tells_the_end_of_sequence_from_the_limit():
     generator = BatchGenerator(make_model(0), eos_ids=frozenset([EOS]), max_rows=64)
     [group] = run(generator, [make_request(num_rollouts=40, max_tokens=6)])

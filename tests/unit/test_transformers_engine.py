@@ -66,6 +66,24 @@ async def test_a_request_in_flight_continues_under_new_weights(base_folder):
     await engine.close()
 
 
+async def test_cancelling_a_request_ends_its_generation(base_folder):
+    model, specs = load(base_folder)
+    engine = make_engine(base_folder)
+    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
+    while engine.stats.tokens_generated < 10:
+        await asyncio.sleep(0)
+    assert engine.stalled_s > 0
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    while engine.stalled_s > 0:
+        await asyncio.sleep(0)
+    # Far from the 2 * 220 tokens that it would have taken.
+    assert engine.stats.tokens_generated < 300
+    await engine.close()
+
+
 async def test_closing_ends_requests_in_flight(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)

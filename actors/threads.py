@@ -1,0 +1,48 @@
+"""Calls that block, off the event loop."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from threading import Thread
+from typing import Any, TypeVar
+
+ResultT = TypeVar("ResultT")
+
+
+async def in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
+    """Like asyncio.to_thread, on a thread of its own that does not hold up the exit of the process.
+
+    A collective cannot be interrupted and lasts until its deadline; a reward function may never
+    return. asyncio's own executor would wait for both.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def run() -> None:
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = function()
+        except StopIteration as problem:
+            # A future refuses it.
+            error = RuntimeError(f"StopIteration: {problem}")
+        except Exception as problem:
+            error = problem
+        except BaseException as problem:
+            # SystemExit and its like must not end the process from in here.
+            error = RuntimeError(f"{type(problem).__name__}: {problem}")
+        # The loop is closed if the process is leaving: then nobody waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
+
+    Thread(target=run, name="blocking-call", daemon=True).start()
+    outcome: ResultT = await future
+    return outcome

@@ -1,0 +1,99 @@
+"""The command line: help without heavy imports, checks, and errors of the user in one line."""
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from deploy.cli import main
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "zmq", "pydantic", "rich")
+COMMANDS = ("run", "learner", "actor", "check", "eval", "plot")
+
+
+def python(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=30, **options
+    )
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys, deploy.cli\n"
+        "try: deploy.cli.main(['--help'])\n"
+        f"finally: print('heavy:', sorted(set({HEAVY}) & set(sys.modules)))"
+    )
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("heavy: []\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"gdpo {command}" in capsys.readouterr().out
+
+
+def test_check_prints_the_resolved_configuration(recipe, capsys):
+    assert main(["check", str(recipe), "learner.lr=1e-5"]) == 0
+    printed = tomllib.loads(capsys.readouterr().out)
+    assert printed["learner"]["lr"] == 1e-5
+    assert printed["learner"]["lease_timeout_s"] == 60
+    assert printed["data"]["train"] == str(recipe.parent / "tool_calling_tiny" / "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["check", "none.toml"], "cannot read none.toml"),
+        (["run", "none.toml"], "cannot read none.toml"),
+        (["learner", "none.toml"], "cannot read none.toml"),
+        (["eval", "none.toml"], "cannot read none.toml"),
+        (["plot", "none"], "cannot read none/metrics.jsonl"),
+        (["check", "RECIPE", "learner.lrr=1"], "did you mean learner.lr?"),
+        (["check", "RECIPE", "lr"], "is no override"),
+        (
+            ["check", "RECIPE", "rewards.format.function=actors.tasks.tool_calling:none"],
+            "defines no function none",
+        ),
+        (["check", "RECIPE", "rewards.format.function=os:system"], "module os is not allowed"),
+        (["check", "RECIPE", "learner.bind=127.0.0.1:5555"], "write tcp://HOST:PORT"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line(
+    recipe, tmp_path, monkeypatch, capsys, arguments, problem
+):
+    monkeypatch.chdir(tmp_path)
+    code = main([str(recipe) if argument == "RECIPE" else argument for argument in arguments])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    [line] = printed.err.splitlines()
+    assert line.startswith("gdpo: error: ")
+    assert problem in line
+
+
+def test_a_process_prints_no_traceback_for_an_error_of_the_user(tmp_path):
+    result = python("-m", "deploy", "check", str(tmp_path / "none.toml"))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_without_a_command_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "usage: gdpo" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_an_exit_code_and_no_traceback(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploy.cli._check", interrupt)
+    assert main(["check", "recipe.toml"]) == 130
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,105 @@
+"""Guarantee 3 over any order of events: the books of leases, groups and evaluation balance."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.messages import Ack, Failed, Goodbye, Pong
+from tests.unit.factories import Cluster, make_config, make_work
+
+
+class Chaos:
+    """Turns drawn events into what actors, trainer and time do; checks the books after each."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(make_config(learner={"max_staleness": 2, "steps": 5}))
+        self.cluster.open_training()
+        self.received: dict[str, list[int]] = {session: [] for session in "abc"}
+        self.accepted: Counter[int] = Counter()
+        self.evaluation = self.cluster.coordinator.start_evaluation([], version=0)
+        self.num_evaluated = 0
+
+    def join(self, session, number):
+        self.cluster.join(session, capacity=number)
+
+    def hello(self, session, number):
+        self.cluster.hello(session, protocol=1 if number else 9)
+
+    def follow(self, session, number):
+        self.cluster.weights_ready(session, self.cluster.version, "wrong" if number == 3 else None)
+
+    def heartbeat(self, session, number):
+        self.cluster.status(session, capacity=number)
+
+    def send_group(self, session, number):
+        self._send(session, number)
+
+    def send_invalid_group(self, session, number):
+        self._send(session, number, lengths=(1, 9))
+
+    def _send(self, session, number, **group):
+        lease = ([0, *self.received[session]])[-1 - number % (len(self.received[session]) + 1)]
+        self.cluster.say(session, *self.cluster.group_message(lease, **group))
+
+    def report_failure(self, session, number):
+        for lease in self.received[session][-1 - number :][:1]:
+            self.cluster.say(session, Failed(lease=lease, cause="x"))
+
+    def leave(self, session, number):
+        self.cluster.say(session, Goodbye(cause="x"))
+
+    def vanish(self, session, number):
+        self.cluster.coordinator.unreachable(session)
+
+    def let_time_pass(self, session, number):
+        self.cluster.clock.advance((1, 6, 11, 61)[number])
+        self.cluster.status(session)
+        self.cluster.coordinator.tick()
+
+    def train(self, session, number):
+        self.cluster.train()
+
+    def evaluate(self, session, number):
+        if self.evaluation.done.is_set():
+            works = [make_work(f"h{i}", "eval") for i in range(number)]
+            version = self.cluster.version
+            self.evaluation = self.cluster.coordinator.start_evaluation(works, version)
+            self.num_evaluated = number
+
+    def check(self):
+        coordinator, books = self.cluster.coordinator, self.cluster.coordinator.leases.books
+        for session, leases in self.received.items():
+            leases += self.cluster.leases(session)
+            for ack in self.cluster.heard(session, Ack):
+                self.accepted[ack.lease] += ack.verdict == "accepted"
+            self.cluster.heard(session, Pong)
+        actors = {actor.session: actor for actor in coordinator.actors()}
+        for session, actor in actors.items():
+            assert actor.held == len(coordinator.leases.held_by(session)) >= 0
+        outstanding = {purpose: book.outstanding for purpose, book in books.items()}
+        assert sum(actor.held for actor in actors.values()) == sum(outstanding.values())
+        assert all(book.balanced for book in books.values())
+        assert max(self.accepted.values(), default=0) <= 1
+        assert books["train"].received == self.cluster.buffer.books.accepted
+        assert self.cluster.buffer.books.balanced
+        # (2 + 1) batches of 2
+        assert outstanding["train"] + len(self.cluster.buffer) <= 6
+        ended = self.evaluation.num_prompts + self.evaluation.num_failed
+        waiting = len(self.evaluation.waiting) + outstanding["eval"]
+        assert ended + waiting == self.num_evaluated
+        assert self.evaluation.done.is_set() == (waiting == 0)
+
+
+NAMES = [name for name in vars(Chaos) if not name.startswith("_") and name != "check"]
+EVENTS = st.tuples(st.sampled_from(NAMES), st.sampled_from("abc"), st.integers(0, 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(EVENTS, min_size=20, max_size=60))
+def test_the_books_balance_whatever_happens(events):
+    chaos = Chaos()
+    chaos.join("a", 3)
+    for name, session, number in events:
+        getattr(chaos, name)(session, number)
+        chaos.check()

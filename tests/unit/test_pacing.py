@@ -1,0 +1,221 @@
+"""The pacing rule: by hand, and in simulated runs with the real buffer."""
+
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.buffer import ReplayBuffer
+from learner.pacing import Pacing, largest_group_bytes
+from protocol.errors import ConfigError
+from tests.unit.factories import make_group
+
+GROUP_BYTES = make_group().size_bytes
+NEVER_STOPS = 20_000
+
+
+def make_pacing(**changes) -> Pacing:
+    values = {
+        "max_staleness": 2,
+        "batch_groups": 10,
+        "steps": 100,
+        "max_groups": 1000,
+        "max_bytes": 10**9,
+        "group_bytes": 1000,
+    }
+    return Pacing(**(values | changes))
+
+
+def allowed(pacing: Pacing, **changes) -> int:
+    state = {
+        "trainer_version": 0,
+        "actor_version": 0,
+        "outstanding": 0,
+        "buffered": 0,
+        "in_training": 0,
+        "buffered_bytes": 0,
+    }
+    return pacing.allowed(**(state | changes))
+
+
+# ---- By hand -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({}, 30),  # (2 + 1 - 0) * 10
+        ({"outstanding": 12}, 18),
+        ({"outstanding": 12, "buffered": 8}, 10),
+        ({"outstanding": 12, "buffered": 8, "in_training": 10}, 0),
+        ({"outstanding": 10, "buffered": 9, "in_training": 10}, 1),
+        ({"outstanding": 40}, 0),  # never negative
+        ({"trainer_version": 7, "actor_version": 6}, 20),  # (2 + 1 - 1) * 10
+        ({"trainer_version": 7, "actor_version": 5, "outstanding": 9}, 1),
+        ({"trainer_version": 7, "actor_version": 4}, 0),  # could only be too stale
+        ({"trainer_version": 98, "actor_version": 98}, 20),  # two steps are left
+        ({"trainer_version": 99, "actor_version": 99, "in_training": 10}, 0),
+        ({"trainer_version": 100, "actor_version": 100}, 0),
+    ],
+)
+def test_leases_are_allowed_up_to_what_can_be_trained_in_time(state, expected):
+    assert allowed(make_pacing(), **state) == expected
+
+
+def test_no_more_groups_are_allowed_than_the_buffer_holds():
+    pacing = make_pacing(max_groups=25)
+    assert allowed(pacing) == 25
+    assert allowed(pacing, outstanding=7, buffered=8, in_training=9) == 1
+
+
+def test_groups_that_are_used_twice_are_leased_half_as_fast():
+    # (3 + 1) // 2 = 2 batches, each of which lasts for two versions; one version behind: 3 // 2.
+    pacing = make_pacing(max_staleness=3, max_uses=2)
+    assert allowed(pacing) == 20
+    assert allowed(pacing, trainer_version=7, actor_version=6) == 10
+    # Three steps are left: one batch twice, and one more.
+    assert allowed(make_pacing(max_staleness=9, max_uses=2, steps=3)) == 20
+    with pytest.raises(ConfigError, match=r"needs learner\.max_staleness of at least 2"):
+        make_pacing(max_staleness=1, max_uses=3)
+
+
+def test_outstanding_groups_count_with_their_largest_size():
+    pacing = make_pacing(max_bytes=20_500)
+    assert allowed(pacing) == 20
+    # 20,500 - 3,600 = 16,900 bytes are free: 16 largest groups, of which 5 are on their way.
+    assert allowed(pacing, outstanding=5, buffered=9, buffered_bytes=3600) == 11
+    assert allowed(pacing, outstanding=5, buffered=9, buffered_bytes=20_500) == 0
+
+
+def test_bounds_under_which_a_batch_never_fills_are_refused():
+    with pytest.raises(ConfigError, match=r"buffer\.max_groups = 9 can never hold a batch of 10"):
+        make_pacing(max_groups=9)
+    with pytest.raises(ConfigError, match=r"buffer\.max_bytes = 9999 may not hold a batch"):
+        make_pacing(max_bytes=9999)
+    assert allowed(make_pacing(max_groups=10, max_bytes=10_000)) == 10
+
+
+def test_the_largest_group_is_what_the_buffer_counts_for_it():
+    # 2 rollouts of 4 tokens (4 + 4 bytes each), a prompt of 2 tokens, 2 rewards: 64 + 8 + 16.
+    assert largest_group_bytes(2, 2, 4, 2) == 88 == make_group(lengths=(4, 4)).size_bytes
+
+
+# ---- Simulated runs ----------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Actors, buffer and trainer that take turns at random; every lease remembers its version."""
+
+    pacing: Pacing
+    num_actors: int
+    random: Random
+    in_order: bool
+    sampling: str = "fifo"
+    failure_rate: float = 0.0
+    version: int = 0
+    training: bool = False
+    num_leased: int = 0
+    outstanding: list[tuple[int, int]] = field(default_factory=list)
+    """(lease, version that it began under)."""
+
+    def __post_init__(self) -> None:
+        self.versions = [0] * self.num_actors
+        self.buffer = ReplayBuffer(
+            max_groups=self.pacing.max_groups,
+            max_bytes=self.pacing.max_bytes,
+            max_staleness=self.pacing.max_staleness,
+            sampling=self.sampling,
+            max_uses=self.pacing.max_uses,
+        )
+
+    def finish(self) -> None:
+        """Until all steps are done; fails if that does not happen."""
+        turns = (self.lease, self.arrive, self.follow, self.take, self.step)
+        for _ in range(NEVER_STOPS):
+            if self.version == self.pacing.steps:
+                return
+            self.random.choice(turns)()
+            assert len(self.buffer) + len(self.outstanding) <= self.pacing.max_groups
+        raise AssertionError(f"stuck at step {self.version} of {self.pacing.steps}")
+
+    def lease(self) -> None:
+        version = self.random.choice(self.versions)
+        room = self.pacing.allowed(
+            trainer_version=self.version,
+            actor_version=version,
+            outstanding=len(self.outstanding),
+            buffered=len(self.buffer),
+            in_training=self.buffer.in_training,
+            buffered_bytes=self.buffer.size_bytes,
+        )
+        for _ in range(self.random.randint(0, room)):
+            self.num_leased += 1
+            self.outstanding.append((self.num_leased, version))
+
+    def arrive(self) -> None:
+        if self.outstanding:
+            index = 0 if self.in_order else self.random.randrange(len(self.outstanding))
+            lease, version = self.outstanding.pop(index)
+            if self.random.random() >= self.failure_rate:
+                self.buffer.add(make_group(lease, version=version))
+
+    def follow(self) -> None:
+        self.versions[self.random.randrange(self.num_actors)] = self.version
+
+    def take(self) -> None:
+        if not self.training:
+            batch = self.buffer.take(self.pacing.batch_groups, self.version, timeout_s=0)
+            self.training = batch is not None
+
+    def step(self) -> None:
+        if self.training:
+            self.training = False
+            self.version += 1
+            self.buffer.step_done()
+
+
+@st.composite
+def runs(draw: st.DrawFn, max_uses: int = 1, **values) -> Run:
+    batch_groups = draw(st.integers(1, 5))
+    max_groups = draw(st.integers(batch_groups, 6 * batch_groups))
+    pacing = Pacing(
+        max_staleness=draw(st.integers(max_uses - 1, 4)),
+        batch_groups=batch_groups,
+        steps=draw(st.integers(1, 12)),
+        max_groups=max_groups,
+        max_bytes=draw(st.integers(batch_groups, 6 * batch_groups)) * GROUP_BYTES,
+        group_bytes=GROUP_BYTES,
+        max_uses=max_uses,
+    )
+    return Run(pacing, draw(st.integers(1, 4)), Random(draw(st.integers(0, 2**32))), **values)
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(in_order=True))
+def test_nothing_becomes_too_stale_when_groups_arrive_in_order(run):
+    run.finish()
+    books = run.buffer.books
+    assert books.evicted.total() == 0
+    assert books.trained == run.pacing.steps * run.pacing.batch_groups
+    # Nothing was generated in vain either.
+    assert run.num_leased == books.trained
+    assert run.buffer.largest_staleness <= run.pacing.max_staleness
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(in_order=False, failure_rate=0.2) | runs(in_order=False, sampling="freshest"))
+def test_no_order_of_arrival_or_failure_stops_training_or_exceeds_the_limit(run):
+    run.finish()
+    assert run.buffer.books.balanced
+    assert run.buffer.books.evicted["overflow"] == 0
+    assert run.buffer.largest_staleness <= run.pacing.max_staleness
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(in_order=True, max_uses=2))
+def test_groups_that_are_used_twice_do_not_make_those_behind_them_too_stale(run):
+    run.finish()
+    assert run.buffer.books.evicted == {}

@@ -3,13 +3,15 @@
 Where it departs from the GDPO paper's synchronous recipe:
 1. The loss corrects for stale tokens (`algorithm.correction`); the paper's is on policy.
 2. The proximal policy of `decoupled_ppo` is recomputed once per batch, before its first update.
-3. There is no KL term.
+3. The KL term is off unless `algorithm.kl_coefficient` is set.
 """
 
+import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,6 +43,14 @@ class StepResult:
     was sampled from exactly the trainer's version; None if there was no such token."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What a microbatch leaves for the metrics."""
+
+    record: gdpo.TokenRecord
+    versions_BT: torch.Tensor
+
+
 class Trainer:
     """Owns the optimiser and the policy version."""
 
@@ -62,8 +72,13 @@ class Trainer:
             weight_decay=config.learner.weight_decay,
         )
         self._random = torch.Generator().manual_seed(config.seed)
+        self._needs_proximal = gdpo.CORRECTIONS[config.algorithm.correction].needs_proximal
         self._names = [reward.name for reward in config.rewards]
         self._weights = [reward.weight for reward in config.rewards]
+        self._batch_std: float | None = None
+        self._reference: Any = None
+        if config.algorithm.kl_coefficient:
+            self._reference = copy.deepcopy(policy.model).requires_grad_(False)
         self._conditions = [
             gdpo.Condition(index, self._names.index(r.when.reward), r.when.at_least)
             for index, r in enumerate(config.rewards)
@@ -74,13 +89,7 @@ class Trainer:
     def step(self, groups: list[Group]) -> StepResult:
         """Train on a batch; raises `TrainingError` when loss or gradient is not finite."""
         scores_PGK = scores(groups)
-        advantages = gdpo.compute_advantages(
-            scores_PGK,
-            estimator=self._config.algorithm.estimator,
-            weights=self._weights,
-            eps=self._config.algorithm.advantage_eps,
-            conditions=self._conditions,
-        )
+        advantages = self._advantages(scores_PGK)
         batch = collate(groups, self._device)
         advantages_B = advantages.advantages.flatten().to(self._device)
         staleness = [self.version - group.oldest_version for group in groups]
@@ -98,28 +107,51 @@ class Trainer:
             lag0_difference=difference,
         )
 
+    def _advantages(self, scores_PGK: torch.Tensor) -> gdpo.Advantages:
+        algorithm = self._config.algorithm
+        advantages = gdpo.compute_advantages(
+            scores_PGK,
+            estimator=algorithm.estimator,
+            weights=self._weights,
+            eps=algorithm.advantage_eps,
+            min_std=algorithm.min_std,
+            clamp=algorithm.advantage_clamp,
+            conditions=self._conditions,
+            exclude_dead_from_batch_std=algorithm.exclude_dead_from_batch_std,
+            ema_decay=algorithm.batch_std_ema,
+            previous_batch_std=self._batch_std,
+        )
+        self._batch_std = advantages.batch_std
+        return advantages
+
     def _update(
         self, batch: Batch, advantages_B: torch.Tensor
     ) -> tuple[dict[str, float], float | None]:
         """All optimiser steps of one batch."""
         proximal_BT = None
-        if self._config.algorithm.correction != "ppo":
+        if self._needs_proximal and self._config.algorithm.proximal == "recomputed":
             proximal_BT = self._proximal_logprobs(batch)
         history: dict[str, list[float]] = defaultdict(list)
-        differences: list[float] = []
+        parts: list[_Part] = []
         order = torch.randperm(len(advantages_B), generator=self._random).to(self._device)
         for index, rows in enumerate(order.tensor_split(self._config.learner.minibatches)):
             self._set_lr(index)
-            measure = differences if index == 0 else None
-            for name, value in self._minibatch(
-                batch, advantages_B, proximal_BT, rows, measure
-            ).items():
+            new_parts, metrics = self._minibatch(batch, advantages_B, proximal_BT, rows)
+            if index == 0:
+                # Only before the batch's first update is the trainer's policy its version.
+                difference = self._lag0_difference(new_parts)
+            parts += new_parts
+            for name, value in metrics.items():
                 history[name].append(value)
         metrics = {
             name: max(values) if name.endswith("_max") else sum(values) / len(values)
             for name, values in history.items()
         }
-        return metrics, max(differences, default=None)
+        metrics |= gdpo.metrics_by_staleness(
+            [part.record for part in parts],
+            [self.version - part.versions_BT for part in parts],
+        )
+        return metrics, difference
 
     def _minibatch(
         self,
@@ -127,48 +159,79 @@ class Trainer:
         advantages_B: torch.Tensor,
         proximal_BT: torch.Tensor | None,
         rows: torch.Tensor,
-        differences: list[float] | None,
-    ) -> dict[str, float]:
-        """One optimiser step, its gradient summed over microbatches that fit into memory.
-
-        ``differences`` collects the log-probability differences at lag 0: only before the
-        batch's first update is the trainer's policy exactly its version.
-        """
-        algorithm = self._config.algorithm
+    ) -> tuple[list["_Part"], dict[str, float]]:
+        """One optimiser step, its gradient summed over microbatches that fit into memory."""
         denominator = gdpo.loss_denominator(
             batch.mask_BT[rows],
-            aggregation=algorithm.aggregation,
+            aggregation=self._config.algorithm.aggregation,
             max_length=self._config.sampling.max_tokens,
         )
         self._optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
+        parts: list[_Part] = []
         for micro_rows in rows.split(self._config.learner.microbatch_sequences):
             part = batch.select(micro_rows)
             length = part.mask_BT.shape[1]
-            logprobs_BT = self._logprobs(part)
-            loss = gdpo.policy_loss(
-                logprobs_BT,
+            loss = self._loss(
+                part,
                 advantages_B[micro_rows],
-                part.mask_BT,
-                behaviour_logprobs=part.behaviour_BT,
-                proximal_logprobs=(
-                    None if proximal_BT is None else proximal_BT[micro_rows, :length]
-                ),
-                correction=algorithm.correction,
-                aggregation=algorithm.aggregation,
-                clip_low=algorithm.clip_low,
-                clip_high=algorithm.clip_high,
-                weight_cap=algorithm.weight_cap,
-                max_length=self._config.sampling.max_tokens,
-                denominator=denominator,
+                None if proximal_BT is None else proximal_BT[micro_rows, :length],
+                denominator,
             )
             loss.loss.backward()  # type: ignore[no-untyped-call]
             sums["loss"] += loss.loss.item()
             _add_metrics(sums, loss.metrics, share=len(micro_rows) / len(rows))
-            if differences is not None:
-                differences += self._lag0_differences(part, logprobs_BT.detach())
+            parts.append(_Part(loss.record, part.versions_BT))
+        if self._config.algorithm.scale_lr_by_ess:
+            self._scale_lr(math.sqrt(_whole_ess(parts)))
         sums["grad_norm"] = self._apply(sums["loss"])
-        return dict(sums)
+        return parts, dict(sums)
+
+    def _loss(
+        self,
+        part: Batch,
+        advantages_B: torch.Tensor,
+        proximal_BT: torch.Tensor | None,
+        denominator: torch.Tensor,
+    ) -> gdpo.PolicyLoss:
+        """The loss of a microbatch, as the configuration says."""
+        algorithm = self._config.algorithm
+        entropy_BT = None
+        if algorithm.entropy_coefficient:
+            logprobs_BT, entropy_BT = self._logprobs_and_entropy(part)
+        else:
+            logprobs_BT = self._logprobs(part)
+        if self._needs_proximal and proximal_BT is None:
+            proximal_BT = gdpo.interpolated_proximal(
+                part.behaviour_BT, logprobs_BT, part.versions_BT, self.version
+            )
+        reference_BT = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference_BT = self._logprobs(part, self._reference)
+        return gdpo.policy_loss(
+            logprobs_BT,
+            advantages_B,
+            part.mask_BT,
+            behaviour_logprobs=part.behaviour_BT,
+            proximal_logprobs=proximal_BT,
+            correction=algorithm.correction,
+            aggregation=algorithm.aggregation,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            weight_floor=algorithm.weight_floor,
+            weight_cap=algorithm.weight_cap,
+            tv_limit=algorithm.tv_limit,
+            log_ratio_penalty=algorithm.log_ratio_penalty,
+            second_moment_limit=algorithm.second_moment_limit,
+            reference_logprobs=reference_BT,
+            kl_kind=algorithm.kl_kind,
+            kl_coefficient=algorithm.kl_coefficient,
+            entropy=entropy_BT,
+            entropy_coefficient=algorithm.entropy_coefficient,
+            max_length=self._config.sampling.max_tokens,
+            denominator=denominator,
+        )
 
     def _apply(self, loss: float) -> float:
         """Clip the gradient and step; returns its norm before clipping."""
@@ -193,21 +256,42 @@ class Trainer:
             result_BT[rows, : logprobs_BT.shape[1]] = logprobs_BT
         return result_BT
 
-    def _logprobs(self, batch: Batch) -> torch.Tensor:
-        """Log-probability [B, T] of every next token at the sampling temperature.
+    def _logits(self, batch: Batch, model: Any) -> torch.Tensor:
+        """Logits [B, T, V] of every next token.
 
         Padding is on the right, where causal attention cannot see it: no mask is needed.
         """
         self._on_progress()
-        logits_BTV = self._model(input_ids=batch.tokens_BL[:, :-1], use_cache=False).logits
+        logits_BTV: torch.Tensor = model(input_ids=batch.tokens_BL[:, :-1], use_cache=False).logits
+        return logits_BTV
+
+    def _logprobs(self, batch: Batch, model: Any = None) -> torch.Tensor:
+        """Log-probability [B, T] of every next token at the sampling temperature."""
         return gdpo.token_logprobs(
-            logits_BTV, batch.tokens_BL[:, 1:], temperature=self._config.sampling.temperature
+            self._logits(batch, model or self._model),
+            batch.tokens_BL[:, 1:],
+            temperature=self._config.sampling.temperature,
         )
 
-    def _lag0_differences(self, batch: Batch, logprobs_BT: torch.Tensor) -> Iterator[float]:
-        fresh_BT = batch.mask_BT & (batch.versions_BT == self.version)
-        if fresh_BT.any():
-            yield (logprobs_BT - batch.behaviour_BT)[fresh_BT].abs().max().item()
+    def _logprobs_and_entropy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return gdpo.token_logprobs_and_entropy(
+            self._logits(batch, self._model),
+            batch.tokens_BL[:, 1:],
+            temperature=self._config.sampling.temperature,
+        )
+
+    def _lag0_difference(self, parts: list["_Part"]) -> float | None:
+        """Largest |log rho| among tokens that were sampled from exactly this version."""
+        differences = [
+            part.record.log_rho_BT[fresh_BT].abs().max().item()
+            for part in parts
+            if (fresh_BT := part.record.mask_BT & (part.versions_BT == self.version)).any()
+        ]
+        return max(differences, default=None)
+
+    def _scale_lr(self, factor: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] *= factor
 
     def _set_lr(self, minibatch: int) -> None:
         config = self._config.learner
@@ -228,6 +312,15 @@ def lr_factor(update: int, *, warmup: int, total: int, schedule: str) -> float:
     if schedule == "constant":
         return 1.0
     return (total - update) / (total - warmup)
+
+
+def _whole_ess(parts: list[_Part]) -> float:
+    """Effective sample size of a minibatch: it does not add up over its microbatches."""
+    weights_N = torch.cat([part.record.weight_BT[part.record.mask_BT] for part in parts])
+    if len(weights_N) == 0:
+        return 1.0
+    weights_1N = weights_N[None]
+    return gdpo.effective_sample_size(weights_1N, torch.ones_like(weights_1N)).item()
 
 
 def _add_metrics(sums: dict[str, float], metrics: dict[str, torch.Tensor], *, share: float) -> None:

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import gdpo
 from actors.batch_generator import BatchGenerator
 from actors.engine import Request
 from learner.batch import collate
 from learner.config import RunConfig, load_config
 from learner.policy import load_policy, save_checkpoint
 from learner.snapshots import pack
-from learner.trainer import Trainer, lr_factor
+from learner.trainer import StepResult, Trainer, lr_factor
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
 
@@ -47,6 +48,15 @@ def make_groups(config: RunConfig, version: int = 0, seed: int = 0) -> list[Grou
                 )
             )
     return sorted(groups, key=lambda g: g.lease)
+
+
+def with_algorithm(config: RunConfig, **changes) -> RunConfig:
+    return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=changes)})
+
+
+def train_once(config: RunConfig, **algorithm) -> StepResult:
+    changed = with_algorithm(config, **algorithm)
+    return Trainer(load_policy(changed), changed).step(make_groups(changed))
 
 
 def test_the_samplers_log_probabilities_equal_the_trainers_at_lag_0(config):
@@ -111,19 +121,82 @@ def test_groups_without_any_difference_leave_the_weights_alone(config):
     assert result.metrics["groups/dead"] == NUM_PROMPTS
 
 
-@pytest.mark.parametrize("correction", ["decoupled_ppo", "ppo", "none"])
-@pytest.mark.parametrize("estimator", ["gdpo", "grpo", "grpo_no_std", "grpo_batch_norm"])
-def test_every_estimator_trains_with_every_correction(config, correction, estimator):
-    changed = config.model_copy(
-        update={
-            "algorithm": config.algorithm.model_copy(
-                update={"correction": correction, "estimator": estimator}
-            )
-        }
-    )
-    result = Trainer(load_policy(changed), changed).step(make_groups(changed))
+@pytest.mark.parametrize("estimator", gdpo.ESTIMATORS)
+def test_every_estimator_trains(config, estimator):
+    result = train_once(config, estimator=estimator)
     assert math.isfinite(result.metrics["loss"])
     assert result.metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("correction", gdpo.CORRECTIONS)
+def test_every_correction_trains(config, correction):
+    result = train_once(config, correction=correction)
+    assert math.isfinite(result.metrics["loss"])
+    assert result.metrics["grad_norm"] > 0
+    assert result.lag0_difference < 1e-4
+    # All tokens are of the trainer's version.
+    assert result.metrics["staleness/0/ess"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_limits_of_a_correction_are_its_own_unless_set(config):
+    """gspo clips at 3e-4: 0.2 would clip nothing."""
+    own = train_once(config, correction="gspo").metrics
+    wide = train_once(config, correction="gspo", clip_low=0.2, clip_high=0.2).metrics
+    clipped = own["clip_low_share"] + own["clip_high_share"]
+    assert clipped > wide["clip_low_share"] + wide["clip_high_share"]
+
+
+def test_an_interpolated_proximal_policy_saves_a_pass_and_stays_near(config):
+    recomputed = train_once(config)
+    interpolated = train_once(config, proximal="interpolated")
+    # At lag 0 both are mu: w = 1.
+    assert interpolated.metrics["weight_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert interpolated.metrics["loss"] == pytest.approx(recomputed.metrics["loss"], abs=0.05)
+
+
+def test_the_divergence_from_the_first_model_is_measured_and_held_down(config):
+    policy = load_policy(config)
+    changed = with_algorithm(config, kl_coefficient=0.1)
+    trainer = Trainer(policy, changed)
+    groups = make_groups(config)
+    first, second = trainer.step(groups), trainer.step(groups)
+    assert 0 <= first.metrics["reference_kl"] < second.metrics["reference_kl"]
+
+
+def test_an_entropy_bonus_changes_the_gradient(config):
+    plain = train_once(config)
+    bonus = train_once(config, entropy_coefficient=1.0)
+    assert bonus.metrics["entropy"] > 0
+    assert bonus.metrics["grad_norm"] != plain.metrics["grad_norm"]
+
+
+def test_a_small_effective_sample_makes_a_small_step(config):
+    """Behaviour log-probabilities off by up to 6 give weights of very different size."""
+    moved = []
+    for scale in (False, True):
+        groups = make_groups(config)
+        for group in groups:
+            for rollout in group.rollouts:
+                rollout.logprobs[::3] -= 6.0
+        policy = load_policy(config)
+        before = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+        result = Trainer(policy, with_algorithm(config, scale_lr_by_ess=scale)).step(groups)
+        after = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+        moved.append((after - before).abs().mean().item())
+        assert result.metrics["ess"] < 0.5
+    assert moved[1] < 0.75 * moved[0]
+
+
+def test_the_batch_std_can_be_smoothed_over_batches(config):
+    groups = make_groups(config)
+    for group in groups[1:]:
+        group.scores[:] = 1.0
+    trainer = Trainer(load_policy(config), with_algorithm(config, batch_std_ema=0.5))
+    trainer.step(make_groups(config))
+    first = trainer._batch_std
+    trainer.step(groups)
+    # Five dead groups of six shrink the batch's own std; half of it is the one before.
+    assert first / 2 < trainer._batch_std < first
 
 
 def test_a_gradient_that_is_not_finite_ends_training_with_a_message(config):

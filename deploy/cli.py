@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from deploy import FAILURE, INTERRUPTED, USER_ERROR
 from protocol.errors import AsyncGdpoError, ConfigError, RewardError
@@ -14,7 +14,7 @@ from protocol.errors import AsyncGdpoError, ConfigError, RewardError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     command: Callable[[Any], int] = options.command
     try:
         return command(options)
@@ -26,6 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILURE
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may also stand behind options, where argparse does not look for them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,11 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--model", type=Path, help="checkpoint (default: the config's model)")
     evaluate.set_defaults(command=_evaluate)
-    for command in (run, check, evaluate):
+
+    compare = _with_config(
+        commands.add_parser("compare", help="train one recipe with several estimators and seeds")
+    )
+    compare.add_argument("--estimators", default="gdpo,grpo,grpo_no_std,grpo_batch_norm")
+    compare.add_argument("--corrections", help="default: the configuration's")
+    compare.add_argument("--seeds", type=_positive, default=5, help="how many (default: 5)")
+    compare.add_argument("--out", type=Path, help="default: runs/compare-CONFIG")
+    compare.add_argument("--jobs", type=_positive, help="runs at once (default: one per core)")
+    compare.set_defaults(command=_compare)
+    for command in (run, check, evaluate, compare):
         _add_allow_rewards(command)
 
-    plot = commands.add_parser("plot", help="draw the curves of a run again")
-    plot.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    plot = commands.add_parser("plot", help="draw the curves of a run or comparison again")
+    plot.add_argument("run", type=Path, metavar="FOLDER")
     plot.set_defaults(command=_plot)
     return parser
 
@@ -159,7 +181,32 @@ def _evaluate(options: Any) -> int:
     return evaluate(config, options.model, _allowed(options))
 
 
+def _compare(options: Any) -> int:
+    config = _load(options)
+    from deploy.compare import Comparison, compare, parse_names
+    from learner.config import CorrectionName, EstimatorName
+
+    corrections = options.corrections or config.algorithm.correction
+    return compare(
+        Comparison(
+            config=options.config,
+            overrides=tuple(options.overrides),
+            estimators=parse_names(options.estimators, get_args(EstimatorName), "estimator"),
+            corrections=parse_names(corrections, get_args(CorrectionName), "correction"),
+            num_seeds=options.seeds,
+            out=options.out or Path(config.runs_folder) / f"compare-{options.config.stem}",
+            jobs=options.jobs or os.cpu_count() or 1,
+            allowed_modules=tuple(options.allow_rewards),
+        )
+    )
+
+
 def _plot(options: Any) -> int:
+    if (options.run / "compare.json").exists():
+        from deploy.compare_report import plot_comparison
+
+        print(plot_comparison(options.run))
+        return 0
     from deploy.plot import plot_run
 
     print(plot_run(options.run))

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,12 @@ def load_reward(path: str, allowed_modules: Iterable[str], folder: Path) -> Rewa
     try:
         # Looking for a module in a package imports the package.
         if not _lies_in(folder, module_name) and not allowed:
+            top = module_name.partition(".")[0]
+            if importlib.util.find_spec(top) is None:
+                raise RewardError(
+                    f"reward function {path}: there is no module {top}, neither in {folder} nor "
+                    "installed"
+                )
             raise RewardError(
                 f"reward function {path}: module {module_name} is not allowed here; start the "
                 f"actor in the folder that holds it, or with --allow-rewards {module_name}"
@@ -141,6 +148,7 @@ class RewardScorer:
         except Exception as error:
             raise RewardError(
                 f"reward {reward.name!r} raised {type(error).__name__}: {brief(error)}"
+                f"{_place(error)}"
             ) from error
         return [_valid(reward.name, score) for score in _of_length(reward, scores, num_rollouts)]
 
@@ -148,10 +156,24 @@ class RewardScorer:
 def _of_length(reward: _Reward, scores: Any, num_rollouts: int) -> list[Any]:
     if not isinstance(scores, Sequence) or len(scores) != num_rollouts:
         raise RewardError(
-            f"reward {reward.name!r} returned {type(scores).__name__} instead of a list of "
-            f"{num_rollouts} scores"
+            f"reward {reward.name!r} returned {_size(scores)} instead of a list of {num_rollouts} "
+            "scores, one for each completion"
         )
     return list(scores)
+
+
+def _size(scores: Any) -> str:
+    if isinstance(scores, Sequence) and not isinstance(scores, str):
+        return f"a {type(scores).__name__} of {len(scores)}"
+    return type(scores).__name__
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's file it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if len(frames) < 2:
+        return ""
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def _valid(name: str, score: Any) -> float:

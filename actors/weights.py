@@ -110,7 +110,8 @@ class WeightsReceiver:
             await in_daemon_thread(lambda: self._collective.receive(announcement, self._buffer))
         except Exception as error:
             # A member died or was late: the epoch is over for everybody. The stream works anyway.
-            log.info("collective of epoch %s failed: %s", announcement.epoch, brief(error))
+            log.info("collective of epoch %s ended early; pulling", announcement.epoch)
+            log.debug("%s", brief(error))
             return False
         return await self._is_intact(announcement)
 

@@ -84,7 +84,7 @@ def print_comparison(result: Result) -> None:
     console = Console(highlight=False)
     for name, level in levels(result).items():
         table = Table(title=f"{name} (reached: {level:.2f})")
-        table.add_column("setting")
+        table.add_column("setting", no_wrap=True)
         for column in ("seeds", "held-out, after", "area", "steps to reach", "seeds that did"):
             table.add_column(column, justify="right")
         for label, seeds in result["labels"].items():

@@ -41,7 +41,10 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
     rows = load_rows(heldout, config.data.heldout_split)
     works = evaluation_work(rows, config, version=0)
     evaluation = asyncio.run(_evaluate(config, load_policy(config), works, allowed_modules))
-    print(f"{evaluation.num_prompts} prompts x {config.eval.num_rollouts} rollouts")
+    if evaluation.num_prompts == 0:
+        raise RewardError(f"all {evaluation.num_failed} prompts failed")
+    left_out = f" ({evaluation.num_failed} failed)" if evaluation.num_failed else ""
+    print(f"{evaluation.num_prompts} prompts x {config.eval.num_rollouts} rollouts{left_out}")
     for name, mean in evaluation.means(tuple(r.name for r in config.rewards)).items():
         print(f"{name}: {'-' if mean is None else f'{mean:.4f}'}")
     return 0

@@ -88,6 +88,7 @@ class Launcher:
 
     def run(self) -> None:
         """Until the learner has ended and every child is gone."""
+        self._say(f"run folder: {self._folder.path}")
         self._learner = self._start("learner", self._learner_command(), self._learner_threads())
         previous = {
             signum: signal.signal(signum, self._on_signal)

@@ -173,7 +173,8 @@ class Learner:
             self.interrupted = brief(error)
         try:
             self.phase = "saving"
-            save_checkpoint(self.policy, self.folder.checkpoint)
+            if self.trainer.version > 0:
+                save_checkpoint(self.policy, self.folder.checkpoint)
         except Exception as error:
             failure = failure or error
             self.completed = False

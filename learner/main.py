@@ -29,6 +29,7 @@ def run_learner(
         with _stopped_by_signals(learner):
             log.info("actors join with: gdpo actor --learner %s", learner.url)
             log.info("metrics: %s", learner.metrics_url)
+            log.info("run folder: %s", folder.path)
             on_start(learner)
             return learner.run()
     finally:

@@ -133,10 +133,11 @@ class Publisher:
             by_collective = True
         except RuntimeError as error:
             log.warning(
-                "push of version %d by collective failed, actors pull it instead: %s",
+                "push of version %d by collective failed, because an actor left or was late; the "
+                "others pull it",
                 snapshot.version,
-                brief(error),
             )
+            log.debug("%s", brief(error))
             by_collective = False
             self._collective.end()
             joined = broadcast = time.monotonic()

@@ -15,9 +15,10 @@ def status_report(learner: "Learner") -> dict[str, Any]:
     rates = learner.progress.sample()
     step, done = learner.last_step, learner.trainer.version
     total = learner.config.learner.steps
+    live = learner.coordinator.num_live
     return {
         "run": learner.folder.path.name,
-        "phase": learner.phase,
+        "phase": learner.phase if live else f"{learner.phase}, waiting for an actor",
         "step": done,
         "steps": total,
         "seconds_left": _seconds_left(learner.training_seconds, done, total),
@@ -30,11 +31,11 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         "buffer_groups": len(learner.buffer),
         "buffer_bytes": learner.buffer.size_bytes,
         "batch_groups": learner.config.learner.batch_groups,
-        "actors_live": learner.coordinator.num_live,
+        "actors_live": live,
         "actors_wanted": rates.actors_wanted,
         "actor_idle_share": rates.actor_idle_share,
         "learner_wait_share": rates.learner_wait_share,
-        "bottleneck": rates.bottleneck if done else None,
+        "bottleneck": rates.bottleneck if done and live else None,
         "actors": [
             {
                 "number": actor.number,
@@ -124,7 +125,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             "version": learner.trainer.version,
             "digest_mismatches": learner.coordinator.counters.digest_mismatches,
         },
-        "checkpoint": str(learner.folder.checkpoint)
+        "checkpoint": str(learner.folder.checkpoint.resolve())
         if learner.folder.checkpoint.exists()
         else None,
     }

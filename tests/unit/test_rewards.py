@@ -61,7 +61,7 @@ def test_a_module_in_the_folder_is_allowed(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    ["os:system", "shutil:rmtree", "actors.app:Actor", "actors.tasks_of_others:f", "none:f"],
+    ["os:system", "shutil:rmtree", "actors.app:Actor", "actors.tasks_of_others:f"],
 )
 def test_a_module_outside_of_what_is_allowed_is_refused_without_import(tmp_path, path):
     message = refusal(path, tmp_path)
@@ -71,9 +71,15 @@ def test_a_module_outside_of_what_is_allowed_is_refused_without_import(tmp_path,
     assert module in ("os", "shutil", "actors.app") or module not in sys.modules
 
 
+def test_a_module_that_does_not_exist_is_said_not_to(tmp_path):
+    message = refusal("my_reward:f", tmp_path)
+    assert f"there is no module my_reward, neither in {tmp_path} nor installed" in message
+
+
 def test_the_command_line_may_allow_a_module_and_what_is_below_it(tmp_path):
     assert load_reward("json.tool:main", ("json",), tmp_path)
-    assert "is not allowed" in refusal("jsonx:main", tmp_path, ("json",))
+    # A name is no prefix of another.
+    assert "is not allowed" in refusal("json.tool:main", tmp_path, ("js",))
 
 
 def test_a_folder_of_the_same_name_does_not_open_a_module_that_lies_elsewhere(tmp_path):
@@ -196,8 +202,8 @@ def f(prompts, completions, **_):
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ("return [1.0]", "returned list instead of a list of 2 scores"),
-        ("return [1.0] * 3", "returned list instead of a list of 2 scores"),
+        ("return [1.0]", "returned a list of 1 instead of a list of 2 scores"),
+        ("return [1.0] * 3", "returned a list of 3 instead of a list of 2 scores"),
         ("return None", "returned NoneType"),
         ("return 1.0", "returned float"),
         ("return {0: 1, 1: 2}", "returned dict"),

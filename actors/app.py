@@ -113,7 +113,9 @@ class Actor:
     async def run(self) -> None:
         """Join, work, leave. Raises the errors of `protocol.errors`."""
         registry = CollectorRegistry()
-        registry.register(StatusCollector(self._status, self._failed))
+        registry.register(
+            StatusCollector(self._status, self._failed, lambda: self._link.dropped_messages)
+        )
         server = ObservabilityServer(
             registry,
             host=self._options.metrics_host,

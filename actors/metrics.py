@@ -24,9 +24,12 @@ _GAUGES = {
 class StatusCollector(Collector):
     """The actor's `Status` as metrics."""
 
-    def __init__(self, status: Callable[[], Status], failed: dict[str, int]) -> None:
+    def __init__(
+        self, status: Callable[[], Status], failed: dict[str, int], dropped: Callable[[], int]
+    ) -> None:
         self._status = status
         self._failed = failed
+        self._dropped = dropped
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
@@ -40,3 +43,8 @@ class StatusCollector(Collector):
         for cause, count in dict(self._failed).items():
             failed.add_metric([cause], count)
         yield failed
+        yield CounterMetricFamily(
+            "gdpo_messages_dropped",
+            "Messages not sent because the queue was full, or not valid when received",
+            value=self._dropped(),
+        )

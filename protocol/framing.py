@@ -6,7 +6,7 @@ the sizes that the header declares. Whatever is wrong becomes `BadMessage`.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import msgpack
 import msgspec
@@ -15,7 +15,6 @@ from protocol.errors import BadMessage
 from protocol.messages import Header, ToActor, ToLearner
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-HeaderT = TypeVar("HeaderT", bound=Header)
 
 MAX_FRAMES = 64
 MAX_HEADER_BYTES = 4 << 20

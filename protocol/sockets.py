@@ -6,7 +6,6 @@ is unsent after `LINGER_MS`, queues are bounded in messages, frames in bytes.
 
 import ipaddress
 import socket as stdlib_socket
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import zmq
@@ -17,8 +16,6 @@ from protocol.framing import MAX_PAYLOAD_BYTES
 
 LINGER_MS = 1000
 QUEUED_MESSAGES = 1000
-
-SocketT = TypeVar("SocketT", bound=zmq.Socket[bytes] | zmq.asyncio.Socket)
 
 
 def bind_learner(

@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--estimators", default="gdpo,grpo,grpo_no_std,grpo_batch_norm")
     compare.add_argument("--corrections", help="default: the configuration's")
+    compare.add_argument(
+        "--lags", type=_numbers, metavar="N,N,...", help="train each at these fixed stalenesses"
+    )
     compare.add_argument("--seeds", type=_positive, default=5, help="how many (default: 5)")
     compare.add_argument("--out", type=Path, help="default: runs/compare-CONFIG")
     compare.add_argument("--jobs", type=_positive, help="runs at once (default: one per core)")
@@ -110,6 +113,14 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """A comma-separated list of numbers from 0 on."""
+    numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"{min(numbers)} is below 0")
+    return numbers
 
 
 def _add_allow_rewards(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +204,7 @@ def _compare(options: Any) -> int:
             overrides=tuple(options.overrides),
             estimators=parse_names(options.estimators, get_args(EstimatorName), "estimator"),
             corrections=parse_names(corrections, get_args(CorrectionName), "correction"),
+            lags=options.lags or (None,),
             num_seeds=options.seeds,
             out=options.out or Path(config.runs_folder) / f"compare-{options.config.stem}",
             jobs=options.jobs or os.cpu_count() or 1,
@@ -203,9 +215,9 @@ def _compare(options: Any) -> int:
 
 def _plot(options: Any) -> int:
     if (options.run / "compare.json").exists():
-        from deploy.compare_report import plot_comparison
+        from deploy.compare_plot import plot_comparison
 
-        print(plot_comparison(options.run))
+        print(*plot_comparison(options.run), sep="\n")
         return 0
     from deploy.plot import plot_run
 

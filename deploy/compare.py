@@ -1,4 +1,4 @@
-"""``gdpo compare``: one recipe, trained with every estimator (and correction) for several seeds.
+"""``gdpo compare``: one recipe, trained with every estimator (correction, lag) for several seeds.
 
 Every cell of the grid is a `gdpo run` in processes of its own, with its run folder below the output
 folder. A cell whose run is complete and of the same configuration is not run again, so a stopped
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy import FAILURE, INTERRUPTED
-from deploy.compare_report import collect, plot_comparison, print_comparison
+from deploy.compare_plot import plot_comparison
+from deploy.compare_report import collect, print_comparison
 from learner.config import RunConfig, load_config
 from protocol.errors import ConfigError
 
@@ -37,17 +38,23 @@ class Cell:
 
     estimator: str
     correction: str
+    lag: int | None
+    """Fixed staleness in policy versions; None leaves it to the recipe."""
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.estimator}-{self.correction}-{self.seed}"
+        """Of the run, and of its folder."""
+        lag = [] if self.lag is None else [f"lag{self.lag}"]
+        return "-".join([self.estimator, self.correction, *lag, str(self.seed)])
 
     @property
     def overrides(self) -> list[str]:
+        lag = [f"buffer.lag={self.lag}", f"learner.max_staleness={self.lag}"]
         return [
             f"algorithm.estimator={self.estimator}",
             f"algorithm.correction={self.correction}",
+            *(lag if self.lag is not None else []),
             f"seed={self.seed}",
             f"name={self.name}",
         ]
@@ -61,6 +68,7 @@ class Comparison:
     overrides: tuple[str, ...]
     estimators: tuple[str, ...]
     corrections: tuple[str, ...]
+    lags: tuple[int | None, ...]
     num_seeds: int
     out: Path
     jobs: int
@@ -69,13 +77,9 @@ class Comparison:
     @property
     def cells(self) -> list[Cell]:
         """Seed by seed, so that an early look at the results compares like with like."""
-        grid = itertools.product(range(self.num_seeds), self.estimators, self.corrections)
-        return [Cell(estimator, correction, seed) for seed, estimator, correction in grid]
-
-    def label(self, cell: Cell) -> str:
-        """What tells the cell from others with its seed."""
-        parts = [cell.estimator] if len(self.estimators) > 1 or len(self.corrections) == 1 else []
-        return " ".join(parts + ([cell.correction] if len(self.corrections) > 1 else []))
+        seeds = range(self.num_seeds)
+        grid = itertools.product(seeds, self.estimators, self.corrections, self.lags)
+        return [Cell(estimator, correction, lag, seed) for seed, estimator, correction, lag in grid]
 
     def cell_overrides(self, cell: Cell) -> list[str]:
         """One actor a run, and any free ports: several runs share the machine."""
@@ -101,12 +105,11 @@ def compare(comparison: Comparison) -> int:
     interrupted = runner.run()
     done = [cell for cell in comparison.cells if runner.is_done(cell)]
     if done:
-        runs = [(comparison.label(cell), cell.seed, comparison.out / cell.name) for cell in done]
-        result = collect(runs)
+        result = collect([(asdict(cell), comparison.out / cell.name) for cell in done])
         path = comparison.out / "compare.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         print_comparison(result)
-        print(f"{path}\n{plot_comparison(comparison.out)}")
+        print(path, *plot_comparison(comparison.out), sep="\n")
     if interrupted:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED

@@ -1,7 +1,13 @@
-"""The results of a comparison: collected from its runs, as a table and as curves."""
+"""The results of a comparison: collected from its runs, and printed as tables.
+
+compare.json is the list of runs, each with its setting, its seed and its curves; tables and plots
+are made from that alone.
+"""
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -16,55 +22,84 @@ WINDOW = 10
 REACHED = 0.9
 """Of the way from the lowest to the highest level that any run of the comparison came to."""
 
-Result = dict[str, Any]
+Run = dict[str, Any]
+Result = dict[str, list[Run]]
 
 
-def collect(runs: list[tuple[str, int, Path]]) -> Result:
-    """Held-out means and training curves of (label, seed, run folder), by label and seed."""
-    result: Result = {"labels": {}}
-    for label, seed, folder in runs:
+def collect(runs: list[tuple[dict[str, Any], Path]]) -> Result:
+    """What (setting, run folder) came to: held-out means, training curves, ESS.
+
+    A setting has the keys of `deploy.compare.Cell`.
+    """
+    result: Result = {"runs": []}
+    for setting, folder in runs:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        summary = json.loads((folder / "summary.json").read_text())
-        result["labels"].setdefault(label, {})[str(seed)] = {
-            "before": (summary["rewards"]["before"] or {}).get("means"),
-            "after": (summary["rewards"]["after"] or {}).get("means"),
-            "curves": {
-                name: [line["rewards"][name] for line in lines] for name in lines[0]["rewards"]
-            },
-            "ess": [line["ess"] for line in lines],
-        }
+        rewards = json.loads((folder / "summary.json").read_text())["rewards"]
+        result["runs"].append(
+            {
+                **setting,
+                "before": (rewards["before"] or {}).get("means", {}),
+                "after": (rewards["after"] or {}).get("means", {}),
+                "curves": {
+                    name: [line["rewards"][name] for line in lines] for name in lines[0]["rewards"]
+                },
+                "ess": [line["ess"] for line in lines],
+            }
+        )
     return result
+
+
+def read_result(folder: Path) -> Result:
+    """compare.json of a comparison; raises `ConfigError`."""
+    path = folder / "compare.json"
+    try:
+        result: Result = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(result, dict) or not result.get("runs"):
+        raise ConfigError(f"{path} holds no runs")
+    return result
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def reward_names(result: Result) -> list[str]:
+    return list(result["runs"][0]["curves"])
+
+
+def lags(result: Result) -> list[int | None]:
+    """In the order in which they were asked for; [None] if staleness was not fixed."""
+    return list(dict.fromkeys(run["lag"] for run in result["runs"]))
+
+
+def by_setting(result: Result) -> dict[str, list[Run]]:
+    """The runs of each estimator and correction, under a name that says only what differs."""
+    runs = result["runs"]
+    varying = [key for key in ("estimator", "correction") if len({run[key] for run in runs}) > 1]
+    settings: dict[str, list[Run]] = {}
+    for run in runs:
+        name = " ".join(run[key] for key in varying or ["estimator"])
+        settings.setdefault(name, []).append(run)
+    return settings
 
 
 def levels(result: Result) -> dict[str, float]:
     """For each reward, the level that counts as reached: `REACHED` of the whole range."""
     found = {}
-    for name in _rewards(result):
-        smooth = [_smooth(run["curves"][name]) for run in _runs(result)]
-        low = min(min(curve) for curve in smooth)
-        high = max(max(curve) for curve in smooth)
+    for name in reward_names(result):
+        values = [value for run in result["runs"] for value in smooth(run["curves"][name])]
+        known = [value for value in values if not math.isnan(value)]
+        low, high = min(known, default=math.nan), max(known, default=math.nan)
         found[name] = low + REACHED * (high - low)
     return found
 
 
-def statistics(seeds: dict[str, Any], name: str, level: float) -> dict[str, Any]:
-    """One reward of one label, over its seeds.
-
-    ``final`` is the held-out mean after training with half the width of its 95 % confidence
-    interval over seeds (None for one seed), ``area`` the mean of the training curve, ``steps`` the
-    median step at which its mean over `WINDOW` steps reached ``level`` (a seed that never did
-    counts as infinitely late), ``converged`` the share of seeds that did.
-    """
-    finals = [run["after"][name] for run in seeds.values() if run["after"]]
-    steps = [steps_to(run["curves"][name], level) for run in seeds.values()]
-    middle = median(math.inf if step is None else step for step in steps)
-    return {
-        "final": fmean(finals) if finals else None,
-        "half_width": _half_width(finals),
-        "area": fmean(fmean(run["curves"][name]) for run in seeds.values()),
-        "steps": None if math.isinf(middle) else middle,
-        "converged": sum(step is not None for step in steps) / len(steps),
-    }
+def final(runs: list[Run], name: str) -> list[float]:
+    """Held-out means after training, of the runs that have one."""
+    return [value for run in runs if (value := run["after"].get(name)) is not None]
 
 
 def steps_to(curve: list[float], level: float) -> int | None:
@@ -72,95 +107,118 @@ def steps_to(curve: list[float], level: float) -> int | None:
     return next(
         (
             index + min(WINDOW, len(curve))
-            for index, value in enumerate(_smooth(curve))
+            for index, value in enumerate(smooth(curve))
             if value >= level
         ),
         None,
     )
 
 
-def print_comparison(result: Result) -> None:
-    """A table for each reward."""
-    console = Console(highlight=False)
-    for name, level in levels(result).items():
-        table = Table(title=f"{name} (reached: {level:.2f})")
-        table.add_column("setting", no_wrap=True)
-        for column in ("seeds", "held-out, after", "area", "steps to reach", "seeds that did"):
-            table.add_column(column, justify="right")
-        for label, seeds in result["labels"].items():
-            row = statistics(seeds, name, level)
-            width = "" if row["half_width"] is None else f" ± {row['half_width']:.3f}"
-            table.add_row(
-                label,
-                str(len(seeds)),
-                "-" if row["final"] is None else f"{row['final']:.3f}{width}",
-                f"{row['area']:.3f}",
-                "-" if row["steps"] is None else f"{row['steps']:g}",
-                f"{row['converged']:.0%}",
-            )
-        console.print(table)
+def median_steps(runs: list[Run], name: str, level: float) -> float | None:
+    """Over seeds; one that never reached the level counts as infinitely late. None for never."""
+    steps = [steps_to(run["curves"][name], level) for run in runs]
+    middle = median(math.inf if step is None else step for step in steps)
+    return None if math.isinf(middle) else middle
 
 
-def plot_comparison(folder: Path) -> Path:
-    """Draw ``compare.png`` from compare.json: median and range over seeds, per reward."""
-    try:
-        result: Result = json.loads((folder / "compare.json").read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {folder}/compare.json: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{folder}/compare.json is damaged: {error}") from error
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = _rewards(result)
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(5.5 * len(names), 4), layout="constrained", squeeze=False
-    )
-    for axis, name in zip(axes[0], names, strict=True):
-        for label, seeds in result["labels"].items():
-            curves = [_smooth(run["curves"][name]) for run in seeds.values()]
-            points = list(zip(*curves, strict=False))
-            steps = range(WINDOW, WINDOW + len(points))
-            [line] = axis.plot(steps, [median(point) for point in points], label=label)
-            axis.fill_between(
-                steps,
-                list(map(min, points)),
-                list(map(max, points)),
-                color=line.get_color(),
-                alpha=0.15,
-            )
-        axis.set_title(name)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"mean over {WINDOW} steps: median and range over seeds")
-    axes[0][-1].legend(fontsize="small")
-    path = folder / "compare.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
+def converged(runs: list[Run], name: str, level: float) -> float:
+    """Share of seeds that reached the level."""
+    return fmean(steps_to(run["curves"][name], level) is not None for run in runs)
 
 
-def _runs(result: Result) -> list[dict[str, Any]]:
-    return [run for seeds in result["labels"].values() for run in seeds.values()]
+def area(runs: list[Run], name: str) -> float:
+    """Mean height of the training curves: the area under them over their length."""
+    return fmean(_mean(run["curves"][name]) for run in runs)
 
 
-def _rewards(result: Result) -> list[str]:
-    return list(_runs(result)[0]["curves"])
+def mean_ess(runs: list[Run]) -> float:
+    """Effective sample size of the importance weights, over all steps and seeds."""
+    return fmean(_mean(run["ess"]) for run in runs)
 
 
-def _smooth(curve: list[float]) -> list[float]:
+def smooth(curve: list[float]) -> list[float]:
     """Means over windows of `WINDOW` steps, or over the whole curve if it is shorter."""
     window = min(WINDOW, len(curve))
-    return [fmean(curve[i : i + window]) for i in range(len(curve) - window + 1)]
+    return [_mean(curve[i : i + window]) for i in range(len(curve) - window + 1)]
 
 
-def _half_width(values: list[float]) -> float | None:
-    """Half of the 95 % confidence interval of the mean, by Student's t."""
+def half_width(values: list[float]) -> float | None:
+    """Half of the 95 % confidence interval of the mean, by Student's t; None for one value."""
     if len(values) < 2:
         return None
     from scipy.stats import t
 
     quantile = float(t.ppf(0.975, len(values) - 1))
     return quantile * stdev(values) / math.sqrt(len(values))
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are not NaN: a reward may apply to nothing in a batch."""
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def print_comparison(result: Result) -> None:
+    """Tables over seeds: settings against figures, or against lags if staleness was fixed."""
+    console = Console(highlight=False)
+    by_lag = lags(result) != [None]
+    for name, level in levels(result).items():
+        if by_lag:
+            title = f"{name}, held-out, after"
+            console.print(_by_lag(result, title, partial(_final, name=name)))
+            title = f"{name}, steps to reach {level:.2f}"
+            console.print(_by_lag(result, title, partial(_steps, name=name, level=level)))
+        else:
+            console.print(_by_figure(result, name, level))
+    if by_lag:
+        console.print(_by_lag(result, "effective sample size, mean", _ess))
+
+
+def _by_figure(result: Result, name: str, level: float) -> Table:
+    table = Table(title=f"{name} (reached: {level:.2f})")
+    table.add_column("setting", no_wrap=True)
+    columns = ("seeds", "held-out, after", "area", "steps to reach", "seeds that did", "ESS")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for setting, runs in by_setting(result).items():
+        table.add_row(
+            setting,
+            str(len(runs)),
+            _final(runs, name),
+            f"{area(runs, name):.3f}",
+            _steps(runs, name, level),
+            f"{converged(runs, name, level):.0%}",
+            _ess(runs),
+        )
+    return table
+
+
+def _by_lag(result: Result, title: str, figure: Callable[[list[Run]], str]) -> Table:
+    table = Table(title=title)
+    table.add_column("setting", no_wrap=True)
+    for lag in lags(result):
+        table.add_column(f"lag {lag}", justify="right")
+    for setting, runs in by_setting(result).items():
+        at_lags = [[run for run in runs if run["lag"] == lag] for lag in lags(result)]
+        table.add_row(setting, *(figure(some) if some else "" for some in at_lags))
+    return table
+
+
+def _final(runs: list[Run], name: str) -> str:
+    values = final(runs, name)
+    if not values:
+        return "-"
+    width = half_width(values)
+    return f"{fmean(values):.3f}" + ("" if width is None else f" ± {width:.3f}")
+
+
+def _steps(runs: list[Run], name: str, level: float) -> str:
+    steps = median_steps(runs, name, level)
+    return "-" if steps is None else f"{steps:g}"
+
+
+def _ess(runs: list[Run]) -> str:
+    return f"{mean_ess(runs):.2f}"

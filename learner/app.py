@@ -88,6 +88,7 @@ class Learner:
             max_staleness=config.learner.max_staleness,
             max_uses=config.buffer.max_uses,
             sampling=config.buffer.sampling,
+            lag=config.buffer.lag or 0,
         )
         self._pacing = Pacing(
             max_staleness=config.learner.max_staleness,
@@ -102,6 +103,7 @@ class Learner:
                 len(config.rewards),
             ),
             max_uses=config.buffer.max_uses,
+            lag=config.buffer.lag,
         )
 
     def _connect(self) -> None:
@@ -238,7 +240,10 @@ class Learner:
                     )
                 self._heartbeat.beat()
                 groups = self.buffer.take(
-                    self.config.learner.batch_groups, self.trainer.version, STOP_CHECK_S
+                    config.batch_groups,
+                    self.trainer.version,
+                    STOP_CHECK_S,
+                    batches_after=config.steps - self.trainer.version - 1,
                 )
                 # Room in the buffer: leases can be issued.
                 self._intake.wake()

@@ -7,6 +7,15 @@
 
 Raw scores are stored; advantages are computed when a batch is cut. Staleness is measured then
 too, so time in the queue counts: trainer version minus the oldest version in the group.
+
+With a fixed ``lag`` of L a batch is cut only while the L batches after it are buffered as well, and
+pacing leaves room for no more. So nothing is being generated when a batch is cut, the next one is
+sampled from exactly the version that the step makes, and is trained on L versions later:
+
+    lag 2:  version        0       1    2    3    4
+            sampled     b0 b1 b2   b3   b4   b5   b6
+            trained on     b0      b1   b2   b3   b4
+            staleness      0       1    2    2    2
 """
 
 import bisect
@@ -54,7 +63,9 @@ class ReplayBuffer:
         max_staleness: int,
         max_uses: int = 1,
         sampling: Literal["fifo", "freshest"] = "fifo",
+        lag: int = 0,
     ) -> None:
+        """A ``lag`` above 0 makes an experiment on staleness; `learner.pacing` has its limits."""
         if min(max_groups, max_bytes, max_uses) < 1 or max_staleness < 0:
             raise ValueError("max_groups, max_bytes, max_uses must be positive, max_staleness >= 0")
         self._max_groups = max_groups
@@ -62,6 +73,7 @@ class ReplayBuffer:
         self._max_staleness = max_staleness
         self._max_uses = max_uses
         self._sampling = sampling
+        self._lag = lag
         self._entries: list[_Entry] = []
         self._changed = Condition()
         self._woken = False
@@ -85,21 +97,25 @@ class ReplayBuffer:
                 self._evict(self._entries[0], "overflow")
             self._changed.notify_all()
 
-    def take(self, num_groups: int, version: int, timeout_s: float) -> list[Group] | None:
+    def take(
+        self, num_groups: int, version: int, timeout_s: float, *, batches_after: int = 0
+    ) -> list[Group] | None:
         """Cut a batch of ``num_groups`` for the trainer at ``version``.
 
-        None after ``timeout_s``, or after `wake`.
+        None after ``timeout_s``, or after `wake`. ``batches_after`` is the number of batches that
+        are still to come in the run: at its end fewer than the lag can be held back.
 
         Groups that are too stale by now are evicted first. ``fifo`` takes them in the order in
         which they were leased, so that a slow group is not overtaken while it can still be used;
         ``freshest`` takes those whose oldest token is youngest.
         """
+        needed = num_groups * (1 + min(self._lag, batches_after))
         with self._changed:
             self._woken = False
             self._changed.wait_for(
-                lambda: self._woken or self._evict_stale(version) >= num_groups, timeout_s
+                lambda: self._woken or self._evict_stale(version) >= needed, timeout_s
             )
-            if self._evict_stale(version) < num_groups:
+            if self._evict_stale(version) < needed:
                 return None
             chosen = self._choose(num_groups)
             for entry in chosen:

@@ -118,6 +118,15 @@ class BufferConfig(StrictModel):
     max_bytes: PositiveInt = 1 << 30
     max_uses: PositiveInt = 1
     """How often a group may be trained on."""
+    lag: NonNegativeInt | None = None
+    """Train on every batch exactly so many versions late: an experiment on staleness, in which
+    generation and training take turns."""
+
+    @model_validator(mode="after")
+    def _a_lag_needs_order(self) -> Self:
+        if self.lag is not None and self.sampling != "fifo":
+            raise ValueError('buffer.lag needs buffer.sampling = "fifo"')
+        return self
 
 
 class WeightsConfig(StrictModel):

@@ -14,6 +14,8 @@ and, as no more than the rest of the run can be used, while
 With max_uses above 1 a batch of groups lasts for that many steps: both bounds are then divided by
 it, the first rounded down to whole batches, the second up.
 
+A fixed lag (see `learner.buffer`) takes the place of max_staleness in the first bound.
+
 Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
 largest. The constructor refuses bounds under which a batch could never fill.
 """
@@ -35,23 +37,33 @@ class Pacing:
     group_bytes: int
     """Largest size of one group."""
     max_uses: int = 1
+    lag: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_groups < self.batch_groups:
+        held = (1 + (self.lag or 0)) * self.batch_groups
+        what = f"{held} groups" + (f", as buffer.lag = {self.lag} needs," if self.lag else "")
+        if self.lag is not None and self.lag > self.max_staleness:
             raise ConfigError(
-                f"buffer.max_groups = {self.max_groups} can never hold a batch of "
-                f"{self.batch_groups} groups: training would wait for ever"
+                f"buffer.lag = {self.lag} is above learner.max_staleness = {self.max_staleness}: "
+                "raise that, or every batch would be too stale"
+            )
+        if self.lag is not None and self.max_uses > 1:
+            raise ConfigError("buffer.lag needs buffer.max_uses = 1: a second use comes later")
+        if self.max_groups < held:
+            raise ConfigError(
+                f"buffer.max_groups = {self.max_groups} can never hold {what}: training would "
+                "wait for ever"
             )
         if self.max_uses > self.max_staleness + 1:
             raise ConfigError(
                 f"buffer.max_uses = {self.max_uses} needs learner.max_staleness of at least "
                 f"{self.max_uses - 1}: every further use is one version later"
             )
-        if self.max_bytes < self.batch_groups * self.group_bytes:
+        if self.max_bytes < held * self.group_bytes:
             raise ConfigError(
-                f"buffer.max_bytes = {self.max_bytes} may not hold a batch: "
-                f"{self.batch_groups} groups take up to {self.batch_groups * self.group_bytes} "
-                "bytes; raise it, or lower sampling.max_tokens or learner.batch_groups"
+                f"buffer.max_bytes = {self.max_bytes} may not hold {what}: they take up to "
+                f"{held * self.group_bytes} bytes; raise it, or lower sampling.max_tokens or "
+                "learner.batch_groups"
             )
 
     def allowed(
@@ -65,8 +77,9 @@ class Pacing:
         buffered_bytes: int,
     ) -> int:
         """Training leases that an actor at ``actor_version`` may be given now; 0 or more."""
-        lag = trainer_version - actor_version
-        by_staleness = (self.max_staleness + 1 - lag) // self.max_uses * self.batch_groups
+        behind = trainer_version - actor_version
+        reach = self.max_staleness if self.lag is None else self.lag
+        by_staleness = (reach + 1 - behind) // self.max_uses * self.batch_groups
         steps_left = self.steps - trainer_version
         by_need = -(-steps_left // self.max_uses) * self.batch_groups
         ahead = outstanding + buffered + in_training

@@ -27,6 +27,19 @@ def test_a_comparison_goes_on_where_it_was_stopped(system: System):
     assert second.wait(60) == 0, second.output
     assert (out / "gdpo-decoupled_ppo-0" / "summary.json").stat().st_mtime == done_at
     result = json.loads((out / "compare.json").read_text())
-    assert result["labels"].keys() == {"gdpo", "grpo"}
-    assert len(result["labels"]["grpo"]["0"]["curves"]["format"]) == 4
+    assert [run["estimator"] for run in result["runs"]] == ["gdpo", "grpo"]
+    assert len(result["runs"][1]["curves"]["format"]) == 4
     assert (out / "compare.png").exists()
+
+
+def test_a_lag_is_kept_by_every_batch(system: System):
+    arguments = (*GRID[:2], "--estimators", "gdpo", "--lags", "2", "--seeds", "1", "--out", "lags")
+    sweep = system.gdpo("sweep", *arguments, *QUICK, "learner.steps=5")
+    assert sweep.wait(60) == 0, sweep.output
+    run = system.folder / "lags" / "gdpo-decoupled_ppo-lag2-0"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # The first three batches are all sampled from version 0.
+    assert [line["staleness_max"] for line in lines] == [0, 1, 2, 2, 2]
+    assert [line["staleness_mean"] for line in lines] == [0, 1, 2, 2, 2]
+    books = json.loads((run / "summary.json").read_text())["books"]
+    assert books["groups"]["accepted"] == books["groups"]["trained"] > 0

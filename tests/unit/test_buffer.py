@@ -92,6 +92,17 @@ def test_a_group_is_used_max_uses_times_and_no_more():
     assert leases(buffer.take(1, version=0, timeout_s=0)) == [2]
 
 
+def test_with_a_lag_the_batches_behind_are_waited_for():
+    buffer = filled((1, 0), (2, 0), (3, 0), (4, 0), (5, 0), lag=2)
+    assert buffer.take(2, version=0, timeout_s=0, batches_after=9) is None
+    buffer.add(make_group(6))
+    assert leases(buffer.take(2, version=0, timeout_s=0, batches_after=9)) == [1, 2]
+    # Of the last batches of a run fewer are held back.
+    assert buffer.take(2, version=1, timeout_s=0, batches_after=2) is None
+    assert leases(buffer.take(2, version=1, timeout_s=0, batches_after=1)) == [3, 4]
+    assert leases(buffer.take(2, version=2, timeout_s=0, batches_after=0)) == [5, 6]
+
+
 # ---- Evicting ----------------------------------------------------------------------------------
 
 

@@ -90,9 +90,9 @@ def test_outstanding_groups_count_with_their_largest_size():
 
 
 def test_bounds_under_which_a_batch_never_fills_are_refused():
-    with pytest.raises(ConfigError, match=r"buffer\.max_groups = 9 can never hold a batch of 10"):
+    with pytest.raises(ConfigError, match=r"buffer\.max_groups = 9 can never hold 10 groups"):
         make_pacing(max_groups=9)
-    with pytest.raises(ConfigError, match=r"buffer\.max_bytes = 9999 may not hold a batch"):
+    with pytest.raises(ConfigError, match=r"buffer\.max_bytes = 9999 may not hold 10 groups"):
         make_pacing(max_bytes=9999)
     assert allowed(make_pacing(max_groups=10, max_bytes=10_000)) == 10
 
@@ -100,6 +100,28 @@ def test_bounds_under_which_a_batch_never_fills_are_refused():
 def test_the_largest_group_is_what_the_buffer_counts_for_it():
     # 2 rollouts of 4 tokens (4 + 4 bytes each), a prompt of 2 tokens, 2 rewards: 64 + 8 + 16.
     assert largest_group_bytes(2, 2, 4, 2) == 88 == make_group(lengths=(4, 4)).size_bytes
+
+
+def test_a_lag_leaves_room_for_its_own_batches_only():
+    pacing = make_pacing(max_staleness=8, lag=1)
+    assert allowed(pacing) == 20
+    assert allowed(pacing, outstanding=3, buffered=10) == 7
+    # An actor without the newest version gets nothing while the batches held back are complete.
+    assert allowed(pacing, trainer_version=5, actor_version=4, buffered=10) == 0
+    assert allowed(pacing, trainer_version=5, actor_version=5, buffered=10) == 10
+    assert allowed(make_pacing(max_staleness=8, lag=0)) == 10
+
+
+def test_a_lag_that_could_never_be_kept_is_refused():
+    with pytest.raises(ConfigError, match=r"buffer\.lag = 3 is above learner\.max_staleness = 2"):
+        make_pacing(lag=3)
+    with pytest.raises(ConfigError, match=r"needs buffer\.max_uses = 1"):
+        make_pacing(lag=1, max_uses=2)
+    with pytest.raises(ConfigError, match=r"can never hold 30 groups, as buffer\.lag = 2 needs"):
+        make_pacing(lag=2, max_groups=29)
+    with pytest.raises(ConfigError, match=r"max_bytes = 29999 may not hold 30 groups"):
+        make_pacing(lag=2, max_bytes=29_999)
+    make_pacing(lag=2, max_groups=30, max_bytes=30_000)
 
 
 # ---- Simulated runs ----------------------------------------------------------------------------
@@ -120,6 +142,8 @@ class Run:
     num_leased: int = 0
     outstanding: list[tuple[int, int]] = field(default_factory=list)
     """(lease, version that it began under)."""
+    staleness: list[set[int]] = field(default_factory=list)
+    """Of each batch."""
 
     def __post_init__(self) -> None:
         self.versions = [0] * self.num_actors
@@ -129,6 +153,7 @@ class Run:
             max_staleness=self.pacing.max_staleness,
             sampling=self.sampling,
             max_uses=self.pacing.max_uses,
+            lag=self.pacing.lag or 0,
         )
 
     def finish(self) -> None:
@@ -167,8 +192,15 @@ class Run:
 
     def take(self) -> None:
         if not self.training:
-            batch = self.buffer.take(self.pacing.batch_groups, self.version, timeout_s=0)
-            self.training = batch is not None
+            batch = self.buffer.take(
+                self.pacing.batch_groups,
+                self.version,
+                timeout_s=0,
+                batches_after=self.pacing.steps - self.version - 1,
+            )
+            if batch is not None:
+                self.training = True
+                self.staleness.append({self.version - group.oldest_version for group in batch})
 
     def step(self) -> None:
         if self.training:
@@ -178,17 +210,18 @@ class Run:
 
 
 @st.composite
-def runs(draw: st.DrawFn, max_uses: int = 1, **values) -> Run:
+def runs(draw: st.DrawFn, max_uses: int = 1, lag: int | None = None, **values) -> Run:
     batch_groups = draw(st.integers(1, 5))
-    max_groups = draw(st.integers(batch_groups, 6 * batch_groups))
+    held = (1 + (lag or 0)) * batch_groups
     pacing = Pacing(
-        max_staleness=draw(st.integers(max_uses - 1, 4)),
+        max_staleness=draw(st.integers(lag or max_uses - 1, 4)),
         batch_groups=batch_groups,
         steps=draw(st.integers(1, 12)),
-        max_groups=max_groups,
-        max_bytes=draw(st.integers(batch_groups, 6 * batch_groups)) * GROUP_BYTES,
+        max_groups=draw(st.integers(held, 6 * batch_groups)),
+        max_bytes=draw(st.integers(held, 6 * batch_groups)) * GROUP_BYTES,
         group_bytes=GROUP_BYTES,
         max_uses=max_uses,
+        lag=lag,
     )
     return Run(pacing, draw(st.integers(1, 4)), Random(draw(st.integers(0, 2**32))), **values)
 
@@ -219,3 +252,15 @@ def test_no_order_of_arrival_or_failure_stops_training_or_exceeds_the_limit(run)
 def test_groups_that_are_used_twice_do_not_make_those_behind_them_too_stale(run):
     run.finish()
     assert run.buffer.books.evicted == {}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 4).flatmap(lambda lag: runs(lag=lag, in_order=False, failure_rate=0.2)))
+def test_with_a_lag_every_batch_is_exactly_so_stale(run):
+    run.finish()
+    # All batches that were sampled before the first step are from version 0.
+    assert run.staleness == [{min(step, run.pacing.lag)} for step in range(run.pacing.steps)]
+    assert run.buffer.books.evicted.total() == 0
+    # Nothing is left at the end.
+    assert run.buffer.books.trained == run.pacing.steps * run.pacing.batch_groups
+    assert len(run.buffer) == 0

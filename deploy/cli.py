@@ -94,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, check, evaluate, compare):
         _add_allow_rewards(command)
 
+    change = commands.add_parser("set", help="change weights and conditions of a run's rewards")
+    change.add_argument("run", type=Path, metavar="FOLDER", help="of a run that is going on")
+    change.add_argument(
+        "assignments",
+        nargs="*",
+        metavar="rewards.NAME.KEY=value",
+        help="weight=0.5, when='{ reward = \"correctness\", at_least = 1.0 }' or when=always; "
+        "none: show what holds",
+    )
+    change.set_defaults(command=_set)
+
     plot = commands.add_parser("plot", help="draw the curves of a run or comparison again")
     plot.add_argument("run", type=Path, metavar="FOLDER")
     plot.set_defaults(command=_plot)
@@ -211,6 +222,13 @@ def _compare(options: Any) -> int:
             allowed_modules=tuple(options.allow_rewards),
         )
     )
+
+
+def _set(options: Any) -> int:
+    from deploy.control import set_rewards
+
+    set_rewards(options.run, options.assignments)
+    return 0
 
 
 def _plot(options: Any) -> int:

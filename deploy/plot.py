@@ -1,6 +1,7 @@
 """The curves of a run: rewards, staleness, throughput, from its metrics.jsonl."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from protocol.errors import ConfigError
 _DRAWN = {
     "step",
     "rewards",
+    "reward_settings",
     "staleness_max",
     "staleness_mean",
     "tokens_generated_per_s",
@@ -17,7 +19,10 @@ _DRAWN = {
 
 
 def plot_run(folder: Path) -> Path:
-    """Draw ``plots/curves.png`` in a run folder; returns its path. Raises `ConfigError`."""
+    """Draw ``plots/curves.png`` in a run folder; returns its path. Raises `ConfigError`.
+
+    Dotted lines are where weights or conditions of the rewards changed.
+    """
     lines = _read(folder / "metrics.jsonl")
     # Without a display, and only now: matplotlib takes a second to import.
     import matplotlib
@@ -33,6 +38,8 @@ def plot_run(folder: Path) -> Path:
     for axis, name in zip(axes, names, strict=False):
         axis.plot(steps, [line["rewards"][name] for line in lines], color="tab:blue")
         axis.set_ylabel(name)
+        for step in _changes(lines):
+            axis.axvline(step, color="gray", linestyle=":")
     staleness, throughput = axes[-2:]
     staleness.plot(steps, [line["staleness_max"] for line in lines], label="largest")
     staleness.plot(steps, [line["staleness_mean"] for line in lines], label="mean")
@@ -52,6 +59,15 @@ def plot_run(folder: Path) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _changes(lines: list[dict[str, Any]]) -> list[int]:
+    """Steps from which on the rewards counted otherwise than before."""
+    return [
+        line["step"]
+        for before, line in pairwise(lines)
+        if line["reward_settings"] != before["reward_settings"]
+    ]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

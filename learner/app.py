@@ -39,7 +39,7 @@ from learner.runlog import RunFolder
 from learner.snapshots import SnapshotStore, pack
 from learner.trainer import StepResult, Trainer
 from learner.work import WorkQueue
-from protocol.errors import TrainingError, brief
+from protocol.errors import ConfigError, TrainingError, brief
 from protocol.groups import Group
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
@@ -151,9 +151,11 @@ class Learner:
             heartbeats=(self._heartbeat, intake_heartbeat),
             ready=lambda: self.phase != "loading",
             routes={"/status": lambda: status_report(self), "/sd": self._service_discovery},
+            commands={"/rewards": self._change_rewards},
         )
         self.metrics_url = f"http://{self._server.address}/metrics"
         self.folder.write_endpoints(self.url, self.metrics_url)
+        self.folder.write_control(f"http://{self._server.address}", self._server.token)
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -307,6 +309,12 @@ class Learner:
         self._intake.wake()
         if not self.coordinator.wait_until_empty(DRAIN_TIMEOUT_S):
             log.warning("%d actors did not say goodbye", self.coordinator.num_live)
+
+    def _change_rewards(self, updates: Any) -> dict[str, Any]:
+        """A command from outside, on a thread of the server."""
+        if self.trainer.version >= self.config.learner.steps or self.interrupted:
+            raise ConfigError("training is over: no batch is left that a change could hold for")
+        return self.trainer.rewards.command(updates)
 
     def _service_discovery(self) -> list[dict[str, Any]]:
         """Prometheus HTTP service discovery: the live actors' metrics endpoints."""

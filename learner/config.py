@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
+from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel, When
 from protocol.errors import ConfigError
 from protocol.sockets import require_loopback
 
@@ -216,11 +216,12 @@ class RunConfig(StrictModel):
         if len(set(names)) < len(names):
             raise ValueError("two rewards have the same name; give each its own")
         for reward in self.rewards:
-            if reward.when and reward.when.reward not in names:
-                raise ValueError(
-                    f"rewards.{reward.name}.when names {reward.when.reward!r}; "
-                    f"the rewards are {', '.join(names)}"
-                )
+            for when in (reward.when, *(update.when for update in reward.schedule)):
+                if isinstance(when, When) and when.reward not in names:
+                    raise ValueError(
+                        f"rewards.{reward.name}.when names {when.reward!r}; "
+                        f"the rewards are {', '.join(names)}"
+                    )
         if {"rewards", "sampling"} & self.actor.model_fields_set:
             raise ValueError("write [[rewards]] and [sampling] at the top level, not below [actor]")
         sequences = self.learner.batch_groups * self.sampling.num_rollouts
@@ -269,15 +270,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {problems}") from error
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """``key.sub=value`` as the parts of its key and its value; raises `ConfigError`.
+
+    A value is TOML, or a string where it is not.
+    """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{override!r} is no override; write key.sub=value, e.g. learner.lr=1e-6")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return parts, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        return parts, text.strip()
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    parts, value = parse_override(override)
     node: Any = tree
     for part in parts[:-1]:
         node = _child(node, part, override)
@@ -328,9 +337,9 @@ def _explain(problem: dict[str, Any]) -> str:
 def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
     """Field names of the table at ``location``."""
     for part in location:
-        if part.isdigit():
-            continue
-        model = _table_type(model.model_fields[part].annotation)
+        # The rest are indices of lists, and the names of a union's members.
+        if part in model.model_fields:
+            model = _table_type(model.model_fields[part].annotation)
     return list(model.model_fields)
 
 

@@ -61,6 +61,7 @@ class StepMetrics:
                 "advantage_share": ("advantage_ratio", "Share of the absolute advantage"),
             }.items()
         }
+        self._weight = gauge("gdpo_reward_weight", "Weight in the batch", ("reward",))
         self._correlation = gauge(
             "gdpo_reward_correlation", "Correlation of two rewards", ("first", "second")
         )
@@ -85,6 +86,8 @@ class StepMetrics:
         self._step_seconds.observe(seconds)
         for staleness in result.staleness:
             self._staleness.observe(staleness)
+        for name, weight in result.setting.weights.items():
+            self._weight.labels(name).set(weight)
         for name, value in result.metrics.items():
             if metric := self._loss.get(name):
                 metric.set(value)

@@ -1,5 +1,6 @@
 """What the learner tells people: the live status, the line per step, the summary at the end."""
 
+from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def step_line(learner: "Learner", step: StepResult, seconds: float) -> dict[str,
         "seconds": learner.training_seconds,
         "step_seconds": seconds,
         "rewards": step.rewards,
+        "reward_settings": step.setting.as_json(),
         "completion_tokens_mean": step.mean_tokens,
         "staleness_mean": fmean(step.staleness),
         "staleness_max": max(step.staleness),
@@ -88,6 +90,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         "rewards": {
             "before": _evaluation(learner.before, names),
             "after": _evaluation(learner.after, names),
+            "changes": [asdict(change) for change in learner.trainer.rewards.changes],
         },
         "books": {
             "leases": {

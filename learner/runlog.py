@@ -41,6 +41,13 @@ class RunFolder:
         """Where the learner listens, for the launcher and for people."""
         self._write("endpoints.json", {"learner": learner, "metrics": metrics})
 
+    def write_control(self, url: str, token: str) -> None:
+        """How to command the learner, for its user only."""
+        path = self.path / "control.json"
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(json.dumps({"url": url, "token": token}) + "\n")
+
     def append_step(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, on disk at once."""
         if self._metrics is None:
@@ -52,6 +59,7 @@ class RunFolder:
         self._write("summary.json", summary)
 
     def close(self) -> None:
+        (self.path / "control.json").unlink(missing_ok=True)
         if self._metrics is not None:
             self._metrics.close()
 

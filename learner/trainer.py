@@ -19,6 +19,7 @@ import gdpo
 from learner.batch import Batch, collate, scores
 from learner.config import RunConfig
 from learner.policy import Policy
+from learner.reward_settings import RewardSetting, RewardSettings
 from protocol.errors import TrainingError
 from protocol.groups import Group
 
@@ -36,6 +37,8 @@ class StepResult:
     metrics: dict[str, float]
     rewards: dict[str, float]
     """Mean raw score of each reward."""
+    setting: RewardSetting
+    """What the rewards counted."""
     mean_tokens: float
     """Mean length of the completions."""
     lag0_difference: float | None
@@ -73,50 +76,51 @@ class Trainer:
         )
         self._random = torch.Generator().manual_seed(config.seed)
         self._needs_proximal = gdpo.CORRECTIONS[config.algorithm.correction].needs_proximal
-        self._names = [reward.name for reward in config.rewards]
-        self._weights = [reward.weight for reward in config.rewards]
+        self.rewards = RewardSettings(config.rewards)
         self._batch_std: float | None = None
         self._reference: Any = None
         if config.algorithm.kl_coefficient:
             self._reference = copy.deepcopy(policy.model).requires_grad_(False)
-        self._conditions = [
-            gdpo.Condition(index, self._names.index(r.when.reward), r.when.at_least)
-            for index, r in enumerate(config.rewards)
-            if r.when
-        ]
+        self._last_setting: RewardSetting | None = None
         self.version = 0
 
     def step(self, groups: list[Group]) -> StepResult:
         """Train on a batch; raises `TrainingError` when loss or gradient is not finite."""
         scores_PGK = scores(groups)
-        advantages = self._advantages(scores_PGK)
+        setting = self.rewards.begin(self.version + 1)
+        advantages = self._advantages(scores_PGK, setting)
         batch = collate(groups, self._device)
         advantages_B = advantages.advantages.flatten().to(self._device)
         staleness = [self.version - group.oldest_version for group in groups]
         metrics, difference = self._update(batch, advantages_B)
         self.version += 1
-        metrics |= gdpo.reward_diagnostics(scores_PGK, advantages, self._names)
+        names = list(setting.weights)
+        metrics |= gdpo.reward_diagnostics(scores_PGK, advantages, names)
         num_tokens = sum(group.num_tokens for group in groups)
         return StepResult(
             version=self.version,
             num_tokens=num_tokens,
             staleness=staleness,
             metrics=metrics,
-            rewards={name: metrics[f"reward/{name}/mean"] for name in self._names},
+            rewards={name: metrics[f"reward/{name}/mean"] for name in names},
+            setting=setting,
             mean_tokens=num_tokens / len(batch.tokens_BL),
             lag0_difference=difference,
         )
 
-    def _advantages(self, scores_PGK: torch.Tensor) -> gdpo.Advantages:
+    def _advantages(self, scores_PGK: torch.Tensor, setting: RewardSetting) -> gdpo.Advantages:
         algorithm = self._config.algorithm
+        if setting != self._last_setting:
+            # The scale of the batches before says nothing about other weights.
+            self._batch_std, self._last_setting = None, setting
         advantages = gdpo.compute_advantages(
             scores_PGK,
             estimator=algorithm.estimator,
-            weights=self._weights,
+            weights=list(setting.weights.values()),
             eps=algorithm.advantage_eps,
             min_std=algorithm.min_std,
             clamp=algorithm.advantage_clamp,
-            conditions=self._conditions,
+            conditions=setting.conditions,
             exclude_dead_from_batch_std=algorithm.exclude_dead_from_batch_std,
             ema_decay=algorithm.batch_std_ema,
             previous_batch_std=self._batch_std,

@@ -1,8 +1,17 @@
 """The part of the configuration that an actor gets in its welcome."""
 
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 class StrictModel(BaseModel):
@@ -25,6 +34,27 @@ class When(StrictModel):
     at_least: float
 
 
+class RewardUpdate(StrictModel):
+    """A change to a reward's weight, condition, or both; None leaves one as it is."""
+
+    weight: float | None = None
+    when: When | Literal["always"] | None = None
+    """``always`` ends a condition."""
+
+
+class ScheduledUpdate(RewardUpdate):
+    """A change at a given time."""
+
+    from_step: PositiveInt
+    """The first training batch (from 1) that it holds for."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if self.weight is None and self.when is None:
+            raise ValueError("a change at a step needs a weight, a when, or both")
+        return self
+
+
 class RewardConfig(StrictModel):
     """One reward."""
 
@@ -34,6 +64,15 @@ class RewardConfig(StrictModel):
     weight: float = 1.0
     """Multiplies the reward's normalised advantage (GDPO) or its raw score (GRPO)."""
     when: When | None = None
+    schedule: tuple[ScheduledUpdate, ...] = ()
+    """Changes to weight and condition while training runs."""
+
+    @model_validator(mode="after")
+    def _schedule_is_in_order(self) -> Self:
+        steps = [update.from_step for update in self.schedule]
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            raise ValueError(f"the schedule's steps are {steps}: write each once, in order")
+        return self
 
 
 class SamplingConfig(StrictModel):

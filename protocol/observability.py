@@ -2,9 +2,13 @@
 
 One small server on a daemon thread. /healthz tells the age of each working loop's last
 progress, so a process that answers HTTP while a loop hangs is reported as unhealthy.
+
+Reading is open to whoever reaches the port. A command (POST, JSON both ways) needs the server's
+token, which is new in every process; whoever may read the file that holds it may command.
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
@@ -16,6 +20,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from protocol.errors import ConfigError
+
+MAX_COMMAND_BYTES = 1 << 16
 
 
 class Heartbeat:
@@ -53,8 +59,13 @@ class ObservabilityServer:
         heartbeats: Sequence[Heartbeat],
         ready: Callable[[], bool],
         routes: Mapping[str, Callable[[], Any]] | None = None,
+        commands: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> None:
-        handler = _handler(registry, heartbeats, ready, dict(routes or {}))
+        """A command takes what was posted, as it came, and raises `ConfigError` to refuse it."""
+        self.token = secrets.token_urlsafe(32)
+        handler = _handler(
+            registry, heartbeats, ready, dict(routes or {}), dict(commands or {}), self.token
+        )
         try:
             self._server = ThreadingHTTPServer((host, port), handler)
         except (OSError, OverflowError) as error:
@@ -82,6 +93,8 @@ def _handler(
     heartbeats: Sequence[Heartbeat],
     ready: Callable[[], bool],
     routes: dict[str, Callable[[], Any]],
+    commands: dict[str, Callable[[Any], Any]],
+    token: str,
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = 10
@@ -104,6 +117,32 @@ def _handler(
             else:
                 known = ["/metrics", "/healthz", "/readyz", *routes]
                 self._reply(HTTPStatus.NOT_FOUND, " ".join(known).encode() + b"\n", "text/plain")
+
+        def do_POST(self) -> None:
+            command = commands.get(self.path)
+            if command is None:
+                self._refuse(HTTPStatus.NOT_FOUND, f"the commands are: {' '.join(commands)}")
+                return
+            given = self.headers.get("Authorization", "").encode()
+            if not secrets.compare_digest(given, f"Bearer {token}".encode()):
+                self._refuse(HTTPStatus.UNAUTHORIZED, "the token is wrong")
+                return
+            size = self.headers.get("Content-Length", "")
+            if not size.isdecimal() or len(size) > 9 or int(size) > MAX_COMMAND_BYTES:
+                self._refuse(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                    f"a command has {MAX_COMMAND_BYTES} bytes at most",
+                )
+                return
+            try:
+                self._reply_json(command(json.loads(self.rfile.read(int(size)))), ok=True)
+            except (ConfigError, ValueError, RecursionError) as error:
+                self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+
+        def _refuse(self, status: HTTPStatus, why: str) -> None:
+            self.close_connection = True
+            body = json.dumps({"error": why}).encode() + b"\n"
+            self._reply(status, body, "application/json")
 
         def _reply_json(self, body: Any, *, ok: bool) -> None:
             status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE

@@ -9,7 +9,7 @@ import pytest
 from deploy.cli import main
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "zmq", "pydantic", "rich")
-COMMANDS = ("run", "learner", "actor", "check", "eval", "plot")
+COMMANDS = ("run", "learner", "actor", "check", "eval", "compare", "set", "plot")
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -53,6 +53,9 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
         (["learner", "none.toml"], "cannot read none.toml"),
         (["eval", "none.toml"], "cannot read none.toml"),
         (["plot", "none"], "cannot read none/metrics.jsonl"),
+        (["set", "none", "rewards.format.weight=1"], "no learner to command in none"),
+        (["set", "none", "learner.lr=1"], "cannot change in a run; what can: rewards."),
+        (["set", "none", "weight"], "is no override"),
         (["check", "RECIPE", "learner.lrr=1"], "did you mean learner.lr?"),
         (["check", "RECIPE", "lr"], "is no override"),
         (

@@ -161,6 +161,11 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path, override, problem)
         ("algorithm.estimater=grpo", "algorithm.estimater", "algorithm.estimator"),
         ("rewards.length.wieght=1", "rewards.1.wieght", "rewards.1.weight"),
         ("rewards.format.when.atleast=1", "rewards.0.when.atleast", "rewards.0.when.at_least"),
+        (
+            "rewards.format.schedule=[{step=2,weight=1}]",
+            "rewards.0.schedule.0.step",
+            "rewards.0.schedule.0.from_step",
+        ),
         ("actor.max_lease=1", "actor.max_lease", "actor.max_leases"),
         ("learner.5=1", "learner.5", "learner."),
     ],
@@ -194,6 +199,16 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("rewards.format.function='os.system;x:f'", "write package.module:function"),
         ("rewards.format.weight=nan", "rewards.0.weight: "),
         ("rewards.format.when.reward=speed", "the rewards are format, length"),
+        (
+            'rewards.format.schedule=[{from_step=2,when={reward="speed",at_least=1}}]',
+            "rewards.format.when names 'speed'; the rewards are format, length",
+        ),
+        ("rewards.format.schedule=[{from_step=2}]", "needs a weight, a when, or both"),
+        ("rewards.format.schedule=[{from_step=0,weight=1}]", "greater than 0"),
+        (
+            "rewards.format.schedule=[{from_step=5,weight=1},{from_step=5,weight=2}]",
+            "the schedule's steps are [5, 5]: write each once, in order",
+        ),
         ("rewards.length.name=format", "two rewards have the same name"),
         ("rewards=[]", "rewards: "),
         ("actor.sampling.max_tokens=3", "[sampling] at the top level"),

@@ -4,6 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -30,7 +31,26 @@ class Process:
             heartbeats=(self.heartbeat, Heartbeat("other", limit_s=1e9)),
             ready=lambda: self.ready,
             routes={"/status": lambda: {"step": 7}},
+            commands={"/double": self.double},
         )
+
+    def double(self, number: Any) -> dict[str, Any]:
+        if not isinstance(number, (int, list)):
+            raise ConfigError("give a number")
+        return {"doubled": 2 * number}
+
+    def post(self, path: str, body: bytes, token: str | None = None) -> tuple[int, dict[str, Any]]:
+        """Status and answer."""
+        headers = {"Authorization": f"Bearer {self.server.token if token is None else token}"}
+        url = f"http://{self.server.address}{path}"
+        try:
+            reply = urllib.request.urlopen(
+                urllib.request.Request(url, data=body, headers=headers), timeout=10
+            )
+        except urllib.error.HTTPError as error:
+            reply = error
+        with reply:
+            return reply.status, json.load(reply)
 
     def get(self, path: str) -> tuple[int, str, str]:
         """Status, content type and body."""
@@ -109,3 +129,40 @@ def test_a_closed_server_frees_its_port():
     server = serve_on(0)
     server.close()
     serve_on(server.port).close()
+
+
+def test_a_command_answers_whoever_has_the_token(process):
+    assert process.post("/double", b"21") == (200, {"doubled": 42})
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "\u00e9"])
+def test_without_the_token_no_command_is_reached(process, token):
+    assert process.post("/double", b"21", token.encode().decode("latin-1")) == (
+        401,
+        {"error": "the token is wrong"},
+    )
+
+
+def test_every_server_has_its_own_token(process):
+    other = Process()
+    other.server.close()
+    assert other.server.token != process.server.token
+    assert len(process.server.token) >= 32
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "problem"),
+    [
+        ("/triple", b"21", 404, "the commands are: /double"),
+        ("/double", b'"many"', 400, "give a number"),
+        ("/double", b"{", 400, "Expecting"),
+        ("/double", b"\x80", 400, "decode"),
+        ("/double", b"[" * 60_000, 400, "recursion"),
+        ("/double", b"1" * 70_000, 413, "65536 bytes at most"),
+    ],
+)
+def test_a_bad_command_is_refused_with_its_reason(process, path, body, status, problem):
+    got, answer = process.post(path, body)
+    assert got == status
+    assert problem in answer["error"]
+    assert process.post("/double", b"1") == (200, {"doubled": 2})

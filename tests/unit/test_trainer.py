@@ -110,6 +110,18 @@ def test_a_step_makes_better_rollouts_more_likely(config):
     assert change[best].mean() > change[worst].mean()
 
 
+def test_a_weight_that_changes_between_steps_changes_what_the_same_groups_teach(config):
+    groups = make_groups(config)
+    trainer = Trainer(load_policy(config), config)
+    first = trainer.step(groups)
+    trainer.rewards.command({"format": {"weight": 0.0}})
+    second = trainer.step(groups)
+    assert first.setting.weights["format"] == 1.0
+    assert second.setting.weights["format"] == 0.0
+    assert first.metrics["reward/format/advantage_share"] > 0.2
+    assert second.metrics["reward/format/advantage_share"] == 0.0
+
+
 def test_groups_without_any_difference_leave_the_weights_alone(config):
     policy = load_policy(config)
     before = pack(0, policy.model, policy.specs).digest
@@ -197,6 +209,16 @@ def test_the_batch_std_can_be_smoothed_over_batches(config):
     trainer.step(groups)
     # Five dead groups of six shrink the batch's own std; half of it is the one before.
     assert first / 2 < trainer._batch_std < first
+
+
+def test_other_weights_begin_the_smoothed_batch_std_anew(config):
+    groups = make_groups(config)
+    trainer = Trainer(load_policy(config), with_algorithm(config, batch_std_ema=0.9))
+    trainer.step(groups)
+    first = trainer._batch_std
+    trainer.rewards.command({name: {"weight": 100.0} for name in ("format", "correctness")})
+    trainer.step(groups)
+    assert trainer._batch_std == pytest.approx(100 * first, rel=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_ends_training_with_a_message(config):

@@ -1,0 +1,146 @@
+"""Weights and conditions of the rewards, which may change between two training batches.
+
+Raw scores are in the buffer and advantages are computed when a batch is cut, so a change needs no
+new rollouts: it holds from the next batch on, whenever its groups were sampled.
+
+    configuration ──┐
+    schedule ───────┼──► setting of step n ──► advantages of step n
+    command ────────┘    later changes win; a command holds until the schedule says otherwise
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+import gdpo
+from protocol.config import RewardConfig, RewardUpdate, When
+from protocol.errors import ConfigError
+
+log = logging.getLogger("learner")
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSetting:
+    """What the rewards of one batch count."""
+
+    weights: Mapping[str, float]
+    """By name, in the order of the configuration."""
+    when: Mapping[str, When | None]
+
+    @property
+    def conditions(self) -> list[gdpo.Condition]:
+        """By index, for `gdpo.compute_advantages`."""
+        names = list(self.weights)
+        return [
+            gdpo.Condition(names.index(name), names.index(when.reward), when.at_least)
+            for name, when in self.when.items()
+            if when
+        ]
+
+    def updated(self, name: str, update: RewardUpdate) -> "RewardSetting":
+        weights, conditions = dict(self.weights), dict(self.when)
+        if update.weight is not None:
+            weights[name] = update.weight
+        if update.when is not None:
+            conditions[name] = None if update.when == "always" else update.when
+        return RewardSetting(weights, conditions)
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """By reward: weight, and condition or None."""
+        return {
+            name: {"weight": weight, "when": when.model_dump() if when else None}
+            for (name, weight), when in zip(self.weights.items(), self.when.values(), strict=True)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RewardChange:
+    """One change, for the books."""
+
+    from_step: int
+    source: Literal["schedule", "command"]
+    rewards: dict[str, dict[str, Any]]
+    """The whole setting after it."""
+
+
+class RewardSettings:
+    """The setting of the next step; one thread trains, another may command changes."""
+
+    def __init__(self, rewards: Sequence[RewardConfig]) -> None:
+        self._schedule = [(u.from_step, r.name, u) for r in rewards for u in r.schedule]
+        self._schedule.sort(key=lambda entry: entry[0])
+        self._lock = Lock()
+        self._current = RewardSetting(
+            {reward.name: reward.weight for reward in rewards},
+            {reward.name: reward.when for reward in rewards},
+        )
+        self._step = 0
+        self.changes: list[RewardChange] = []
+
+    def begin(self, step: int) -> RewardSetting:
+        """The setting of ``step`` (from 1), with what is scheduled up to it."""
+        with self._lock:
+            self._step = step
+            due = [entry for entry in self._schedule if entry[0] <= step]
+            self._schedule = self._schedule[len(due) :]
+            setting = self._current
+            for _, name, update in due:
+                setting = setting.updated(name, update)
+            self._replace(setting, step, "schedule")
+            return self._current
+
+    def command(self, updates: Any) -> dict[str, Any]:
+        """Apply ``{reward: {"weight": ..., "when": ...}}``, all or nothing, from the next step on.
+
+        Returns that step and the whole setting. Raises `ConfigError` for what nobody validated
+        yet: it came over the network.
+        """
+        if not isinstance(updates, dict):
+            raise ConfigError("give the changes by reward")
+        with self._lock:
+            setting = self._current
+            for name, fields in updates.items():
+                setting = setting.updated(name, self._validated(name, fields))
+            from_step = self._step + 1
+            self._replace(setting, from_step, "command")
+            return {"from_step": from_step, "rewards": setting.as_json()}
+
+    def _validated(self, name: str, fields: Any) -> RewardUpdate:
+        known = ", ".join(self._current.weights)
+        if name not in self._current.weights:
+            raise ConfigError(f"no reward is named {name!r}; the rewards are {known}")
+        try:
+            update = RewardUpdate.model_validate(fields)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in (name, *problem["loc"][:1]))
+            raise ConfigError(
+                f"rewards.{where}: {problem['msg']}; a weight is a number, a condition "
+                '{ reward = "NAME", at_least = NUMBER } or "always"'
+            ) from error
+        if isinstance(update.when, When) and update.when.reward not in self._current.weights:
+            raise ConfigError(
+                f"rewards.{name}.when names {update.when.reward!r}; the rewards are {known}"
+            )
+        return update
+
+    def _replace(
+        self, setting: RewardSetting, from_step: int, source: Literal["schedule", "command"]
+    ) -> None:
+        if setting == self._current:
+            return
+        self._current = setting
+        self.changes.append(RewardChange(from_step, source, setting.as_json()))
+        log.info("rewards from step %d on, by %s: %s", from_step, source, describe(setting))
+
+
+def describe(setting: RewardSetting) -> str:
+    """One line for people."""
+    return ", ".join(
+        f"{name} x {weight:g}" + (f" where {when.reward} >= {when.at_least:g}" if when else "")
+        for (name, weight), when in zip(setting.weights.items(), setting.when.values(), strict=True)
+    )

@@ -20,7 +20,6 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,18 +30,18 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from actors.engine import Engine
+from actors.engines import start_engine
 from actors.link import LearnerLink
 from actors.metrics import StatusCollector
+from actors.model_files import write_model_files
 from actors.rewards import DEFAULT_MODULES, RewardScorer
 from actors.rollout import RolloutWorker, UnusableRow
-from actors.transformers_engine import TransformersEngine
 from actors.weights import WeightsReceiver
 from protocol.config import ActorConfig
 from protocol.errors import BadMessage, EngineError, PeerLost, Refused, RewardError, brief
 from protocol.framing import Buffer
 from protocol.groups import pack_group
 from protocol.messages import (
-    MODEL_FILE_SUFFIXES,
     PROTOCOL_VERSION,
     Ack,
     Drain,
@@ -64,6 +63,7 @@ log = logging.getLogger("actor")
 
 DRAIN_TIMEOUT_S = 8.0
 RESEND_AFTER_S = 10.0
+MAX_LEASES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Actor:
             welcome, files = await self._link.join(self._hello, self._options.connect_timeout_s)
             log.info("joined run %s; metrics on %s", welcome.run_id, server.address)
             with tempfile.TemporaryDirectory(prefix="gdpo-actor-") as folder:
-                _write_model_files(Path(folder), welcome.files, files)
+                write_model_files(Path(folder), welcome.files, files)
                 await self._work(welcome, Path(folder))
         finally:
             self._link.close()
@@ -187,12 +187,7 @@ class Actor:
             folder=self._options.folder,
             timeout_s=config.reward_timeout_s,
         )
-        engine = TransformersEngine(
-            folder,
-            dtype=config.dtype,
-            device=config.device,
-            max_rows=config.max_leases * config.sampling.num_rollouts,
-        )
+        engine = await start_engine(folder, config)
         self._worker = RolloutWorker(
             engine,
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
@@ -300,10 +295,10 @@ class Actor:
 
     def _status(self) -> Status:
         engine = self._engine
-        ready = engine is not None and engine.version >= 0 and not self._stopping.is_set()
+        ready = engine if engine and engine.version >= 0 and not self._stopping.is_set() else None
         return Status(
             sequence=self._sequence,
-            capacity=self._config.max_leases if ready else 0,
+            capacity=self._capacity(ready) if ready else 0,
             version=engine.version if engine else -1,
             active_leases=len(self._rollouts),
             tokens_generated=engine.stats.tokens_generated if engine else 0,
@@ -312,6 +307,10 @@ class Actor:
             stall_seconds=engine.stats.stall_seconds if engine else 0.0,
             uptime_seconds=time.monotonic() - self._started,
         )
+
+    def _capacity(self, engine: Engine) -> int:
+        wanted = engine.capacity(len(self._rollouts), self._config.sampling.num_rollouts)
+        return min(wanted, self._config.max_leases or MAX_LEASES)
 
     async def _join_again(self) -> None:
         """The learner gave us up during a silence: our leases are with others, so drop them."""
@@ -345,13 +344,3 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _write_model_files(folder: Path, names: Sequence[str], contents: list[memoryview]) -> None:
-    if len(names) != len(contents):
-        raise BadMessage(f"the welcome names {len(names)} files and brings {len(contents)}")
-    for name, content in zip(names, contents, strict=True):
-        # The names come from the network: never leave the folder.
-        if Path(name).name != name or not name.endswith(MODEL_FILE_SUFFIXES):
-            raise BadMessage(f"the welcome brings a file named {name!r}")
-        (folder / name).write_bytes(content)

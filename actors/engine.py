@@ -58,12 +58,24 @@ class Engine(Protocol):
         """
         ...
 
+    def capacity(self, active: int, num_rollouts: int) -> int:
+        """Leases that it can make use of now, including the ``active`` ones that it has.
+
+        A lease is ``num_rollouts`` sequences.
+        """
+        ...
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Memory to receive weights in, uint8 [num_bytes], on the CPU; called once."""
+        ...
+
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
     ) -> tuple[str, float]:
         """Switch to new weights between two tokens; requests in flight continue under them.
 
-        ``packed`` is uint8 [num_bytes] in the layout of ``specs`` and may be reused afterwards.
+        ``packed`` is what `allocate` gave, in the layout of ``specs``; it may be written to again
+        afterwards.
         Returns the digest of the parameters as loaded and the seconds generation stood still.
         """
         ...

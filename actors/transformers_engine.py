@@ -10,11 +10,12 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from actors.batch_generator import BatchGenerator
 from actors.engine import EngineStats, Request
+from actors.model_files import end_ids
 from protocol import weights
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
@@ -24,12 +25,16 @@ from protocol.weights import TensorSpec
 class TransformersEngine:
     """Runs anywhere torch runs; see `actors.engine.Engine`."""
 
-    def __init__(self, folder: Path, *, dtype: str, device: str, max_rows: int) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: str, device: str, max_leases: int, num_rollouts: int
+    ) -> None:
+        """Decodes ``max_leases`` groups of ``num_rollouts`` at once; raises `ConfigError`."""
         self._stats = EngineStats()
         self.version = -1
+        self._max_leases = max_leases
         self._model = _empty_model(folder, dtype, device)
         self._generator = BatchGenerator(
-            self._model, eos_ids=_eos_ids(folder, self._model.config), max_rows=max_rows
+            self._model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
         )
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
@@ -52,6 +57,12 @@ class TransformersEngine:
     def stalled_s(self) -> float:
         since = self._working_since
         return time.monotonic() - since if since else 0.0
+
+    def capacity(self, active: int, num_rollouts: int) -> int:
+        return self._max_leases
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     async def generate(self, request: Request) -> list[Rollout]:
         self._raise_if_dead()
@@ -214,13 +225,3 @@ def _resolve_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
-    """End-of-sequence ids: of generation_config.json where there is one, else of config.json."""
-    ids = config.eos_token_id
-    if (folder / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids
-    if ids is None:
-        raise ConfigError("the model's configuration names no eos_token_id; add it to config.json")
-    return frozenset([ids] if isinstance(ids, int) else ids)

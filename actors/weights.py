@@ -52,7 +52,7 @@ class WeightsReceiver:
         self._specs = specs
         self._timeout_s = timeout_s
         self._collective = _Collective(link.url)
-        self._buffer = torch.empty(total_bytes(specs), dtype=torch.uint8)
+        self._buffer = engine.allocate(total_bytes(specs))
         self._announcement: Weights | None = None
         self._announced = asyncio.Event()
         self._chunks: dict[int, asyncio.Future[memoryview | None]] = {}

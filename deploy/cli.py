@@ -85,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--estimators", default="gdpo,grpo,grpo_no_std,grpo_batch_norm")
     compare.add_argument("--corrections", help="default: the configuration's")
     compare.add_argument(
-        "--lags", type=_numbers, metavar="N,N,...", help="train each at these fixed stalenesses"
+        "--lags",
+        type=_numbers,
+        metavar="N,N,...",
+        help="train each at these fixed stalenesses (they set learner.max_staleness too)",
     )
     compare.add_argument("--seeds", type=_positive, default=5, help="how many (default: 5)")
     compare.add_argument("--out", type=Path, help="default: runs/compare-CONFIG")
@@ -100,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "assignments",
         nargs="*",
         metavar="rewards.NAME.KEY=value",
-        help="weight=0.5, when='{ reward = \"correctness\", at_least = 1.0 }' or when=always; "
+        help="weight=0.5, when='{ reward = \"correctness\", at_least = 1.0 }' or always=true; "
         "none: show what holds",
     )
     change.set_defaults(command=_set)
@@ -128,7 +131,10 @@ def _positive(text: str) -> int:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """A comma-separated list of numbers from 0 on."""
-    numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
     if min(numbers) < 0:
         raise argparse.ArgumentTypeError(f"{min(numbers)} is below 0")
     return numbers

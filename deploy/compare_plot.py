@@ -1,5 +1,6 @@
 """The pictures of a comparison, drawn from its compare.json."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -52,10 +53,10 @@ def _draw_curves(result: Result) -> Any:
     )
     for lag, row in zip(rows, axes, strict=True):
         for name, axis in zip(names, row, strict=True):
-            for setting, runs in by_setting(result).items():
-                at_lag = [run for run in runs if run["lag"] == lag]
-                if at_lag:
-                    _draw_runs(axis, [smooth(run["curves"][name]) for run in at_lag], setting)
+            for index, (setting, runs) in enumerate(by_setting(result).items()):
+                curves = [smooth(run["curves"][name]) for run in runs if run["lag"] == lag]
+                # Also without a run: the first row has the legend of all.
+                _draw_runs(axis, curves, setting, f"C{index}")
             axis.grid(alpha=0.3)
         row[0].set_ylabel("" if lag is None else f"lag {lag}")
     for name, axis in zip(names, axes[0], strict=True):
@@ -67,12 +68,18 @@ def _draw_curves(result: Result) -> Any:
     return figure
 
 
-def _draw_runs(axis: Any, curves: Iterable[list[float]], setting: str) -> None:
-    points = list(zip(*curves, strict=False))
-    steps = range(WINDOW, WINDOW + len(points))
-    [line] = axis.plot(steps, [median(point) for point in points], label=setting)
+def _draw_runs(axis: Any, curves: Iterable[list[float]], setting: str, color: str) -> None:
+    # A reward may apply to nothing in a window of steps.
+    known = [[v for v in point if not math.isnan(v)] for point in zip(*curves, strict=False)]
+    points = [(step, point) for step, point in enumerate(known, start=WINDOW) if point]
+    steps = [step for step, _ in points]
+    axis.plot(steps, [median(point) for _, point in points], label=setting, color=color)
     axis.fill_between(
-        steps, list(map(min, points)), list(map(max, points)), color=line.get_color(), alpha=0.15
+        steps,
+        [min(point) for _, point in points],
+        [max(point) for _, point in points],
+        color=color,
+        alpha=0.15,
     )
 
 
@@ -84,17 +91,19 @@ def _draw_lags(result: Result) -> Any:
     figure, axes = pyplot.subplots(
         1, len(names) + 1, figsize=(4.5 * (len(names) + 1), 4), layout="constrained"
     )
+    places = {lag: place for place, lag in enumerate(lags(result))}
     for setting, runs in by_setting(result).items():
-        at_lags = {
-            str(lag): [run for run in runs if run["lag"] == lag]
-            for lag in lags(result)
-            if any(run["lag"] == lag for run in runs)
+        at_places = {
+            place: some
+            for lag, place in places.items()
+            if (some := [run for run in runs if run["lag"] == lag])
         }
         for name, axis in zip(names, axes, strict=False):
-            _draw_final(axis, at_lags, name, setting)
-        axes[-1].plot(list(at_lags), [mean_ess(some) for some in at_lags.values()], marker="o")
+            _draw_final(axis, at_places, name, setting)
+        axes[-1].plot(list(at_places), [mean_ess(some) for some in at_places.values()], marker="o")
     for name, axis in zip([*names, "effective sample size"], axes, strict=True):
         axis.set_title(name)
+        axis.set_xticks(list(places.values()), [str(lag) for lag in places])
         axis.set_xlabel("lag (policy versions)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out, after: median and range over seeds")
@@ -102,8 +111,8 @@ def _draw_lags(result: Result) -> Any:
     return figure
 
 
-def _draw_final(axis: Any, at_lags: dict[str, list[Run]], name: str, setting: str) -> None:
-    finals = {lag: values for lag, runs in at_lags.items() if (values := final(runs, name))}
+def _draw_final(axis: Any, at_places: dict[int, list[Run]], name: str, setting: str) -> None:
+    finals = {place: values for place, runs in at_places.items() if (values := final(runs, name))}
     middles = [median(values) for values in finals.values()]
     axis.errorbar(
         list(finals),

@@ -22,6 +22,8 @@ WINDOW = 10
 REACHED = 0.9
 """Of the way from the lowest to the highest level that any run of the comparison came to."""
 
+RUN_KEYS = {"estimator", "correction", "lag", "seed", "before", "after", "curves", "ess"}
+
 Run = dict[str, Any]
 Result = dict[str, list[Run]]
 
@@ -58,8 +60,11 @@ def read_result(folder: Path) -> Result:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(result, dict) or not result.get("runs"):
+    runs = result.get("runs") if isinstance(result, dict) else None
+    if not isinstance(runs, list) or not runs:
         raise ConfigError(f"{path} holds no runs")
+    if not all(isinstance(run, dict) and run.keys() >= RUN_KEYS for run in runs):
+        raise ConfigError(f"{path} is damaged: a run lacks one of {', '.join(sorted(RUN_KEYS))}")
     return result
 
 
@@ -71,8 +76,8 @@ def reward_names(result: Result) -> list[str]:
 
 
 def lags(result: Result) -> list[int | None]:
-    """In the order in which they were asked for; [None] if staleness was not fixed."""
-    return list(dict.fromkeys(run["lag"] for run in result["runs"]))
+    """From the smallest on; [None] if staleness was not fixed."""
+    return sorted({run["lag"] for run in result["runs"]}, key=lambda lag: lag or 0)
 
 
 def by_setting(result: Result) -> dict[str, list[Run]]:
@@ -132,8 +137,11 @@ def area(runs: list[Run], name: str) -> float:
 
 
 def mean_ess(runs: list[Run]) -> float:
-    """Effective sample size of the importance weights, over all steps and seeds."""
-    return fmean(_mean(run["ess"]) for run in runs)
+    """Effective sample size of the importance weights, over seeds and steps.
+
+    A lag is not complete before step lag + 1: the steps up to it do not count.
+    """
+    return fmean(_mean(run["ess"][run["lag"] or 0 :]) for run in runs)
 
 
 def smooth(curve: list[float]) -> list[float]:
@@ -197,13 +205,26 @@ def _by_figure(result: Result, name: str, level: float) -> Table:
 
 
 def _by_lag(result: Result, title: str, figure: Callable[[list[Run]], str]) -> Table:
-    table = Table(title=title)
+    """Cells of fewer seeds than the others say of how many."""
+    cells = {
+        (setting, lag): [run for run in runs if run["lag"] == lag]
+        for setting, runs in by_setting(result).items()
+        for lag in lags(result)
+    }
+    most = max(map(len, cells.values()))
+    table = Table(title=f"{title} ({most} seeds)")
     table.add_column("setting", no_wrap=True)
     for lag in lags(result):
         table.add_column(f"lag {lag}", justify="right")
-    for setting, runs in by_setting(result).items():
-        at_lags = [[run for run in runs if run["lag"] == lag] for lag in lags(result)]
-        table.add_row(setting, *(figure(some) if some else "" for some in at_lags))
+    for setting in by_setting(result):
+        row = [cells[setting, lag] for lag in lags(result)]
+        table.add_row(
+            setting,
+            *(
+                (figure(runs) + ("" if len(runs) == most else f" (of {len(runs)})")) if runs else ""
+                for runs in row
+            ),
+        )
     return table
 
 
@@ -216,8 +237,10 @@ def _final(runs: list[Run], name: str) -> str:
 
 
 def _steps(runs: list[Run], name: str, level: float) -> str:
-    steps = median_steps(runs, name, level)
-    return "-" if steps is None else f"{steps:g}"
+    """Median, and the share of seeds that got there where it is not all."""
+    steps, share = median_steps(runs, name, level), converged(runs, name, level)
+    text = "-" if steps is None else f"{steps:g}"
+    return text if share in (0, 1) else f"{text} ({share:.0%})"
 
 
 def _ess(runs: list[Run]) -> str:

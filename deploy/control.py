@@ -4,8 +4,6 @@ The run folder has the learner's address and a token that only its user can read
 """
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deploy.http import post_json
 from learner.config import parse_override
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, PeerLost, Refused
 
 TIMEOUT_S = 10.0
-EXAMPLE = "rewards.NAME.weight=0.5 or rewards.NAME.when=always"
+EXAMPLE = "rewards.NAME.weight=0.5 or rewards.NAME.always=true"
 
 
 def set_rewards(run: Path, assignments: Sequence[str]) -> None:
@@ -44,26 +43,20 @@ def set_rewards(run: Path, assignments: Sequence[str]) -> None:
 
 def _post(run: Path, path: str, body: Any) -> dict[str, Any]:
     """Post to the learner of a run folder; raises `ConfigError` with its own words."""
+    file = run / "control.json"
     try:
-        control = json.loads((run / "control.json").read_text())
+        control = json.loads(file.read_text())
+        url, token = str(control["url"]), str(control["token"])
     except OSError as error:
         raise ConfigError(
-            f"no learner to command in {run}: {error.strerror} ({run / 'control.json'}); give "
-            "the folder of a run that is going on"
+            f"no learner to command in {run}: {error.strerror} ({file}); give the folder of a run "
+            "that is going on"
         ) from error
-    # The learner wrote this URL: always http:// to its metrics endpoint.
-    request = urllib.request.Request(  # noqa: S310
-        control["url"] + path,
-        data=json.dumps(body, default=str).encode(),
-        headers={"Authorization": f"Bearer {control['token']}", "Content-Type": "application/json"},
-    )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged") from error
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
-            answer: dict[str, Any] = json.load(response)
-            return answer
-    except urllib.error.HTTPError as error:
-        raise ConfigError(json.load(error)["error"]) from error
-    except OSError as error:
-        raise ConfigError(
-            f"the learner of {run} does not answer at {control['url']}: {error}"
-        ) from error
+        return post_json(url + path, body, token=token, timeout_s=TIMEOUT_S)
+    except Refused as error:
+        raise ConfigError(str(error)) from error
+    except PeerLost as error:
+        raise ConfigError(f"the learner of {run} is gone: {error}") from error

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
+from actors.engines import start_engine
 from actors.rewards import RewardScorer
 from actors.rollout import RolloutWorker, UnusableRow
-from actors.transformers_engine import TransformersEngine
 from learner.config import RunConfig
 from learner.data import evaluation_work, load_rows
 from learner.evaluation import Evaluation
@@ -23,6 +23,7 @@ from learner.policy import Policy, load_policy
 from learner.snapshots import pack
 from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
+from protocol.weights import total_bytes
 
 IN_FLIGHT = 32
 
@@ -53,13 +54,14 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
 async def _evaluate(
     config: RunConfig, policy: Policy, works: list[Work], allowed_modules: Sequence[str]
 ) -> Evaluation:
-    engine = TransformersEngine(
+    sampling = config.sampling.model_copy(update={"num_rollouts": config.eval.num_rollouts})
+    engine = await start_engine(
         policy.folder,
-        dtype=config.for_actors().dtype,
-        device=config.actor.device,
-        max_rows=IN_FLIGHT * config.eval.num_rollouts,
+        config.for_actors().model_copy(update={"sampling": sampling, "max_leases": IN_FLIGHT}),
     )
-    await engine.load_weights(0, pack(0, policy.model, policy.specs).packed, policy.specs)
+    packed = engine.allocate(total_bytes(policy.specs))
+    packed.copy_(pack(0, policy.model, policy.specs).packed)
+    await engine.load_weights(0, packed, policy.specs)
     scorer = RewardScorer(
         config.rewards,
         allowed_modules=allowed_modules,

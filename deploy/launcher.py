@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,12 @@ from typing import Any
 
 from deploy import INTERRUPTED, USER_ERROR
 from deploy.display import Display
+from deploy.http import get_json
 from deploy.plot import plot_run
 from deploy.report import print_summary
 from learner.config import RunConfig
 from learner.runlog import RunFolder
-from protocol.errors import TrainingError
+from protocol.errors import PeerLost, Refused, TrainingError
 
 _ERROR = "gdpo: error: "
 STOP_TIMEOUT_S = 10.0
@@ -110,13 +109,9 @@ class Launcher:
         """The learner's live status; None while it does not answer."""
         if not self._metrics_url or self._learner.process.poll() is not None:
             return None
-        url = self._metrics_url.removesuffix("/metrics") + "/status"
         try:
-            # Always http:// to our own child.
-            with urllib.request.urlopen(url, timeout=2.0) as response:  # noqa: S310
-                status: dict[str, Any] = json.load(response)
-                return status
-        except (urllib.error.URLError, OSError, ValueError):
+            return get_json(self._metrics_url.removesuffix("/metrics") + "/status", timeout_s=2.0)
+        except (PeerLost, Refused):
             return None
 
     # --- supervision ----------------------------------------------------------------------------

@@ -26,16 +26,16 @@ from prometheus_client import CollectorRegistry
 from learner.buffer import ReplayBuffer
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
-from learner.data import PromptStream, evaluation_work, load_rows
+from learner.data import PromptStream, check_work, evaluation_work, load_rows
 from learner.evaluation import Evaluation
 from learner.intake import Intake
 from learner.metrics import StateCollector, StepMetrics
-from learner.pacing import Pacing, largest_group_bytes
 from learner.policy import Policy, load_policy, save_checkpoint
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.report import status_report, step_line, summary_report
 from learner.runlog import RunFolder
+from learner.selfcheck import SelfCheck
 from learner.snapshots import SnapshotStore, pack
 from learner.trainer import StepResult, Trainer
 from learner.work import WorkQueue
@@ -69,6 +69,7 @@ class Learner:
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
         self._load()
+        self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
         self._connect()
 
     def _load(self) -> None:
@@ -89,21 +90,6 @@ class Learner:
             max_uses=config.buffer.max_uses,
             sampling=config.buffer.sampling,
             lag=config.buffer.lag or 0,
-        )
-        self._pacing = Pacing(
-            max_staleness=config.learner.max_staleness,
-            batch_groups=config.learner.batch_groups,
-            steps=config.learner.steps,
-            max_groups=config.buffer.max_groups,
-            max_bytes=config.buffer.max_bytes,
-            group_bytes=largest_group_bytes(
-                config.sampling.num_rollouts,
-                config.sampling.max_prompt_tokens,
-                config.sampling.max_tokens,
-                len(config.rewards),
-            ),
-            max_uses=config.buffer.max_uses,
-            lag=config.buffer.lag,
         )
 
     def _connect(self) -> None:
@@ -129,10 +115,12 @@ class Learner:
             files=tuple(self.policy.files.values()),
             work=WorkQueue(self._stream),
             buffer=self.buffer,
-            pacing=self._pacing,
+            pacing=config.pacing(),
             snapshots=self._snapshots,
             vocab_size=self.policy.vocab_size,
             clock=time.monotonic,
+            self_check=self._self_check,
+            check=check_work(self._stream.rows[0], config),
         )
         self.progress = Progress(self.coordinator, config.learner.batch_groups)
         intake_heartbeat = Heartbeat("intake", limit_s=10.0)
@@ -154,8 +142,8 @@ class Learner:
             commands={"/rewards": self._change_rewards},
         )
         self.metrics_url = f"http://{self._server.address}/metrics"
+        self.folder.write_control(self._server.command_url, self._server.token)
         self.folder.write_endpoints(self.url, self.metrics_url)
-        self.folder.write_control(f"http://{self._server.address}", self._server.token)
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -200,6 +188,8 @@ class Learner:
         """Threads and ports; after `run`."""
         self.publisher.close()
         self._intake.close()
+        if self._self_check is not None:
+            self._self_check.close()
         self._server.close()
         self._context.term()
         self.folder.close()
@@ -312,8 +302,8 @@ class Learner:
 
     def _change_rewards(self, updates: Any) -> dict[str, Any]:
         """A command from outside, on a thread of the server."""
-        if self.trainer.version >= self.config.learner.steps or self.interrupted:
-            raise ConfigError("training is over: no batch is left that a change could hold for")
+        if self.interrupted:
+            raise ConfigError(f"the run is ending: {self.interrupted}")
         return self.trainer.rewards.command(updates)
 
     def _service_discovery(self) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel, When
+from learner.pacing import Pacing, largest_group_bytes
+from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
 from protocol.errors import ConfigError
 from protocol.sockets import require_loopback
 
@@ -119,8 +120,8 @@ class BufferConfig(StrictModel):
     max_uses: PositiveInt = 1
     """How often a group may be trained on."""
     lag: NonNegativeInt | None = None
-    """Train on every batch exactly so many versions late: an experiment on staleness, in which
-    generation and training take turns."""
+    """Hold every batch back, so that from step lag + 1 on it is exactly so many versions stale: an
+    experiment on staleness, in which generation and training take turns."""
 
     @model_validator(mode="after")
     def _a_lag_needs_order(self) -> Self:
@@ -171,6 +172,10 @@ class LearnerConfig(StrictModel):
     """An actor that is silent for so long is lost."""
     join_timeout_s: PositiveFloat = 300.0
     """Longest time from an actor's hello to its first weights."""
+    self_check: bool = True
+    """Compare the log-probabilities of every new actor with the learner's before it gets work."""
+    check_limit: PositiveFloat | None = None
+    """Mean difference above which an actor is refused; None: 0.001 in float32, else 0.05."""
     max_actors: PositiveInt = 1024
     """More are refused."""
     wait_for_actors_s: PositiveFloat = 600.0
@@ -217,11 +222,16 @@ class RunConfig(StrictModel):
             raise ValueError("two rewards have the same name; give each its own")
         for reward in self.rewards:
             for when in (reward.when, *(update.when for update in reward.schedule)):
-                if isinstance(when, When) and when.reward not in names:
+                if when and when.reward not in names:
                     raise ValueError(
                         f"rewards.{reward.name}.when names {when.reward!r}; "
                         f"the rewards are {', '.join(names)}"
                     )
+            if reward.schedule and reward.schedule[-1].from_step > self.learner.steps:
+                raise ValueError(
+                    f"rewards.{reward.name}.schedule goes up to step "
+                    f"{reward.schedule[-1].from_step}, the run up to {self.learner.steps}"
+                )
         if {"rewards", "sampling"} & self.actor.model_fields_set:
             raise ValueError("write [[rewards]] and [sampling] at the top level, not below [actor]")
         sequences = self.learner.batch_groups * self.sampling.num_rollouts
@@ -231,6 +241,24 @@ class RunConfig(StrictModel):
                 "sequences of a batch"
             )
         return self
+
+    def pacing(self) -> Pacing:
+        """How many leases may be out; raises `ConfigError` for limits that could never be kept."""
+        return Pacing(
+            max_staleness=self.learner.max_staleness,
+            batch_groups=self.learner.batch_groups,
+            steps=self.learner.steps,
+            max_groups=self.buffer.max_groups,
+            max_bytes=self.buffer.max_bytes,
+            group_bytes=largest_group_bytes(
+                self.sampling.num_rollouts,
+                self.sampling.max_prompt_tokens,
+                self.sampling.max_tokens,
+                len(self.rewards),
+            ),
+            max_uses=self.buffer.max_uses,
+            lag=self.buffer.lag,
+        )
 
     def for_actors(self) -> ActorConfig:
         """What goes into the welcome."""
@@ -264,10 +292,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree.setdefault("name", path.stem)
     _resolve_paths(tree, path.parent)
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         problems = "; ".join(_explain(dict(problem)) for problem in error.errors())
         raise ConfigError(f"{path}: {problems}") from error
+    config.pacing()
+    return config
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
@@ -281,7 +311,7 @@ def parse_override(override: str) -> tuple[list[str], Any]:
         raise ConfigError(f"{override!r} is no override; write key.sub=value, e.g. learner.lr=1e-6")
     try:
         return parts, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return parts, text.strip()
 
 
@@ -337,9 +367,9 @@ def _explain(problem: dict[str, Any]) -> str:
 def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
     """Field names of the table at ``location``."""
     for part in location:
-        # The rest are indices of lists, and the names of a union's members.
-        if part in model.model_fields:
-            model = _table_type(model.model_fields[part].annotation)
+        if part.isdigit():
+            continue
+        model = _table_type(model.model_fields[part].annotation)
     return list(model.model_fields)
 
 

@@ -3,9 +3,9 @@
 No sockets and no clock of its own, so every rule is tested without either. `learner.intake` feeds
 it from the network; the trainer's thread calls the few methods marked so. One lock covers all.
 
-An actor's life:   hello ──► joining ──► ready (has weights, gets leases) ──► gone
-                                                    │                          ▲
-                                                    └─ silence, goodbye ───────┘
+An actor's life:   hello ──► joining ──► has weights ──► checked, gets leases ──► gone
+                                                                   │              ▲
+                                                                   └── silence, goodbye
 A silent actor is forgotten and its leases are issued again; if it turns up later it is told that
 its session is unknown, says hello again and is fed the current weights.
 """
@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from threading import Condition, RLock
 
 from learner.buffer import ReplayBuffer
@@ -21,11 +22,12 @@ from learner.config import RunConfig
 from learner.evaluation import Evaluation
 from learner.membership import ActorState, Outgoing, WireCounters
 from learner.pacing import Pacing
+from learner.selfcheck import CheckResult, SelfCheck
 from learner.snapshots import SnapshotStore
 from learner.work import MAX_ATTEMPTS, WorkQueue
 from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
 from protocol.framing import Buffer
-from protocol.groups import GroupLimits, unpack_group
+from protocol.groups import Group, GroupLimits, unpack_group
 from protocol.leases import Held, LeaseBook, Work
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -68,7 +70,10 @@ class Coordinator:
         snapshots: SnapshotStore,
         vocab_size: int,
         clock: Callable[[], float],
+        self_check: SelfCheck | None = None,
+        check: Work | None = None,
     ) -> None:
+        """``check`` is the work by which ``self_check`` judges new actors; None for none."""
         self._config = config
         self._welcome = welcome
         self._files = files
@@ -78,6 +83,8 @@ class Coordinator:
         self._snapshots = snapshots
         self._vocab_size = vocab_size
         self._clock = clock
+        self._self_check = self_check
+        self._check = check
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._actors: dict[str, ActorState] = {}
@@ -317,6 +324,8 @@ class Coordinator:
         self._work.done(held.work, group)
         if held.work.purpose == "train":
             self._buffer.add(group)
+        elif held.work.purpose == "check":
+            self._submit_check(actor, group)
         self._ack(actor, header.lease, "accepted", "")
 
     def _limits(self, work: Work) -> GroupLimits:
@@ -361,9 +370,8 @@ class Coordinator:
             if actor.wrong_digests < MAX_WRONG_DIGESTS:
                 self._send(actor.session, self._snapshots.latest.announcement())
             else:
-                cause = f"{actor.wrong_digests} times in a row its weights had a wrong digest"
-                self._send(actor.session, Error(code="refused", message=cause))
-                self._forget(actor, cause, lost=True)
+                times = f"{actor.wrong_digests} times in a row"
+                self._refuse(actor, f"{times} its weights had a wrong digest")
             return
         actor.wrong_digests = 0
         actor.version, actor.route = ready.version, ready.route
@@ -373,6 +381,45 @@ class Coordinator:
         if ready.version < newest.version and ready.route == "stream":
             self._send(actor.session, newest.announcement())
         self._changed.notify_all()
+
+    # --- the check of new actors ----------------------------------------------------------------
+
+    def _check_for(self, actor: ActorState) -> Work | None:
+        snapshot = self._snapshots.get(actor.version)
+        if actor.check != "due" or snapshot is None:
+            # Without its version there is nothing to compare with: it is about to get a newer one.
+            return None
+        actor.check, actor.check_snapshot = "out", snapshot
+        return self._check
+
+    def _submit_check(self, actor: ActorState, group: Group) -> None:
+        assert self._self_check is not None and actor.check_snapshot is not None
+        actor.check = "scoring"
+        snapshots = {actor.check_snapshot.version: actor.check_snapshot}
+        # The weights may have changed on the way.
+        for version in group.versions:
+            if snapshot := self._snapshots.get(version):
+                snapshots[version] = snapshot
+        actor.check_snapshot = None
+        self._self_check.submit(group, snapshots, partial(self._checked, actor))
+
+    def _checked(self, actor: ActorState, result: CheckResult) -> None:
+        """The verdict, on the thread of the check."""
+        with self._lock:
+            if self._actors.get(actor.session) is not actor:
+                return
+            if result.num_tokens == 0:
+                actor.check = "due"
+                return
+            actor.check_difference = result.largest_difference
+            if not result.likely_cause:
+                actor.check = "passed"
+                log.info("actor %d passed its check: %s", actor.number, result)
+                return
+            problem = f"{result}. The likely cause: {result.likely_cause}"
+            self._refuse(actor, problem)
+            if not any(other.check == "passed" for other in self._actors.values()):
+                self.fail(TrainingError(f"actor {actor.number} on {actor.hello.host}: {problem}"))
 
     # --- leases ---------------------------------------------------------------------------------
 
@@ -390,6 +437,8 @@ class Coordinator:
                 with_room.remove(actor)
 
     def _work_for(self, actor: ActorState) -> Work | None:
+        if self._self_check is not None and actor.check != "passed":
+            return self._check_for(actor)
         work = self._work.next_evaluation(actor.version)
         if work is None and self._may_train(actor):
             work = self._work.next_training()
@@ -414,6 +463,8 @@ class Coordinator:
         self.leases.fail(held, cause)
         if actor := self._actors.get(held.holder):
             actor.held -= 1
+            if held.work.purpose == "check":
+                actor.check = "due"
 
     def _count_failure(self, actor: ActorState, work: Work, cause: str) -> None:
         """Let an actor go from which nothing but failures comes; the last such one ends the run."""
@@ -427,10 +478,14 @@ class Coordinator:
         if not any(other.failures == 0 for other in self._actors.values()):
             self.fail(TrainingError(problem))
             return
-        self._send(actor.session, Error(code="refused", message=problem))
-        self._forget(actor, problem, lost=True)
+        self._refuse(actor, problem)
 
     # --- details --------------------------------------------------------------------------------
+
+    def _refuse(self, actor: ActorState, problem: str) -> None:
+        """An actor that can be of no use leaves."""
+        self._send(actor.session, Error(code="refused", message=problem))
+        self._forget(actor, problem, lost=True)
 
     def _forget(self, actor: ActorState, cause: str, *, lost: bool) -> None:
         """The actor is gone; what it held is issued again."""

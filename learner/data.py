@@ -81,7 +81,7 @@ class PromptStream:
     def __init__(self, rows: list[Row], config: RunConfig) -> None:
         if not rows:
             raise ConfigError("the training data is empty")
-        self._rows = rows
+        self.rows = rows
         self._config = config
         self._epoch = -1
         self._order: list[int] = []
@@ -90,13 +90,13 @@ class PromptStream:
         if not self._order:
             self._epoch += 1
             shuffled = np.random.default_rng([self._config.seed, self._epoch]).permutation(
-                len(self._rows)
+                len(self.rows)
             )
             self._order = shuffled.tolist()[::-1]
         index = self._order.pop()
         return Work(
             prompt_id=f"train/{self._epoch}/{index}",
-            row=self._rows[index],
+            row=self.rows[index],
             seed=_seed(self._config.seed, 0, self._epoch, index),
             num_rollouts=self._config.sampling.num_rollouts,
             temperature=self._config.sampling.temperature,
@@ -118,6 +118,19 @@ def evaluation_work(rows: list[Row], config: RunConfig, version: int) -> list[Wo
         )
         for index, row in enumerate(rows[: config.eval.prompts])
     ]
+
+
+def check_work(row: Row, config: RunConfig) -> Work:
+    """A few short sequences, to see whether an actor computes what the learner does."""
+    return Work(
+        prompt_id="check",
+        row=row,
+        seed=_seed(config.seed, 2),
+        num_rollouts=min(4, config.sampling.num_rollouts),
+        temperature=config.sampling.temperature,
+        max_tokens=min(64, config.sampling.max_tokens),
+        purpose="check",
+    )
 
 
 def _seed(*parts: int) -> int:

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
+from learner.snapshots import Snapshot
 from protocol.framing import Buffer
 from protocol.messages import Header, Hello, Status
 
@@ -28,6 +30,12 @@ class ActorState:
     overrun: set[int] = field(default_factory=set)
     """Leases whose deadline passed, but that it may still be working on."""
     groups: int = 0
+    check: Literal["due", "out", "scoring", "passed"] = "due"
+    """See `learner.selfcheck`."""
+    check_snapshot: Snapshot | None = None
+    """Of the version that it had when its check was leased."""
+    check_difference: float | None = None
+    """Of log-probabilities, largest; None before the check."""
 
     @property
     def ready(self) -> bool:

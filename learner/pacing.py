@@ -40,8 +40,8 @@ class Pacing:
     lag: int | None = None
 
     def __post_init__(self) -> None:
-        held = (1 + (self.lag or 0)) * self.batch_groups
-        what = f"{held} groups" + (f", as buffer.lag = {self.lag} needs," if self.lag else "")
+        held = min(1 + (self.lag or 0), self.steps) * self.batch_groups
+        what = f"{held} groups" + (f" (for buffer.lag = {self.lag})" if self.lag else "")
         if self.lag is not None and self.lag > self.max_staleness:
             raise ConfigError(
                 f"buffer.lag = {self.lag} is above learner.max_staleness = {self.max_staleness}: "

@@ -17,6 +17,8 @@ def status_report(learner: "Learner") -> dict[str, Any]:
     step, done = learner.last_step, learner.trainer.version
     total = learner.config.learner.steps
     live = learner.coordinator.num_live
+    # With a fixed lag they wait for each other by design.
+    free = learner.config.buffer.lag is None
     return {
         "run": learner.folder.path.name,
         "phase": learner.phase if live else f"{learner.phase}, waiting for an actor",
@@ -33,10 +35,10 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         "buffer_bytes": learner.buffer.size_bytes,
         "batch_groups": learner.config.learner.batch_groups,
         "actors_live": live,
-        "actors_wanted": rates.actors_wanted,
+        "actors_wanted": rates.actors_wanted if free else None,
         "actor_idle_share": rates.actor_idle_share,
         "learner_wait_share": rates.learner_wait_share,
-        "bottleneck": rates.bottleneck if done and live else None,
+        "bottleneck": rates.bottleneck if done and live and free else None,
         "actors": [
             {
                 "number": actor.number,
@@ -46,6 +48,8 @@ def status_report(learner: "Learner") -> dict[str, Any]:
                 "route": actor.route,
                 "leases": actor.held,
                 "groups": actor.groups,
+                "check": actor.check if learner.config.learner.self_check else "off",
+                "check_difference": actor.check_difference,
             }
             for actor in learner.coordinator.actors()
         ],

@@ -45,8 +45,8 @@ class RewardSetting:
         weights, conditions = dict(self.weights), dict(self.when)
         if update.weight is not None:
             weights[name] = update.weight
-        if update.when is not None:
-            conditions[name] = None if update.when == "always" else update.when
+        if update.when is not None or update.always:
+            conditions[name] = update.when
         return RewardSetting(weights, conditions)
 
     def as_json(self) -> dict[str, dict[str, Any]]:
@@ -70,9 +70,11 @@ class RewardChange:
 class RewardSettings:
     """The setting of the next step; one thread trains, another may command changes."""
 
-    def __init__(self, rewards: Sequence[RewardConfig]) -> None:
+    def __init__(self, rewards: Sequence[RewardConfig], steps: int) -> None:
+        """``steps`` is the number of the run's last one."""
         self._schedule = [(u.from_step, r.name, u) for r in rewards for u in r.schedule]
         self._schedule.sort(key=lambda entry: entry[0])
+        self._last_step = steps
         self._lock = Lock()
         self._current = RewardSetting(
             {reward.name: reward.weight for reward in rewards},
@@ -85,12 +87,7 @@ class RewardSettings:
         """The setting of ``step`` (from 1), with what is scheduled up to it."""
         with self._lock:
             self._step = step
-            due = [entry for entry in self._schedule if entry[0] <= step]
-            self._schedule = self._schedule[len(due) :]
-            setting = self._current
-            for _, name, update in due:
-                setting = setting.updated(name, update)
-            self._replace(setting, step, "schedule")
+            self._follow_schedule(step)
             return self._current
 
     def command(self, updates: Any) -> dict[str, Any]:
@@ -102,12 +99,24 @@ class RewardSettings:
         if not isinstance(updates, dict):
             raise ConfigError("give the changes by reward")
         with self._lock:
+            checked = {name: self._validated(name, fields) for name, fields in updates.items()}
+            step = self._step + 1
+            if step > self._last_step:
+                raise ConfigError("the last batch is in training: none is left to change")
+            # What is scheduled for that step comes first, or it would undo the command.
+            self._follow_schedule(step)
             setting = self._current
-            for name, fields in updates.items():
-                setting = setting.updated(name, self._validated(name, fields))
-            from_step = self._step + 1
-            self._replace(setting, from_step, "command")
-            return {"from_step": from_step, "rewards": setting.as_json()}
+            for name, update in checked.items():
+                setting = setting.updated(name, update)
+            self._replace(setting, step, "command")
+            return {"from_step": step, "rewards": setting.as_json()}
+
+    def _follow_schedule(self, step: int) -> None:
+        setting = self._current
+        while self._schedule and self._schedule[0][0] <= step:
+            _, name, update = self._schedule.pop(0)
+            setting = setting.updated(name, update)
+        self._replace(setting, step, "schedule")
 
     def _validated(self, name: str, fields: Any) -> RewardUpdate:
         known = ", ".join(self._current.weights)
@@ -119,10 +128,10 @@ class RewardSettings:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in (name, *problem["loc"][:1]))
             raise ConfigError(
-                f"rewards.{where}: {problem['msg']}; a weight is a number, a condition "
-                '{ reward = "NAME", at_least = NUMBER } or "always"'
+                f"rewards.{where}: {problem['msg']}; what can change: weight = NUMBER, "
+                'when = { reward = "NAME", at_least = NUMBER }, always = true'
             ) from error
-        if isinstance(update.when, When) and update.when.reward not in self._current.weights:
+        if update.when and update.when.reward not in self._current.weights:
             raise ConfigError(
                 f"rewards.{name}.when names {update.when.reward!r}; the rewards are {known}"
             )

@@ -43,10 +43,7 @@ class RunFolder:
 
     def write_control(self, url: str, token: str) -> None:
         """How to command the learner, for its user only."""
-        path = self.path / "control.json"
-        path.unlink(missing_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(json.dumps({"url": url, "token": token}) + "\n")
+        self._write("control.json", {"url": url, "token": token}, mode=0o600)
 
     def append_step(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, on disk at once."""
@@ -63,9 +60,11 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
+    def _write(self, name: str, content: dict[str, Any], mode: int = 0o644) -> None:
         """Complete or not at all: readers never see half a file."""
         partial = self.path / f"{name}.partial"
+        partial.unlink(missing_ok=True)
+        partial.touch(mode=mode)
         with partial.open("w") as file:
             json.dump(content, file, indent=2)
             file.write("\n")

@@ -76,7 +76,7 @@ class Trainer:
         )
         self._random = torch.Generator().manual_seed(config.seed)
         self._needs_proximal = gdpo.CORRECTIONS[config.algorithm.correction].needs_proximal
-        self.rewards = RewardSettings(config.rewards)
+        self.rewards = RewardSettings(config.rewards, config.learner.steps)
         self._batch_std: float | None = None
         self._reference: Any = None
         if config.algorithm.kl_coefficient:

@@ -1,7 +1,7 @@
 """The part of the configuration that an actor gets in its welcome."""
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -34,12 +34,23 @@ class When(StrictModel):
     at_least: float
 
 
-class RewardUpdate(StrictModel):
-    """A change to a reward's weight, condition, or both; None leaves one as it is."""
+# Advantages are float32, and so is what is multiplied with them.
+Weight = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
 
-    weight: float | None = None
-    when: When | Literal["always"] | None = None
-    """``always`` ends a condition."""
+
+class RewardUpdate(StrictModel):
+    """A change to a reward's weight, condition, or both; what is not given stays as it is."""
+
+    weight: Weight | None = None
+    when: When | None = None
+    always: bool = False
+    """End the condition."""
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        if self.when is not None and self.always:
+            raise ValueError("give a condition (when) or end it (always), not both")
+        return self
 
 
 class ScheduledUpdate(RewardUpdate):
@@ -50,8 +61,8 @@ class ScheduledUpdate(RewardUpdate):
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
-        if self.weight is None and self.when is None:
-            raise ValueError("a change at a step needs a weight, a when, or both")
+        if self.weight is None and self.when is None and not self.always:
+            raise ValueError("a change at a step needs a weight, a when or always = true")
         return self
 
 
@@ -61,7 +72,7 @@ class RewardConfig(StrictModel):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     function: Annotated[str, AfterValidator(_is_import_path)]
     """``package.module:function`` with TRL's signature."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Multiplies the reward's normalised advantage (GDPO) or its raw score (GRPO)."""
     when: When | None = None
     schedule: tuple[ScheduledUpdate, ...] = ()
@@ -75,9 +86,18 @@ class RewardConfig(StrictModel):
         return self
 
 
+_OTHER_DISTRIBUTIONS = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
 class SamplingConfig(StrictModel):
-    """How completions are sampled. No top-p, top-k or penalties: the recorded log-probabilities
-    are those of the full distribution at this temperature."""
+    """How completions are sampled: from the full distribution at a temperature."""
 
     num_rollouts: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Rollouts per prompt: the group size G."""
@@ -86,16 +106,42 @@ class SamplingConfig(StrictModel):
     """Longest completion in tokens."""
     max_prompt_tokens: PositiveInt = 4096
 
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_the_full_distribution(cls, values: Any) -> Any:
+        wrong = [key for key in _OTHER_DISTRIBUTIONS if isinstance(values, dict) and key in values]
+        if wrong:
+            raise ValueError(
+                f"{', '.join(wrong)} cannot be set: the learner computes the log-probabilities of "
+                "the full distribution, and the importance ratios would be wrong; leave it out"
+            )
+        return values
+
+
+class VllmConfig(StrictModel):
+    """The vLLM engine."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs that one actor's model is spread over."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of a GPU's memory, for weights and key-value cache."""
+    kv_cache_bytes: PositiveInt | None = None
+    """None: on a GPU what ``gpu_memory_share`` leaves, on a CPU 1 GiB."""
+
 
 class ActorConfig(StrictModel):
     """What an actor needs to generate; resolved by the learner and sent in the welcome."""
 
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """``auto``: vLLM where it is installed and there is a GPU."""
+    vllm: VllmConfig = VllmConfig()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: the learner's; weights are sent in this type."""
     device: str = "auto"
     """``auto``: a GPU where there is one."""
-    max_leases: Annotated[int, Field(ge=1, le=65_536)] = 16
-    """Groups that one actor generates at once."""
+    max_leases: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Groups that one actor generates at once. None: with vLLM as many as its cache holds, with
+    transformers 16."""
     reward_timeout_s: PositiveFloat = 60.0
     """Longest time for one reward function on one group."""
     status_interval_s: PositiveFloat = 0.5

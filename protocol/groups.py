@@ -57,9 +57,14 @@ class Group:
     reward_seconds: float = 0.0
 
     @property
+    def versions(self) -> set[int]:
+        """Policy versions of its tokens."""
+        return {version for rollout in self.rollouts for _, version in rollout.spans}
+
+    @property
     def oldest_version(self) -> int:
         """Policy version of the group's oldest token: what its staleness is measured from."""
-        return min(version for rollout in self.rollouts for _, version in rollout.spans)
+        return min(self.versions)
 
     @property
     def num_tokens(self) -> int:

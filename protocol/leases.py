@@ -71,7 +71,11 @@ class LeaseBook:
         self._next = first_lease
         self._outstanding: dict[int, Held] = {}
         self._failed: OrderedDict[int, str] = OrderedDict()
-        self.books: dict[Purpose, Books] = {"train": Books(), "eval": Books()}
+        self.books: dict[Purpose, Books] = {
+            "check": Books(),
+            "train": Books(),
+            "eval": Books(),
+        }
 
     def issue(self, work: Work, holder: str, now: float) -> Lease:
         """Lease ``work`` to ``holder`` until ``now`` plus the timeout."""

@@ -16,7 +16,7 @@ import msgspec
 PROTOCOL_VERSION = 1
 """Raised whenever a peer of the old version could misread a message of the new one."""
 
-Purpose = Literal["train", "eval"]
+Purpose = Literal["check", "train", "eval"]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """A duration: neither negative nor NaN nor infinite."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -4,7 +4,8 @@ One small server on a daemon thread. /healthz tells the age of each working loop
 progress, so a process that answers HTTP while a loop hangs is reported as unhealthy.
 
 Reading is open to whoever reaches the port. A command (POST, JSON both ways) needs the server's
-token, which is new in every process; whoever may read the file that holds it may command.
+token, which is new in every process, and comes from the same machine: whoever may read the file
+that holds the token may command.
 """
 
 import json
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from threading import Thread
 from typing import Any
 
@@ -77,6 +79,8 @@ class ObservabilityServer:
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         self.address = f"{host}:{self.port}"
+        self.command_url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.port}"  # noqa: S104
+        """Where commands go, on this machine."""
         self._thread = Thread(
             target=self._server.serve_forever, args=(0.1,), name="http", daemon=True
         )
@@ -122,6 +126,11 @@ def _handler(
             command = commands.get(self.path)
             if command is None:
                 self._refuse(HTTPStatus.NOT_FOUND, f"the commands are: {' '.join(commands)}")
+                return
+            # The token travels as it is: not between machines.
+            client = ip_address(self.client_address[0])
+            if not client.is_loopback and str(client) != self.connection.getsockname()[0]:
+                self._refuse(HTTPStatus.FORBIDDEN, "commands are taken from this machine only")
                 return
             given = self.headers.get("Authorization", "").encode()
             if not secrets.compare_digest(given, f"Bearer {token}".encode()):

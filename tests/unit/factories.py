@@ -10,7 +10,6 @@ from learner.buffer import ReplayBuffer
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream
-from learner.pacing import Pacing, largest_group_bytes
 from learner.snapshots import Snapshot, SnapshotStore, pack
 from learner.work import WorkQueue
 from protocol.framing import Buffer, decode_to_learner, encode
@@ -65,6 +64,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
             "actor_timeout_s": 10,
             "join_timeout_s": 100,
             "wait_for_actors_s": 200,
+            "self_check": False,
         },
     }
     for name, section in sections.items():
@@ -150,20 +150,6 @@ def make_buffer(config: RunConfig) -> ReplayBuffer:
     )
 
 
-def make_pacing(config: RunConfig) -> Pacing:
-    sampling = config.sampling
-    return Pacing(
-        max_staleness=config.learner.max_staleness,
-        batch_groups=config.learner.batch_groups,
-        steps=config.learner.steps,
-        max_groups=config.buffer.max_groups,
-        max_bytes=config.buffer.max_bytes,
-        group_bytes=largest_group_bytes(
-            sampling.num_rollouts, sampling.max_prompt_tokens, sampling.max_tokens, len(REWARDS)
-        ),
-    )
-
-
 class Cluster:
     """A real coordinator between fake actors, which speak to it in encoded messages."""
 
@@ -182,7 +168,7 @@ class Cluster:
                 PromptStream([{"prompt": f"p{i}"} for i in range(num_rows)], self.config)
             ),
             buffer=self.buffer,
-            pacing=make_pacing(self.config),
+            pacing=self.config.pacing(),
             snapshots=self.snapshots,
             vocab_size=VOCAB,
             clock=self.clock,

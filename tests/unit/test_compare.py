@@ -122,6 +122,11 @@ def test_statistics_over_seeds():
     assert mean_ess(runs) == 1.0
 
 
+def test_the_ess_of_a_lag_leaves_out_the_steps_before_it_is_complete():
+    run = make_run([0.0] * 4, lag=3) | {"ess": [1.0, 0.9, 0.8, 0.4]}
+    assert mean_ess([run]) == 0.4
+
+
 def test_the_confidence_interval_of_a_mean():
     # t(0.975, 2) = 4.30265; the sample std of (.8, 1, 0) is sqrt((.04 + .16 + .36) / 2).
     assert half_width([0.8, 1.0, 0.0]) == pytest.approx(
@@ -185,15 +190,15 @@ def test_a_sweep_of_lags_has_a_column_for_each(tmp_path, capsys):
         for correction in ("ppo", "none")
         for lag in (0, 8)
     ]
-    result = collect_to_json(tmp_path, settings)
+    result = collect_to_json(tmp_path, settings[:1] + settings[2:] + settings[1:2])
     assert lags(result) == [0, 8]
     print_comparison(result)
     printed = capsys.readouterr().out
     assert "lag 8" in printed
-    # Step 5 is the first with 1: nine of ten are 1 at step 13; the second run is five later.
+    # Run 0 is 1 from step 5 on, so nine of ten are at step 13; every further run is five later.
     assert [word for word in printed.split() if word in ("13", "18", "23", "28")] == [
-        *("13", "18"),
-        *("23", "28"),
+        *("13", "28"),
+        *("18", "23"),
     ]
     assert main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "compare-lags.png").stat().st_size > 5_000
@@ -207,4 +212,7 @@ def test_a_folder_without_a_comparison_is_refused(tmp_path):
         plot_comparison(tmp_path)
     (tmp_path / "compare.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no runs"):
+        plot_comparison(tmp_path)
+    (tmp_path / "compare.json").write_text('{"runs": [{}]}')
+    with pytest.raises(ConfigError, match="a run lacks one of after, before"):
         plot_comparison(tmp_path)

@@ -117,11 +117,13 @@ def test_a_lag_that_could_never_be_kept_is_refused():
         make_pacing(lag=3)
     with pytest.raises(ConfigError, match=r"needs buffer\.max_uses = 1"):
         make_pacing(lag=1, max_uses=2)
-    with pytest.raises(ConfigError, match=r"can never hold 30 groups, as buffer\.lag = 2 needs"):
+    with pytest.raises(ConfigError, match=r"can never hold 30 groups \(for buffer\.lag = 2\)"):
         make_pacing(lag=2, max_groups=29)
-    with pytest.raises(ConfigError, match=r"max_bytes = 29999 may not hold 30 groups"):
+    with pytest.raises(ConfigError, match=r"max_bytes = 29999 may not hold 30 groups \(for"):
         make_pacing(lag=2, max_bytes=29_999)
     make_pacing(lag=2, max_groups=30, max_bytes=30_000)
+    # A run of one step holds nothing back.
+    make_pacing(lag=2, max_groups=10, steps=1)
 
 
 # ---- Simulated runs ----------------------------------------------------------------------------
@@ -212,11 +214,12 @@ class Run:
 @st.composite
 def runs(draw: st.DrawFn, max_uses: int = 1, lag: int | None = None, **values) -> Run:
     batch_groups = draw(st.integers(1, 5))
-    held = (1 + (lag or 0)) * batch_groups
+    steps = draw(st.integers(1, 12))
+    held = min(1 + (lag or 0), steps) * batch_groups
     pacing = Pacing(
         max_staleness=draw(st.integers(lag or max_uses - 1, 4)),
         batch_groups=batch_groups,
-        steps=draw(st.integers(1, 12)),
+        steps=steps,
         max_groups=draw(st.integers(held, 6 * batch_groups)),
         max_bytes=draw(st.integers(held, 6 * batch_groups)) * GROUP_BYTES,
         group_bytes=GROUP_BYTES,

@@ -21,7 +21,7 @@ def load(folder: Path):
 
 
 def make_engine(folder: Path) -> TransformersEngine:
-    return TransformersEngine(folder, dtype="float32", device="cpu", max_rows=32)
+    return TransformersEngine(folder, dtype="float32", device="cpu", max_leases=8, num_rollouts=4)
 
 
 def make_request(max_tokens: int = 16, temperature: float = 0.0) -> Request:

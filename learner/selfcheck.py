@@ -1,0 +1,172 @@
+"""The check of every new actor: does its engine compute the policy that the learner trains?
+
+A new actor first gets one prompt. The log-probabilities that its engine recorded are compared with
+those of the learner's model, at the version of the weights that each token was sampled from. Only
+then it gets work. Importance ratios are built from the same two numbers, and a wrong temperature or
+attention would train on without any other sign.
+
+    joined ──► due ──► out (a lease) ──► scoring (on a side thread) ──► passed
+                ▲                           │         └──────────────► refused, with the figure
+                └───────────────────────────┘ weights changed before its first token
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import gdpo
+from learner.batch import Batch, collate
+from learner.config import RunConfig
+from learner.policy import Policy
+from learner.snapshots import Snapshot
+from protocol.groups import Group
+from protocol.weights import TensorSpec
+
+log = logging.getLogger("learner")
+
+LIMITS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+"""Mean absolute difference of log-probabilities, by the actors' type: the least precise of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What the comparison found."""
+
+    num_tokens: int
+    """Compared; 0 if all of them came from versions that are gone."""
+    mean_difference: float
+    largest_difference: float
+    likely_cause: str = ""
+    """Why the difference is above the limit; empty if it is not."""
+
+    def __str__(self) -> str:
+        return (
+            f"log-probabilities of {self.num_tokens} tokens differ from the learner's by "
+            f"{self.mean_difference:.2g} on average, {self.largest_difference:.2g} at most"
+        )
+
+
+class SelfCheck:
+    """Scores sequences of new actors on a thread of its own: training goes on."""
+
+    def __init__(self, policy: Policy, config: RunConfig) -> None:
+        self._config = config
+        self._reference = Reference(policy)
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="self-check", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        group: Group,
+        snapshots: Mapping[int, Snapshot],
+        report: Callable[[CheckResult], None],
+    ) -> None:
+        """Compare ``group`` with the snapshots of its versions; ``report`` is called later."""
+        self._queue.put(lambda: report(self.compare(group, snapshots)))
+
+    def compare(self, group: Group, snapshots: Mapping[int, Snapshot]) -> CheckResult:
+        """Difference of the actor's and the learner's log-probabilities."""
+        temperature = self._config.sampling.temperature
+        here = self._differences(group, snapshots, temperature)
+        if len(here) == 0:
+            return CheckResult(0, 0.0, 0.0)
+        result = CheckResult(len(here), here.mean().item(), here.max().item())
+        # Not "above": a NaN is no agreement.
+        if result.mean_difference <= self.limit:
+            return result
+        at_one = self._differences(group, snapshots, 1.0).mean().item()
+        return CheckResult(
+            result.num_tokens,
+            result.mean_difference,
+            result.largest_difference,
+            self._likely_cause(wrong_temperature=at_one <= self.limit),
+        )
+
+    @property
+    def limit(self) -> float:
+        return self._config.learner.check_limit or LIMITS[self._config.for_actors().dtype]
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        if self._config.learner.threads:
+            torch.set_num_threads(self._config.learner.threads)
+        while job := self._queue.get():
+            job()
+
+    def _differences(
+        self, group: Group, snapshots: Mapping[int, Snapshot], temperature: float
+    ) -> torch.Tensor:
+        """[N] of the tokens that were sampled from one of the snapshots."""
+        batch = collate([group], torch.device("cpu"))
+        found = []
+        for version, snapshot in snapshots.items():
+            chosen_BT = batch.mask_BT & (batch.versions_BT == version)
+            if chosen_BT.any():
+                logprobs_BT = self._reference.logprobs(snapshot, batch, temperature)
+                found.append((logprobs_BT - batch.behaviour_BT)[chosen_BT].abs())
+        return torch.cat(found) if found else torch.empty(0)
+
+    def _likely_cause(self, *, wrong_temperature: bool) -> str:
+        model, actors = self._config.model.dtype, self._config.for_actors().dtype
+        if wrong_temperature and self._config.sampling.temperature != 1.0:
+            return (
+                "the engine records log-probabilities at temperature 1, not at "
+                f"sampling.temperature = {self._config.sampling.temperature:g}"
+            )
+        if model != actors:
+            return f"the learner computes in {model}, the actors in {actors}: set actor.dtype"
+        return (
+            "the engine's attention or position code, its weights or its tokens are not the "
+            "learner's; a difference of this size that is harmless can be allowed by "
+            "learner.check_limit"
+        )
+
+
+class Reference:
+    """The learner's model code over the weights of any snapshot, in CPU memory, without copies."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._specs = policy.specs
+        with torch.device("meta"):
+            self._model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                policy.model.config,
+                dtype=policy.model.dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+            ).eval()
+        # Buffers, of rotary positions for example, come from nowhere else.
+        self._buffers = {
+            name: buffer.detach().to("cpu", copy=True)
+            for name, buffer in policy.model.named_buffers()
+        }
+
+    @torch.no_grad()
+    def logprobs(self, snapshot: Snapshot, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probability [B, T] of every next token under the snapshot's policy."""
+        weights = {spec.name: self._parameter(snapshot, spec) for spec in self._specs}
+        output = torch.func.functional_call(
+            self._model,
+            {**weights, **self._buffers},
+            kwargs={"input_ids": batch.tokens_BL[:, :-1], "use_cache": False},
+        )
+        return gdpo.token_logprobs(
+            output.logits.float(), batch.tokens_BL[:, 1:], temperature=temperature
+        )
+
+    def _parameter(self, snapshot: Snapshot, spec: TensorSpec) -> torch.Tensor:
+        raw = snapshot.packed[spec.offset : spec.offset + spec.num_bytes]
+        # A view needs its type's alignment, which an offset among mixed types may lack.
+        if spec.offset % 4:
+            raw = raw.clone()
+        values = raw.view(getattr(torch, spec.dtype)).view(spec.shape)
+        return values.to(self._model.dtype)

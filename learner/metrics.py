@@ -78,12 +78,19 @@ class StepMetrics:
             "gdpo_weight_pushes", "Weight pushes by route", ("route",), registry=registry
         )
         self._epoch = gauge("gdpo_weight_epoch", "Current epoch of the collective")
+        self._lag0 = gauge(
+            "gdpo_lag0_logprob_difference",
+            "Largest difference of actors' and learner's log-probabilities at the same version",
+        )
+        self._totals: dict[str, tuple[int, float]] = {}
 
     def step(self, result: StepResult, seconds: float) -> None:
         self._tokens.inc(result.num_tokens)
         self._groups.inc(len(result.staleness))
         self._version.set(result.version)
         self._step_seconds.observe(seconds)
+        if result.lag0_difference is not None:
+            self._lag0.set(result.lag0_difference)
         for staleness in result.staleness:
             self._staleness.observe(staleness)
         for name, weight in result.setting.weights.items():
@@ -102,12 +109,30 @@ class StepMetrics:
         while timings:
             phase, seconds = timings.popleft()
             self._actor_seconds.labels(phase).observe(seconds)
+            self._count(phase, seconds)
+
+    def packed(self, seconds: float) -> None:
+        """The trainer copied the weights for a push."""
+        self._push_phase("pack", seconds)
 
     def push(self, report: PushReport) -> None:
         self._pushes.labels("collective" if report.by_collective else "stream").inc()
         self._epoch.set(report.epoch)
         for phase in ("join", "broadcast", "confirm"):
-            self._push_seconds.labels(phase).observe(getattr(report, f"{phase}_seconds"))
+            self._push_phase(phase, getattr(report, f"{phase}_seconds"))
+
+    @property
+    def mean_seconds(self) -> dict[str, float]:
+        """Of every phase so far: those of a push, and those that actors reported."""
+        return {phase: total / count for phase, (count, total) in sorted(self._totals.items())}
+
+    def _push_phase(self, phase: str, seconds: float) -> None:
+        self._push_seconds.labels(phase).observe(seconds)
+        self._count(f"weights_{phase}", seconds)
+
+    def _count(self, phase: str, seconds: float) -> None:
+        count, total = self._totals.get(phase, (0, 0.0))
+        self._totals[phase] = (count + 1, total + seconds)
 
 
 class StateCollector(Collector):

@@ -34,6 +34,7 @@ class _Counters(NamedTuple):
     groups: int
     uptime: float
     idle: float
+    stalled: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,13 @@ class Progress:
             return int(self._totals()["tokens"])
 
     @property
+    def stalled_share(self) -> float:
+        """Of all actors' time since they were first heard: generation stood still for weights."""
+        with self._lock:
+            totals = self._totals()
+            return _share(totals["stalled"], totals["uptime"])
+
+    @property
     def wait_seconds(self) -> float:
         """The learner's time without a batch, a wait that still goes on included."""
         since = self._waiting_since
@@ -144,6 +152,7 @@ class Progress:
                     status.groups_generated,
                     status.uptime_seconds,
                     status.idle_seconds,
+                    status.stall_seconds,
                 )
                 # Only time from now on counts, so that shares do not jump at a join.
                 self._first.setdefault(actor.session, values)
@@ -153,6 +162,7 @@ class Progress:
             "groups": sum(c.groups for c in self._last.values()),
             "uptime": sum(c.uptime - self._first[s].uptime for s, c in self._last.items()),
             "idle": sum(c.idle - self._first[s].idle for s, c in self._last.items()),
+            "stalled": sum(c.stalled - self._first[s].stalled for s, c in self._last.items()),
         }
 
     def _between(self, old: _Sample, new: _Sample) -> Rates:

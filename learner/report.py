@@ -126,11 +126,13 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             "limit": learner.config.learner.max_staleness,
         },
         "lag0_logprob_difference": learner.lag0_difference,
+        "phase_seconds": learner.phase_seconds,
         "actors_lost": learner.coordinator.counters.actors_lost,
         "bad_messages": learner.coordinator.counters.bad_messages,
         "weights": {
             "version": learner.trainer.version,
             "digest_mismatches": learner.coordinator.counters.digest_mismatches,
+            "actors_stalled_share": learner.progress.stalled_share,
         },
         "checkpoint": str(learner.folder.checkpoint.resolve())
         if learner.folder.checkpoint.exists()

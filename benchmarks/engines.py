@@ -1,0 +1,170 @@
+"""Inference engines side by side: tokens a second, and what a push of weights costs.
+
+    python benchmarks/engines.py [--hidden 512 --layers 8] [--steps 40]
+
+Prints, in one run on one machine: tokens a second of the `transformers` and the vLLM engine for 1,
+8 and 64 prompts of 8 samples, each engine with one CPU thread (or on the GPU, where there is one);
+then the phases of a weight push and the share of the time that actors stood still for it, from a
+run of `gdpo run` with each engine on the recipe of the demo. Needs vLLM: use its environment.
+
+Weights are random, so that a completion always runs to its last token.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Before anything brings torch: one thread for each process, so that engines are compared.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from actors.engine import Engine, Request
+from actors.engines import start_engine
+from protocol.config import ActorConfig, SamplingConfig
+from protocol.weights import layout, total_bytes
+
+ROOT = Path(__file__).parent.parent
+ENGINES = ("transformers", "vllm")
+PROMPTS = (1, 8, 64)
+SAMPLES = 8
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+PHASES = ("pack", "join", "broadcast", "confirm", "receive", "load")
+
+
+def main() -> None:
+    options = _parse()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, 1 thread"
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = _make_model(folder, options)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        rates = {engine: asyncio.run(_rates(engine, folder, model)) for engine in ENGINES}
+    table = Table(
+        title=f"tokens a second: {millions:.1f} M parameters, {SAMPLES} samples, {device}"
+    )
+    table.add_column("prompts", justify="right")
+    for engine in (*ENGINES, "vllm / transformers"):
+        table.add_column(engine, justify="right")
+    for index, prompts in enumerate(PROMPTS):
+        row = [rates[engine][index] for engine in ENGINES]
+        table.add_row(str(prompts), *(f"{rate:,.0f}" for rate in row), f"{row[1] / row[0]:.2f}")
+    console.print(table)
+    console.print(_push_table(options.steps))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=True)
+    parser.add_argument("--hidden", type=int, default=256, help="size of the model")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=40, help="of the runs with weight pushes")
+    return parser.parse_args()
+
+
+def _make_model(folder: Path, options: argparse.Namespace) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=4096,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=max(1, options.hidden // 128),
+        max_position_embeddings=256,
+        eos_token_id=0,
+        architectures=["Qwen2ForCausalLM"],
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    config.save_pretrained(folder)
+    return model
+
+
+async def _rates(name: str, folder: Path, model: Qwen2ForCausalLM) -> list[float]:
+    """Tokens a second for each of `PROMPTS`, after a warm-up."""
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    config = ActorConfig(
+        engine=name,
+        dtype=dtype,
+        max_leases=max(PROMPTS),
+        sampling=SamplingConfig(
+            num_rollouts=SAMPLES, max_prompt_tokens=PROMPT_TOKENS, max_tokens=NEW_TOKENS
+        ),
+    )
+    engine = await start_engine(folder, config)
+    specs = layout((n, dtype, tuple(p.shape)) for n, p in model.named_parameters())
+    packed = engine.allocate(total_bytes(specs))
+    for spec, parameter in zip(specs, model.parameters(), strict=True):
+        raw = parameter.detach().to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8)
+        packed[spec.offset : spec.offset + spec.num_bytes] = raw
+    await engine.load_weights(0, packed, specs)
+    await _generate(engine, 2)
+    rates = [await _generate(engine, prompts) for prompts in PROMPTS]
+    await engine.close()
+    return rates
+
+
+async def _generate(engine: Engine, prompts: int) -> float:
+    requests = [
+        Request(
+            prompt_tokens=tuple(1 + (31 * p + 7 * i) % 4095 for i in range(PROMPT_TOKENS)),
+            num_rollouts=SAMPLES,
+            temperature=1.0,
+            max_tokens=NEW_TOKENS,
+            seed=1000 * p,
+        )
+        for p in range(prompts)
+    ]
+    started = time.perf_counter()
+    groups = await asyncio.gather(*(engine.generate(request) for request in requests))
+    seconds = time.perf_counter() - started
+    return sum(len(rollout.tokens) for group in groups for rollout in group) / seconds
+
+
+def _push_table(steps: int) -> Table:
+    """Phases of a push, in milliseconds, from the summaries of two real runs."""
+    table = Table(title=f"weight push, 2 actors, mean of {steps} (ms; 0.3 M parameters)")
+    table.add_column("engine")
+    for column in (*PHASES, "actors stood still"):
+        table.add_column(column, justify="right")
+    for engine in ENGINES:
+        summary = _run(("actor.engine=" + engine, f"learner.steps={steps}"))
+        seconds = summary["phase_seconds"]
+        table.add_row(
+            engine,
+            *(f"{1000 * seconds[f'weights_{phase}']:.1f}" for phase in PHASES),
+            f"{summary['weights']['actors_stalled_share']:.1%}",
+        )
+    return table
+
+
+def _run(overrides: Sequence[str]) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "deploy", "run"),
+                str(ROOT / "examples" / "tool_calling_tiny.toml"),
+                "learner.bind=tcp://127.0.0.1:0",
+                "learner.metrics_port=0",
+                f"runs_folder={folder}",
+                "name=benchmark",
+                *overrides,
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return json.loads((Path(folder) / "benchmark" / "summary.json").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The check of new actors: what it compares, what it says, and that nobody works before it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner.config import RunConfig, load_config
+from learner.policy import Policy, load_policy
+from learner.selfcheck import CheckResult, SelfCheck
+from learner.snapshots import Snapshot, pack
+from protocol.errors import TrainingError
+from protocol.groups import Group, Rollout
+from protocol.messages import Error, Failed, Lease
+from tests.unit.factories import Cluster, make_config, make_snapshot, make_work
+
+PROMPT = np.array([7, 20, 30], dtype=np.int32)
+TOKENS = np.array([15, 9, 32, 16, 5, 8, 21, 1], dtype=np.int32)
+PASSED = CheckResult(8, 1e-7, 1e-6)
+FAILED = CheckResult(8, 0.5, 2.0, "the moon")
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    recipe = Path(__file__).parents[2] / "examples" / "tool_calling_tiny.toml"
+    return load_config(recipe, ["sampling.temperature=0.7"])
+
+
+@pytest.fixture(scope="module")
+def policy(config: RunConfig) -> Policy:
+    return load_policy(config)
+
+
+@pytest.fixture
+def check(policy: Policy, config: RunConfig) -> Iterator[SelfCheck]:
+    check = SelfCheck(policy, config)
+    yield check
+    check.close()
+
+
+def make_sequence(logprobs: np.ndarray, spans: tuple[tuple[int, int], ...] = ((0, 0),)) -> Group:
+    rollout = Rollout(TOKENS, logprobs.astype(np.float32), spans, "stop")
+    return Group(1, PROMPT, (rollout,), ("format",), np.zeros((1, 1), dtype=np.float32))
+
+
+def model_logprobs(policy: Policy, temperature: float) -> np.ndarray:
+    """By the definition, with the policy's own forward pass."""
+    ids = torch.tensor(np.concatenate([PROMPT, TOKENS]))[None].long()
+    with torch.no_grad():
+        logits = policy.model(ids).logits[0, len(PROMPT) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[torch.arange(len(TOKENS)), TOKENS].numpy()
+
+
+def snapshot_of(policy: Policy, version: int = 0) -> Mapping[int, Snapshot]:
+    return {version: pack(version, policy.model, policy.specs)}
+
+
+def test_the_learners_own_log_probabilities_pass(check, policy):
+    result = check.compare(
+        make_sequence(model_logprobs(policy, temperature=0.7)), snapshot_of(policy)
+    )
+    assert result.num_tokens == len(TOKENS)
+    assert result.largest_difference < 1e-5
+    assert result.likely_cause == ""
+
+
+def test_log_probabilities_without_the_temperature_are_recognised(check, policy):
+    result = check.compare(make_sequence(model_logprobs(policy, 1.0)), snapshot_of(policy))
+    assert result.mean_difference > check.limit
+    assert "temperature 1, not at sampling.temperature = 0.7" in result.likely_cause
+
+
+def test_other_differences_name_what_else_it_may_be(check, policy):
+    logprobs = model_logprobs(policy, 0.7)
+    logprobs[3] -= 0.5
+    result = check.compare(make_sequence(logprobs), snapshot_of(policy))
+    assert result.largest_difference == pytest.approx(0.5, abs=1e-4)
+    assert result.mean_difference == pytest.approx(0.5 / len(TOKENS), abs=1e-4)
+    assert "attention" in result.likely_cause
+    assert "differ from the learner's by" in str(result)
+
+
+def test_another_type_is_the_first_suspect(policy, config):
+    actor = config.actor.model_copy(update={"dtype": "bfloat16"})
+    check = SelfCheck(policy, config.model_copy(update={"actor": actor}))
+    result = check.compare(make_sequence(np.full(len(TOKENS), -9.0)), snapshot_of(policy))
+    check.close()
+    assert "computes in float32, the actors in bfloat16" in result.likely_cause
+
+
+def test_a_log_probability_that_is_no_number_does_not_pass(check, policy):
+    logprobs = model_logprobs(policy, 0.7)
+    logprobs[2] = np.nan
+    assert check.compare(make_sequence(logprobs), snapshot_of(policy)).likely_cause
+
+
+def test_only_tokens_of_known_versions_are_compared(check, policy):
+    logprobs = model_logprobs(policy, 0.7)
+    logprobs[5:] = -50.0
+    group = make_sequence(logprobs, spans=((0, 3), (5, 4)))
+    result = check.compare(group, snapshot_of(policy, version=3))
+    assert (result.num_tokens, result.likely_cause) == (5, "")
+    assert check.compare(group, snapshot_of(policy, version=9)).num_tokens == 0
+
+
+# ---- The coordinator's side --------------------------------------------------------------------
+
+
+class FakeCheck:
+    """Judges when the test says so."""
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[Group, Mapping[int, Snapshot]]] = []
+        self._reports: list[Callable[[CheckResult], None]] = []
+
+    def submit(self, group, snapshots, report) -> None:
+        self.submitted.append((group, snapshots))
+        self._reports.append(report)
+
+    def judge(self, result: CheckResult) -> None:
+        self._reports.pop(0)(result)
+
+
+def checked_cluster() -> tuple[Cluster, FakeCheck]:
+    cluster, check = Cluster(make_config()), FakeCheck()
+    cluster.coordinator._self_check = check  # type: ignore[assignment]
+    cluster.coordinator._check = make_work("check", purpose="check")
+    cluster.open_training()
+    return cluster, check
+
+
+def purposes(cluster: Cluster, session: str) -> list[str]:
+    return [lease.purpose for lease in cluster.heard(session, Lease)]
+
+
+def test_an_actor_gets_one_check_and_no_other_work_before_it_has_passed():
+    cluster, check = checked_cluster()
+    cluster.join("a")
+    [lease] = cluster.heard("a", Lease)
+    assert lease.purpose == "check"
+    assert cluster.finish("a", lease.lease).verdict == "accepted"
+    cluster.pass_time(1)
+    assert purposes(cluster, "a") == []
+    check.judge(PASSED)
+    cluster.pass_time(1)
+    assert set(purposes(cluster, "a")) == {"train"}
+    assert cluster.coordinator.actors()[0].check_difference == 1e-6
+
+
+def test_a_check_whose_weights_changed_before_its_first_token_is_done_again():
+    cluster, check = checked_cluster()
+    cluster.join("a")
+    cluster.finish("a", *cluster.leases("a"))
+    check.judge(CheckResult(0, 0.0, 0.0))
+    cluster.pass_time(1)
+    assert purposes(cluster, "a") == ["check"]
+
+
+def test_versions_that_came_in_flight_are_compared_too():
+    cluster, check = checked_cluster()
+    cluster.join("a")
+    [lease] = cluster.leases("a")
+    cluster.version = 1
+    cluster.coordinator.advance(1)
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.finish("a", lease, version=1)
+    [(_, snapshots)] = check.submitted
+    assert snapshots.keys() == {0, 1}
+
+
+def test_a_failed_check_lease_is_leased_again():
+    cluster, _ = checked_cluster()
+    cluster.join("a")
+    [lease] = cluster.leases("a")
+    cluster.say("a", Failed(lease=lease, cause="no luck"))
+    assert purposes(cluster, "a") == ["check"]
+    books = cluster.coordinator.leases.books["check"]
+    assert (books.leased, books.failed.total(), books.outstanding) == (2, 1, 1)
+
+
+def test_the_only_actor_failing_its_check_ends_the_run_with_the_figure():
+    cluster, check = checked_cluster()
+    cluster.join("a")
+    cluster.finish("a", *cluster.leases("a"))
+    check.judge(FAILED)
+    [error] = cluster.heard("a", Error)
+    assert error.code == "refused"
+    assert "0.5 on average, 2 at most. The likely cause: the moon" in error.message
+    with pytest.raises(TrainingError, match="the moon"):
+        cluster.coordinator.raise_if_failed()
+
+
+def test_beside_a_good_actor_a_bad_one_is_only_refused():
+    cluster, check = checked_cluster()
+    for session, result in (("a", PASSED), ("b", FAILED)):
+        cluster.join(session)
+        [lease] = [m for m in cluster.heard(session, Lease) if m.purpose == "check"]
+        cluster.finish(session, lease.lease)
+        check.judge(result)
+    cluster.coordinator.raise_if_failed()
+    assert [actor.session for actor in cluster.coordinator.actors()] == ["a"]
+
+
+def test_a_verdict_on_an_actor_that_has_left_changes_nothing():
+    cluster, check = checked_cluster()
+    cluster.join("a")
+    cluster.finish("a", *cluster.leases("a"))
+    cluster.pass_time(20)
+    assert cluster.coordinator.num_live == 0
+    check.judge(FAILED)
+    cluster.coordinator.raise_if_failed()
+
+
+def test_check_groups_are_not_trained_on():
+    cluster, check = checked_cluster()
+    cluster.join("a")
+    cluster.finish("a", *cluster.leases("a"))
+    check.judge(PASSED)
+    assert len(cluster.buffer) == cluster.buffer.books.accepted == 0

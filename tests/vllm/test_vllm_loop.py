@@ -1,0 +1,102 @@
+"""The whole loop with vLLM actors: learner, weights in flight, late join, kill and restart."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import system  # noqa: F401
+from tests.integration.processes import (
+    RECIPE,
+    System,
+    assert_books_balance,
+    children_of,
+    is_alive,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+VLLM = (
+    "actor.engine=vllm",
+    "actor.status_interval_s=0.1",
+    "learner.bind=tcp://127.0.0.1:0",
+    "learner.metrics_port=0",
+    "learner.threads=1",
+    "learner.batch_groups=8",
+    "learner.minibatches=2",
+    "learner.steps=10000",
+    "eval.prompts=8",
+    "eval.num_rollouts=2",
+)
+JOIN_S = 120
+
+
+def actors_at_work(system: System) -> dict[int, dict]:  # noqa: F811
+    """Actors by process that have passed their check and sent something since."""
+    return {a["pid"]: a for a in system.status()["actors"] if a["groups"] > 2}
+
+
+def test_actors_generate_join_die_and_are_replaced_while_training_goes_on(system):  # noqa: F811
+    run = system.gdpo("run", "run", str(RECIPE), *VLLM)
+    path = system.run_folder / "endpoints.json"
+    wait_for(path.exists, "the learner", JOIN_S)
+    endpoints = json.loads(path.read_text())
+    system.url, system.metrics_url = endpoints["learner"], endpoints["metrics"]
+
+    # Two actors, whose engines compute what the learner does, follow its weights.
+    wait_for(lambda: len(actors_at_work(system)) == 2, "two actors at work", JOIN_S)
+    for actor in actors_at_work(system).values():
+        assert actor["check"] == "passed"
+        assert actor["check_difference"] < 1e-4
+    step = system.status()["step"]
+    system.wait_for_step(step + 5)
+    assert all(a["version"] > step for a in actors_at_work(system).values())
+
+    # A third one joins late, with the newest weights.
+    late = system.start_actor("late")
+    wait_for(lambda: late.pid in actors_at_work(system), "the late actor", JOIN_S)
+    step = system.status()["step"]
+    assert actors_at_work(system)[late.pid]["version"] >= step - 3
+
+    # One is killed, of another the engine dies: both are replaced, and training goes on.
+    first, second = (pid for pid in actors_at_work(system) if pid != late.pid)
+    os.kill(first, signal.SIGKILL)
+    [engine] = [pid for pid in children_of(second) if is_engine(pid)]
+    os.kill(engine, signal.SIGKILL)
+    wait_for(lambda: not is_alive(second), "the actor without an engine to end", 60)
+    wait_for(
+        lambda: len(actors_at_work(system).keys() - {first, second, late.pid}) == 2,
+        "two new actors at work",
+        JOIN_S,
+    )
+    system.wait_for_step(system.status()["step"] + 5)
+    [log] = [
+        text
+        for name in ("actor-0", "actor-1")
+        if "vLLM" in (text := (system.run_folder / "logs" / f"{name}.log").read_text())
+    ]
+    assert "gdpo: error: vLLM" in log
+
+    everyone = [pid for pid in actors_at_work(system) if pid != late.pid]
+    engines = [child for pid in everyone for child in children_of(pid) if is_engine(child)]
+    run.signal(signal.SIGINT)
+    assert run.wait(60) == 130, run.output
+    assert late.wait(30) == 0, late.output
+    summary = system.summary
+    assert_books_balance(summary)
+    assert summary["actors_lost"] >= 1
+    assert summary["weights"]["digest_mismatches"] == 0
+    assert summary["staleness"]["largest"] <= summary["staleness"]["limit"]
+    assert len(engines) == 2
+    wait_for(lambda: not any(map(is_alive, everyone + engines)), "all processes to be gone", 20)
+
+
+def is_engine(pid: int) -> bool:
+    """Whether a process is an engine of vLLM, which gives itself that title."""
+    try:
+        return b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 VERSION = "0.32.0"
 MAX_TEMPERATURE = 2.0
 CPU_KV_CACHE_BYTES = 1 << 30
+CPU_BATCHED_TOKENS = 2048
 FULL_KV_CACHE = 0.9
 """Share of the key-value cache in use above which more requests would only push others out."""
 
@@ -190,6 +191,7 @@ def _start(folder: Path, config: ActorConfig, load: "_Load") -> "AsyncLLM":
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_gpu = torch.cuda.is_available()
+    max_length = config.sampling.max_prompt_tokens + config.sampling.max_tokens
     arguments = AsyncEngineArgs(
         model=str(folder),
         dtype=config.dtype,
@@ -197,19 +199,28 @@ def _start(folder: Path, config: ActorConfig, load: "_Load") -> "AsyncLLM":
         load_format="dummy",
         skip_tokenizer_init=True,
         generation_config="vllm",
-        max_model_len=config.sampling.max_prompt_tokens + config.sampling.max_tokens,
+        max_model_len=max_length,
         tensor_parallel_size=config.vllm.tensor_parallel,
         gpu_memory_utilization=config.vllm.gpu_memory_share,
         kv_cache_memory_bytes=config.vllm.kv_cache_bytes
         or (None if on_gpu else CPU_KV_CACHE_BYTES),
         enforce_eager=not on_gpu,
+        # On a CPU a seeded request that is prefilled in parts kills the engine of this version: it
+        # rewinds the request's random generator, which only CUDA's can do.
+        enable_chunked_prefill=on_gpu,
+        max_num_batched_tokens=None if on_gpu else max(CPU_BATCHED_TOKENS, max_length),
         # Of the distribution really sampled from: by default vLLM leaves the temperature out.
         logprobs_mode="processed_logprobs",
         worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         disable_log_stats=True,
     )
+
+    class Engine(AsyncLLM):  # type: ignore[misc]
+        def __del__(self) -> None:
+            """`close` shuts it down; once more, at the very end of the process, would fail."""
+
     try:
-        return AsyncLLM.from_engine_args(arguments, stat_loggers=[load.logger])
+        return Engine.from_engine_args(arguments, stat_loggers=[load.logger])
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
         raise ConfigError(
             f"vLLM does not start with the learner's model: {brief(error)}"

@@ -81,6 +81,13 @@ async def test_a_seed_gives_the_same_rollouts_again(served: Served):
     assert [r.tokens.tolist() for r in first] != [r.tokens.tolist() for r in other]
 
 
+async def test_prompts_that_do_not_fit_into_one_step_wait_for_the_next(served: Served):
+    """Together they are longer than what one step may prefill."""
+    requests = [request((10 + i, *LONG_PROMPT[1:]), 2, max_tokens=2, seed=i) for i in range(30)]
+    groups = await asyncio.gather(*(served.engine.generate(r) for r in requests))
+    assert [len(group) for group in groups] == [2] * 30
+
+
 async def test_a_completion_ends_at_its_limit(served: Served):
     [rollout] = await served.engine.generate(request(num_rollouts=1, max_tokens=3))
     assert len(rollout.tokens) == 3

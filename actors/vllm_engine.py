@@ -18,12 +18,14 @@ Made for, and checked against, one version of vLLM: its interface for weights ch
 import contextlib
 import importlib.util
 import os
+import select
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,6 +83,8 @@ class VllmEngine:
         load = _Load()
         # It takes seconds on a CPU and a minute on a GPU, in which the event loop has to go on.
         engine = await in_daemon_thread(lambda: _start(folder, config, load))
+        with _as_engine_error("vLLM"):
+            await engine.collective_rpc("gdpo_exit_with", args=(os.getpid(),))
         load.max_sequences = engine.scheduler_config.max_num_seqs
         return cls(engine, load, end_ids(folder))
 
@@ -243,6 +247,16 @@ class _SharedBuffer:
 
 class WorkerExtension:
     """Methods that vLLM adds to its worker, in the engine's process."""
+
+    def gdpo_exit_with(self, pid: int) -> None:
+        """End when process ``pid`` does, even by SIGKILL: a GPU's memory is wanted by the next."""
+        process = os.pidfd_open(pid)
+
+        def wait() -> None:
+            select.select([process], [], [])
+            os._exit(1)
+
+        Thread(target=wait, name="exit-with-actor", daemon=True).start()
 
     def gdpo_load_weights(self, path: str, num_bytes: int, specs: list[list[Any]]) -> None:
         """Load all parameters from the shared memory ``path``; raises if any is left out."""

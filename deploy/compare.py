@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -102,6 +101,7 @@ def compare(comparison: Comparison) -> int:
     configs = {cell: comparison.resolved(cell) for cell in comparison.cells}
     comparison.out.mkdir(parents=True, exist_ok=True)
     runner = _Runner(comparison, configs)
+    runner.check_folders()
     interrupted = runner.run()
     done = [cell for cell in comparison.cells if runner.is_done(cell)]
     if done:
@@ -141,13 +141,26 @@ class _Runner:
 
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell's run is complete and of this configuration."""
-        folder = self._comparison.out / cell.name
         try:
-            summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-            return bool(summary["completed"]) and (
-                load_config(folder / "config.toml") == self._configs[cell]
-            )
-        except (OSError, ValueError, KeyError):
+            config = load_config(self._comparison.out / cell.name / "config.toml")
+        except ConfigError:
+            return False
+        return self._is_complete(cell) and config == self._configs[cell]
+
+    def check_folders(self) -> None:
+        """Refuse to throw away what took long: complete runs of another configuration."""
+        for cell in self._configs:
+            if self._is_complete(cell) and not self.is_done(cell):
+                raise ConfigError(
+                    f"{self._comparison.out / cell.name} holds a complete run of another "
+                    "configuration: choose another --out, or delete it"
+                )
+
+    def _is_complete(self, cell: Cell) -> bool:
+        try:
+            text = (self._comparison.out / cell.name / "summary.json").read_text()
+            return bool(json.loads(text)["completed"])
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def run(self) -> bool:
@@ -180,7 +193,7 @@ class _Runner:
     def _run_cell(self, cell: Cell, progress: Progress) -> None:
         """One run to its end; its own display goes to a log."""
         out = self._comparison.out
-        # What is there is incomplete, or of another configuration.
+        # What is there is incomplete.
         shutil.rmtree(out / cell.name, ignore_errors=True)
         with self._lock, (out / f"{cell.name}.log").open("wb") as log:
             if self._stopping:

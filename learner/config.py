@@ -90,7 +90,7 @@ class AlgorithmConfig(StrictModel):
     batch_std_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the batches before in the batch's standard deviation."""
 
-    correction: CorrectionName = "decoupled_ppo"
+    correction: CorrectionName = "icepop"
     proximal: Literal["recomputed", "interpolated"] = "recomputed"
     """``interpolated`` by the tokens' versions saves a forward pass over the batch."""
     clip_low: PositiveFloat | None = None

@@ -2,7 +2,7 @@
 
 Where it departs from the GDPO paper's synchronous recipe:
 1. The loss corrects for stale tokens (`algorithm.correction`); the paper's is on policy.
-2. The proximal policy of `decoupled_ppo` is recomputed once per batch, before its first update.
+2. The proximal policy is recomputed once per batch, before its first update.
 3. The KL term is off unless `algorithm.kl_coefficient` is set.
 """
 

@@ -179,7 +179,7 @@ def test_losses_of_the_parts_add_up_to_the_loss_of_the_minibatch(aggregation: st
 def test_metrics_describe_weights_ratios_and_clipping() -> None:
     # w = 2, 1, 10, 1: mean 3.5, ESS 14^2 / (4 * 106) = .462264; r = 1.5, .5, 1.5, .5: mean 1.
     # rho = 3, .5, 15, .5: k3 = 2 - ln 3, -.5 + ln 2, 14 - ln 15, -.5 + ln 2.
-    found = metrics(loss_of(POLICY, (2.0, -1.0), **STALE))
+    found = metrics(loss_of(POLICY, (2.0, -1.0), correction="decoupled_ppo", **STALE))
     k3 = [2 - math.log(3), -0.5 + math.log(2), 14 - math.log(15), -0.5 + math.log(2)]
     assert found == pytest.approx(
         {
@@ -220,7 +220,7 @@ def test_metrics_carry_no_gradient(correction: str) -> None:
 def test_gradient_vanishes_exactly_where_the_clip_is_active() -> None:
     # d (w' r A) / d log pi = w' r A where unclipped: token 2: .5 * 2 = 1; token 3: 5 * 1.5 * -1.
     # Tokens 1 (r too high, A > 0) and 4 (r too low, A < 0) are clipped. Loss: minus, over 4.
-    gradient = gradient_of(POLICY, (2.0, -1.0), **STALE)
+    gradient = gradient_of(POLICY, (2.0, -1.0), correction="decoupled_ppo", **STALE)
     assert gradient == [pytest.approx([0, -1 / 4]), pytest.approx([7.5 / 4, 0])]
 
 

@@ -63,8 +63,10 @@ def test_actors_generate_join_die_and_are_replaced_while_training_goes_on(system
 
     # One is killed, of another the engine dies: both are replaced, and training goes on.
     first, second = (pid for pid in actors_at_work(system) if pid != late.pid)
+    [orphan] = filter(is_engine, children_of(first))
     os.kill(first, signal.SIGKILL)
-    [engine] = [pid for pid in children_of(second) if is_engine(pid)]
+    wait_for(lambda: not is_alive(orphan), "the engine of a killed actor to end", 20)
+    [engine] = filter(is_engine, children_of(second))
     os.kill(engine, signal.SIGKILL)
     wait_for(lambda: not is_alive(second), "the actor without an engine to end", 60)
     wait_for(

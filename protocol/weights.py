@@ -3,7 +3,8 @@
 Every parameter is written once (tied parameters under their first name), contiguous and
 little-endian, one after the other in the order of the manifest, without gaps. The digest of a
 version is taken over the parameters themselves, name by name, so that an actor computes it from
-what its engine *holds*, not from what it received.
+what its engine holds, not from what it received. (vLLM fuses and repacks: there it is computed
+from the memory that the engine loaded from, after it has.)
 """
 
 import hashlib

@@ -188,7 +188,7 @@ def print_comparison(result: Result) -> None:
 def _by_figure(result: Result, name: str, level: float) -> Table:
     table = Table(title=f"{name} (reached: {level:.2f})")
     table.add_column("setting", no_wrap=True)
-    columns = ("seeds", "held-out, after", "area", "steps to reach", "seeds that did", "ESS")
+    columns = ("seeds", "held-out, after", "area", "steps to reach", "ESS")
     for column in columns:
         table.add_column(column, justify="right")
     for setting, runs in by_setting(result).items():
@@ -198,7 +198,6 @@ def _by_figure(result: Result, name: str, level: float) -> Table:
             _final(runs, name),
             f"{area(runs, name):.3f}",
             _steps(runs, name, level),
-            f"{converged(runs, name, level):.0%}",
             _ess(runs),
         )
     return table

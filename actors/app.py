@@ -29,13 +29,13 @@ from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from actors.engine import Engine
+from actors.engine import Engine, UnusableRow
 from actors.engines import start_engine
 from actors.link import LearnerLink
 from actors.metrics import StatusCollector
 from actors.model_files import write_model_files
 from actors.rewards import DEFAULT_MODULES, RewardScorer
-from actors.rollout import RolloutWorker, UnusableRow
+from actors.rollout import RolloutWorker
 from actors.weights import WeightsReceiver
 from protocol.config import ActorConfig
 from protocol.errors import BadMessage, EngineError, PeerLost, Refused, RewardError, brief
@@ -147,7 +147,9 @@ class Actor:
             loop.add_signal_handler(signum, self.stop, signal.Signals(signum).name)
         goodbye = "error"
         try:
-            await self._build(welcome, folder)
+            if not await self._built(welcome, folder):
+                goodbye = self._stop_cause
+                return
             async with asyncio.TaskGroup() as self._tasks:
                 loops = [
                     self._tasks.create_task(self._receive()),
@@ -172,6 +174,18 @@ class Actor:
             await self._link.send(Goodbye(cause=goodbye))
             if self._engine is not None:
                 await self._engine.close()
+
+    async def _built(self, welcome: Welcome, folder: Path) -> bool:
+        """Build all parts; False if told to stop meanwhile: engines take up to minutes."""
+        build = asyncio.create_task(self._build(welcome, folder))
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({build, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not build.done():
+            build.cancel()
+            return False
+        build.result()
+        return True
 
     async def _build(self, welcome: Welcome, folder: Path) -> None:
         """Rewards, tokenizer, engine and weights receiver, as the welcome says."""
@@ -241,6 +255,11 @@ class Actor:
         except UnusableRow as error:
             await self._give_up(lease, "prompt", str(error))
             return
+        except EngineError:
+            # Engines may get the signal that stops this actor too.
+            if self._stopping.is_set():
+                return
+            raise
         except TimeoutError:
             await self._give_up(lease, "deadline", f"it took longer than {lease.deadline_s:g} s")
             return
@@ -262,6 +281,8 @@ class Actor:
                     f"the learner at {self._options.learner} has been silent for "
                     f"{self._link.silence_s:.0f} s; this actor stops"
                 )
+            if self._engine:
+                self._engine.raise_if_dead()
             if self._engine and self._engine.stalled_s > self._config.engine_timeout_s:
                 raise EngineError(
                     f"the engine has made no progress for {self._engine.stalled_s:.0f} s"

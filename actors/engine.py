@@ -5,8 +5,13 @@ from typing import Protocol
 
 import torch
 
+from protocol.errors import AsyncGdpoError
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec
+
+
+class UnusableRow(AsyncGdpoError):
+    """A data row that cannot be rolled out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,13 @@ class Engine(Protocol):
         """Seconds since it began what it is doing now; 0 while it has nothing to do."""
         ...
 
+    def raise_if_dead(self) -> None:
+        """Raise `EngineError` if it can be of no more use."""
+        ...
+
     async def generate(self, request: Request) -> list[Rollout]:
-        """Complete a prompt; raises `EngineError` when the engine is dead or closed.
+        """Complete a prompt; raises `UnusableRow` for a request that the engine does not take, and
+        `EngineError` when it is dead or closed.
 
         Cancelling it ends the generation.
         """
@@ -76,7 +86,8 @@ class Engine(Protocol):
 
         ``packed`` is what `allocate` gave, in the layout of ``specs``; it may be written to again
         afterwards.
-        Returns the digest of the parameters as loaded and the seconds generation stood still.
+        Returns the digest of the parameters as loaded (or, from an engine that repacks them, of
+        ``packed`` after it loaded them) and the seconds generation stood still.
         """
         ...
 

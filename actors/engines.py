@@ -33,4 +33,5 @@ async def start_engine(folder: Path, config: ActorConfig) -> Engine:
 def chosen_engine(config: ActorConfig) -> str:
     if config.engine != "auto":
         return config.engine
-    return "vllm" if torch.cuda.is_available() and vllm_engine.is_installed() else "transformers"
+    on_gpu = config.device == "auto" and torch.cuda.is_available()
+    return "vllm" if on_gpu and vllm_engine.is_installed() else "transformers"

@@ -5,15 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine import Engine, Request
+from actors.engine import Engine, Request, UnusableRow
 from actors.rewards import RewardScorer
-from protocol.errors import AsyncGdpoError, brief
+from protocol.errors import brief
 from protocol.groups import Group
 from protocol.messages import Lease
-
-
-class UnusableRow(AsyncGdpoError):
-    """A data row that cannot be rolled out."""
 
 
 class RolloutWorker:
@@ -43,7 +39,11 @@ class RolloutWorker:
         generated = time.monotonic()
         ids = [rollout.tokens.tolist() for rollout in rollouts]
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        scores = await self._scorer.score(lease.row, texts, ids)
+        if lease.purpose == "check":
+            # Only the log-probabilities are looked at.
+            scores = np.full((len(ids), len(self._scorer.names)), np.nan, dtype=np.float32)
+        else:
+            scores = await self._scorer.score(lease.row, texts, ids)
         return Group(
             lease=lease.lease,
             prompt_tokens=np.array(prompt_tokens, dtype=np.int32),

@@ -65,7 +65,7 @@ class TransformersEngine:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     async def generate(self, request: Request) -> list[Rollout]:
-        self._raise_if_dead()
+        self.raise_if_dead()
         key, self._next_key = self._next_key, self._next_key + 1
         future: asyncio.Future[list[Rollout]] = self._loop.create_future()
         self._futures[key] = future
@@ -80,7 +80,7 @@ class TransformersEngine:
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
     ) -> tuple[str, float]:
-        self._raise_if_dead()
+        self.raise_if_dead()
         future: asyncio.Future[tuple[str, float]] = self._loop.create_future()
 
         def load() -> None:
@@ -150,7 +150,7 @@ class TransformersEngine:
 
     # --- failure --------------------------------------------------------------------------------
 
-    def _raise_if_dead(self) -> None:
+    def raise_if_dead(self) -> None:
         if self._failure is not None:
             raise self._failure
 

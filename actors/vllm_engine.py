@@ -15,23 +15,22 @@ later one through the prefix cache.
 Made for, and checked against, one version of vLLM: its interface for weights changes.
 """
 
+import asyncio
 import contextlib
 import importlib.util
 import os
-import select
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from actors.engine import EngineStats, Request
+from actors.engine import EngineStats, Request, UnusableRow
 from actors.model_files import end_ids
 from actors.threads import in_daemon_thread
 from protocol import weights
@@ -45,9 +44,13 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 VERSION = "0.32.0"
+ACTOR_PID = "GDPO_ACTOR_PID"
+"""Environment variable by which an actor tells its engine who it is."""
 MAX_TEMPERATURE = 2.0
+LIVENESS_S = 0.5
 CPU_KV_CACHE_BYTES = 1 << 30
 CPU_BATCHED_TOKENS = 2048
+FULL_S = 2.0
 FULL_KV_CACHE = 0.9
 """Share of the key-value cache in use above which more requests would only push others out."""
 
@@ -59,14 +62,18 @@ def is_installed() -> bool:
 class VllmEngine:
     """Continuous batching by vLLM; see `actors.engine.Engine`. Made by `start`."""
 
-    def __init__(self, engine: "AsyncLLM", load: "_Load", end_ids: frozenset[int]) -> None:
+    def __init__(
+        self, engine: "AsyncLLM", load: "_Load", end_ids: frozenset[int], timeout_s: float
+    ) -> None:
         self._engine = engine
         self._load = load
         self._end_ids = sorted(end_ids)
+        self._timeout_s = timeout_s
+        self._loading_since: float | None = None
+        self._failure: EngineError | None = None
         self.version = -1
         self._stall_seconds = 0.0
         self._buffer: _SharedBuffer | None = None
-        self._closed = False
 
     @classmethod
     async def start(cls, folder: Path, config: ActorConfig) -> "VllmEngine":
@@ -83,10 +90,8 @@ class VllmEngine:
         load = _Load()
         # It takes seconds on a CPU and a minute on a GPU, in which the event loop has to go on.
         engine = await in_daemon_thread(lambda: _start(folder, config, load))
-        with _as_engine_error("vLLM"):
-            await engine.collective_rpc("gdpo_exit_with", args=(os.getpid(),))
         load.max_sequences = engine.scheduler_config.max_num_seqs
-        return cls(engine, load, end_ids(folder))
+        return cls(engine, load, end_ids(folder), config.engine_timeout_s)
 
     @property
     def stats(self) -> EngineStats:
@@ -94,7 +99,8 @@ class VllmEngine:
 
     @property
     def stalled_s(self) -> float:
-        return self._load.stalled_s
+        since = self._loading_since
+        return max(self._load.stalled_s, time.monotonic() - since if since else 0.0)
 
     def capacity(self, active: int, num_rollouts: int) -> int:
         return self._load.capacity(active, num_rollouts)
@@ -103,11 +109,11 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._raise_if_dead()
+        self.raise_if_dead()
         # Greedy rollouts are all the same, and vLLM refuses to sample them more than once.
         copies = request.num_rollouts if request.temperature == 0 else 1
         prompt = {"prompt_token_ids": list(request.prompt_tokens)}
-        with self._load.request(), _as_engine_error("vLLM"):
+        with self._load.request(), _as_our_errors():
             parameters = SamplingParams(
                 n=request.num_rollouts // copies,
                 temperature=request.temperature,
@@ -132,18 +138,26 @@ class VllmEngine:
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
     ) -> tuple[str, float]:
-        self._raise_if_dead()
+        self.raise_if_dead()
         assert self._buffer is not None and packed is self._buffer.tensor, "not from allocate"
         described = [list(astuple(spec)) for spec in specs]
-        with _as_engine_error(f"vLLM could not load version {version}"):
-            started = time.monotonic()
-            await self._engine.pause_generation(mode="keep", clear_cache=True)
-            await self._engine.collective_rpc(
-                "gdpo_load_weights", args=(self._buffer.path, len(packed), described)
+        self._loading_since = started = time.monotonic()
+        try:
+            await self._call(self._engine.pause_generation(mode="keep", clear_cache=True))
+            await self._call(
+                self._engine.collective_rpc(
+                    "gdpo_load_weights", args=(self._buffer.path, len(packed), described)
+                )
             )
-            await self._engine.update_weight_version(str(version))
-            await self._engine.resume_generation()
-            seconds = time.monotonic() - started
+            await self._call(self._engine.update_weight_version(str(version)))
+            await self._call(self._engine.resume_generation())
+        except Exception as error:
+            # It may hold half of the weights: nothing may be sampled from it any more.
+            self._failure = EngineError(f"vLLM could not load version {version}: {brief(error)}")
+            raise self._failure from error
+        finally:
+            self._loading_since = None
+        seconds = time.monotonic() - started
         self.version = version
         self._stall_seconds += seconds
         # The worker read these very pages. It is not asked for its own copy, which vLLM fuses,
@@ -152,14 +166,26 @@ class VllmEngine:
         return digest, seconds
 
     async def close(self) -> None:
-        self._closed = True
+        self._failure = EngineError("the engine is closed")
         await in_daemon_thread(partial(self._engine.shutdown, timeout=5.0))
 
-    def _raise_if_dead(self) -> None:
-        if self._closed:
-            raise EngineError("the engine is closed")
+    def raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         if self._engine.errored:
             raise EngineError("vLLM's engine process died; its output is above")
+
+    async def _call(self, call: Awaitable[object]) -> None:
+        """Await an answer of the engine's process: vLLM would wait for a dead one for ever."""
+        task = asyncio.ensure_future(call)
+        deadline = time.monotonic() + self._timeout_s
+        while not task.done():
+            await asyncio.wait({task}, timeout=LIVENESS_S)
+            if not task.done() and (self._engine.errored or time.monotonic() > deadline):
+                task.cancel()
+                self.raise_if_dead()
+                raise EngineError(f"no answer in actor.engine_timeout_s = {self._timeout_s:g}")
+        task.result()
 
 
 # --- starting -----------------------------------------------------------------------------------
@@ -168,6 +194,7 @@ class VllmEngine:
 def _prepare_environment() -> None:
     """vLLM takes these from the environment only, when it is imported."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ[ACTOR_PID] = str(os.getpid())
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
         # The worker lives in the engine's process: one process less to start.
@@ -215,7 +242,7 @@ def _start(folder: Path, config: ActorConfig, load: "_Load") -> "AsyncLLM":
         max_num_batched_tokens=None if on_gpu else max(CPU_BATCHED_TOKENS, max_length),
         # Of the distribution really sampled from: by default vLLM leaves the temperature out.
         logprobs_mode="processed_logprobs",
-        worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
+        worker_extension_cls="actors.vllm_worker.WorkerExtension",
         disable_log_stats=True,
     )
 
@@ -225,10 +252,10 @@ def _start(folder: Path, config: ActorConfig, load: "_Load") -> "AsyncLLM":
 
     try:
         return Engine.from_engine_args(arguments, stat_loggers=[load.logger])
-    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-        raise ConfigError(
-            f"vLLM does not start with the learner's model: {brief(error)}"
-        ) from error
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"vLLM does not take the learner's model: {brief(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise EngineError(f"vLLM did not start: {brief(error)}") from error
 
 
 class _SharedBuffer:
@@ -243,65 +270,6 @@ class _SharedBuffer:
         os.truncate(descriptor, num_bytes)
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self.tensor = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
-
-
-class WorkerExtension:
-    """Methods that vLLM adds to its worker, in the engine's process."""
-
-    def gdpo_exit_with(self, pid: int) -> None:
-        """End when process ``pid`` does, even by SIGKILL: a GPU's memory is wanted by the next."""
-        process = os.pidfd_open(pid)
-
-        def wait() -> None:
-            select.select([process], [], [])
-            os._exit(1)
-
-        Thread(target=wait, name="exit-with-actor", daemon=True).start()
-
-    def gdpo_load_weights(self, path: str, num_bytes: int, specs: list[list[Any]]) -> None:
-        """Load all parameters from the shared memory ``path``; raises if any is left out."""
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
-
-        worker: Any = self
-        if not hasattr(worker, "gdpo_packed"):
-            worker.gdpo_packed = torch.from_file(
-                path, shared=True, size=num_bytes, dtype=torch.uint8
-            )
-        model = worker.model_runner.get_model()
-        with set_current_vllm_config(worker.vllm_config):
-            initialize_layerwise_reload(model)
-            try:
-                loaded = model.load_weights(_tensors(worker.gdpo_packed, specs))
-            finally:
-                finalize_layerwise_reload(model, worker.vllm_config.model_config)
-        if missing := {name for name, _ in model.named_parameters()} - loaded:
-            raise RuntimeError(f"no weights came for {', '.join(sorted(missing))}")
-        _repack_tied_embeddings(model)
-
-
-def _tensors(packed: torch.Tensor, specs: list[list[Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Named tensors, each a copy: vLLM keeps references until a layer is complete."""
-    for fields in specs:
-        spec = TensorSpec(*fields)
-        raw = packed[spec.offset : spec.offset + spec.num_bytes].clone()
-        yield spec.name, raw.view(getattr(torch, spec.dtype)).view(tuple(spec.shape))
-
-
-def _repack_tied_embeddings(model: Any) -> None:
-    """On a CPU a head that is tied to the embedding computes with a packed copy of it.
-
-    vLLM makes that copy when it first loads and, in this version, not when it reloads: it would
-    silently go on with the old weights.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-            module.quant_method.process_weights_after_loading(module)
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -322,13 +290,17 @@ def _rollout(completion: Any) -> Rollout:
 
 
 @contextlib.contextmanager
-def _as_engine_error(what: str) -> Iterator[None]:
+def _as_our_errors() -> Iterator[None]:
+    from vllm.exceptions import VLLMClientError
+
     try:
         yield
     except EngineError:
         raise
+    except VLLMClientError as error:
+        raise UnusableRow(f"vLLM does not take the request: {brief(error)}") from error
     except Exception as error:
-        raise EngineError(f"{what}: {type(error).__name__}: {brief(error)}") from error
+        raise EngineError(f"vLLM: {type(error).__name__}: {brief(error)}") from error
 
 
 class _Load:
@@ -338,9 +310,9 @@ class _Load:
         self._tokens = 0
         self.max_sequences = 1
         """That vLLM works on at once."""
-        self._was_full = False
-        self._waiting = 0
-        self._cache_share = 0.0
+        self._enough: int | None = None
+        """Leases that are known to run without waiting; at first a guess."""
+        self._full_since: float | None = None
         self._requests = 0
         self._idle_seconds = 0.0
         self._since = time.monotonic()
@@ -374,14 +346,18 @@ class _Load:
     def capacity(self, active: int, num_rollouts: int) -> int:
         """As many leases as keep the engine full: nobody has to find that number.
 
-        It takes more while nothing waits and the cache has room, a quarter more at a time after
-        a first guess, and no more while something waits.
+        It takes no more while something waits, and a quarter more while nothing does; in any case
+        as many as once ran without waiting, until so many did have to wait for a while.
         """
-        self._was_full |= (full := self._waiting > 0 or self._cache_share > FULL_KV_CACHE)
-        if full:
-            return active
-        first_guess = 0 if self._was_full else self.max_sequences // num_rollouts
-        return max(active + max(1, active // 4), first_guess)
+        if self._enough is None:
+            self._enough = max(1, self.max_sequences // num_rollouts)
+        if self._full_since is None:
+            self._enough = max(self._enough, active)
+            return max(self._enough, active + max(1, active // 4))
+        # New prompts wait for a moment always, and everything does after a change of weights.
+        if time.monotonic() - self._full_since > FULL_S:
+            self._enough = max(1, min(self._enough, active))
+        return active
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
         """A logger of vLLM's statistics that feeds this object."""
@@ -415,5 +391,8 @@ class _Load:
             if self._requests:
                 self._since = time.monotonic()
         if scheduler is not None:
-            self._waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
-            self._cache_share = scheduler.kv_cache_usage
+            waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
+            if waiting == 0 and scheduler.kv_cache_usage <= FULL_KV_CACHE:
+                self._full_since = None
+            elif self._full_since is None:
+                self._full_since = time.monotonic()

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
+from actors.engine import UnusableRow
 from actors.engines import start_engine
 from actors.rewards import RewardScorer
-from actors.rollout import RolloutWorker, UnusableRow
+from actors.rollout import RolloutWorker
 from learner.config import RunConfig
 from learner.data import evaluation_work, load_rows
 from learner.evaluation import Evaluation

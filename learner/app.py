@@ -49,6 +49,8 @@ log = logging.getLogger("learner")
 
 DRAIN_TIMEOUT_S = 5.0
 STOP_CHECK_S = 0.5
+CHECK_ROWS = 64
+"""Rows that new actors are checked with, in turn: one of them may be unusable."""
 
 
 class Learner:
@@ -122,7 +124,7 @@ class Learner:
             vocab_size=self.policy.vocab_size,
             clock=time.monotonic,
             self_check=self._self_check,
-            check=check_work(self._stream.rows[0], config),
+            checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
         )
         self.progress = Progress(self.coordinator, config.learner.batch_groups)
         intake_heartbeat = Heartbeat("intake", limit_s=10.0)

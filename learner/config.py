@@ -234,6 +234,13 @@ class RunConfig(StrictModel):
                 )
         if {"rewards", "sampling"} & self.actor.model_fields_set:
             raise ValueError("write [[rewards]] and [sampling] at the top level, not below [actor]")
+        if self.actor.engine == "vllm":
+            for what, value in (
+                ("sampling.temperature", self.sampling.temperature),
+                ("eval.temperature", self.eval.temperature),
+            ):
+                if value != 0 and not 0.01 <= value <= 2:
+                    raise ValueError(f"{what} = {value:g}: vLLM takes 0.01 to 2")
         sequences = self.learner.batch_groups * self.sampling.num_rollouts
         if sequences < self.learner.minibatches:
             raise ValueError(

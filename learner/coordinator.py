@@ -12,9 +12,10 @@ its session is unknown, says hello again and is fed the current weights.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from threading import Condition, RLock
 
 from learner.buffer import ReplayBuffer
@@ -71,9 +72,9 @@ class Coordinator:
         vocab_size: int,
         clock: Callable[[], float],
         self_check: SelfCheck | None = None,
-        check: Work | None = None,
+        checks: Sequence[Work] = (),
     ) -> None:
-        """``check`` is the work by which ``self_check`` judges new actors; None for none."""
+        """``checks`` are the works by which ``self_check`` judges new actors; None for no check."""
         self._config = config
         self._welcome = welcome
         self._files = files
@@ -84,7 +85,7 @@ class Coordinator:
         self._vocab_size = vocab_size
         self._clock = clock
         self._self_check = self_check
-        self._check = check
+        self._checks = cycle(checks)
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._actors: dict[str, ActorState] = {}
@@ -128,7 +129,7 @@ class Coordinator:
                     pong = Pong(sequence=message.sequence, version=self._trainer_version)
                     self._send(session, pong)
                 case WeightsPull():
-                    self._weights_pull(session, message)
+                    self._weights_pull(actor, message)
                 case WeightsReady():
                     self._weights_ready(actor, message)
                 case Goodbye():
@@ -228,9 +229,16 @@ class Coordinator:
     # --- called by the publisher's thread -------------------------------------------------------
 
     def ready_sessions(self, version: int = 0) -> tuple[str, ...]:
-        """Actors that sample from ``version`` or later."""
+        """Actors that may get work and sample from ``version`` or later.
+
+        One that is being checked keeps the version that it is checked with.
+        """
         with self._lock:
-            return tuple(s for s, actor in self._actors.items() if actor.version >= version)
+            return tuple(
+                session
+                for session, actor in self._actors.items()
+                if actor.version >= version and self._is_checked(actor)
+            )
 
     def announce(self, session: str, weights: Weights) -> None:
         with self._lock:
@@ -274,10 +282,10 @@ class Coordinator:
             self._forget(old, "said hello again", lost=False)
         self._num_joined += 1
         self._last_actor_at = now
-        self._actors[session] = ActorState(session, hello, now, now, self._num_joined)
+        actor = self._actors[session] = ActorState(session, hello, now, now, self._num_joined)
         log.info("actor %d joined: %s, pid %d", self._num_joined, hello.host, hello.pid)
         self._send(session, self._welcome, self._files)
-        self._send(session, self._snapshots.latest.announcement())
+        self._announce_latest(actor)
         self._changed.notify_all()
 
     def _why_refused(self, session: str, hello: Hello) -> str:
@@ -318,8 +326,9 @@ class Coordinator:
         actor.failures = 0
         actor.held -= 1
         actor.groups += 1
-        self.timings.append(("generate", group.generation_seconds))
-        self.timings.append(("score", group.reward_seconds))
+        if held.work.purpose != "check":
+            self.timings.append(("generate", group.generation_seconds))
+            self.timings.append(("score", group.reward_seconds))
         self.leases.receive(held)
         self._work.done(held.work, group)
         if held.work.purpose == "train":
@@ -354,12 +363,19 @@ class Coordinator:
         self._work.failed(held.work)
         self._count_failure(actor, held.work, message.cause)
 
-    def _weights_pull(self, session: str, pull: WeightsPull) -> None:
+    def _weights_pull(self, actor: ActorState, pull: WeightsPull) -> None:
         chunk = self._snapshots.read(pull.version, pull.offset, min(pull.num_bytes, CHUNK_BYTES))
         reply = WeightsChunk(version=pull.version, offset=pull.offset)
-        self._send(session, reply, (chunk,) if chunk is not None else ())
+        self._send(actor.session, reply, (chunk,) if chunk is not None else ())
         if chunk is None:
-            self._send(session, self._snapshots.latest.announcement())
+            self._announce_latest(actor)
+
+    def _announce_latest(self, actor: ActorState) -> None:
+        """Have an actor pull the newest version; a new one is going to be checked with it."""
+        latest = self._snapshots.latest
+        if not self._is_checked(actor):
+            actor.check_snapshot = latest
+        self._send(actor.session, latest.announcement())
 
     def _weights_ready(self, actor: ActorState, ready: WeightsReady) -> None:
         if ready.digest != self._snapshots.digest(ready.version):
@@ -368,7 +384,7 @@ class Coordinator:
             actor.version, actor.joined_at = -1, self._clock()
             actor.wrong_digests += 1
             if actor.wrong_digests < MAX_WRONG_DIGESTS:
-                self._send(actor.session, self._snapshots.latest.announcement())
+                self._announce_latest(actor)
             else:
                 times = f"{actor.wrong_digests} times in a row"
                 self._refuse(actor, f"{times} its weights had a wrong digest")
@@ -377,31 +393,32 @@ class Coordinator:
         actor.version, actor.route = ready.version, ready.route
         self.timings.append(("weights_receive", ready.receive_seconds))
         self.timings.append(("weights_load", ready.load_seconds))
-        newest = self._snapshots.latest
-        if ready.version < newest.version and ready.route == "stream":
-            self._send(actor.session, newest.announcement())
+        if ready.route == "stream" and self._is_checked(actor):
+            self._catch_up(actor)
         self._changed.notify_all()
+
+    def _catch_up(self, actor: ActorState) -> None:
+        """Pushes go only to those that have the version before."""
+        if actor.version < self._snapshots.latest.version:
+            self._announce_latest(actor)
 
     # --- the check of new actors ----------------------------------------------------------------
 
+    def _is_checked(self, actor: ActorState) -> bool:
+        return self._self_check is None or actor.check == "passed"
+
     def _check_for(self, actor: ActorState) -> Work | None:
-        snapshot = self._snapshots.get(actor.version)
-        if actor.check != "due" or snapshot is None:
-            # Without its version there is nothing to compare with: it is about to get a newer one.
+        snapshot = actor.check_snapshot
+        if actor.check != "due" or snapshot is None or snapshot.version != actor.version:
             return None
-        actor.check, actor.check_snapshot = "out", snapshot
-        return self._check
+        actor.check = "out"
+        return next(self._checks)
 
     def _submit_check(self, actor: ActorState, group: Group) -> None:
         assert self._self_check is not None and actor.check_snapshot is not None
         actor.check = "scoring"
         snapshots = {actor.check_snapshot.version: actor.check_snapshot}
-        # The weights may have changed on the way.
-        for version in group.versions:
-            if snapshot := self._snapshots.get(version):
-                snapshots[version] = snapshot
-        actor.check_snapshot = None
-        self._self_check.submit(group, snapshots, partial(self._checked, actor))
+        self._self_check.submit(group, snapshots, partial(self._checked, actor), self.fail)
 
     def _checked(self, actor: ActorState, result: CheckResult) -> None:
         """The verdict, on the thread of the check."""
@@ -409,16 +426,19 @@ class Coordinator:
             if self._actors.get(actor.session) is not actor:
                 return
             if result.num_tokens == 0:
+                log.warning("actor %d checks nothing of its version; again", actor.number)
                 actor.check = "due"
                 return
             actor.check_difference = result.largest_difference
             if not result.likely_cause:
-                actor.check = "passed"
+                actor.check, actor.check_snapshot = "passed", None
                 log.info("actor %d passed its check: %s", actor.number, result)
+                self._catch_up(actor)
+                self._changed.notify_all()
                 return
             problem = f"{result}. The likely cause: {result.likely_cause}"
             self._refuse(actor, problem)
-            if not any(other.check == "passed" for other in self._actors.values()):
+            if not self._actors:
                 self.fail(TrainingError(f"actor {actor.number} on {actor.hello.host}: {problem}"))
 
     # --- leases ---------------------------------------------------------------------------------
@@ -437,7 +457,9 @@ class Coordinator:
                 with_room.remove(actor)
 
     def _work_for(self, actor: ActorState) -> Work | None:
-        if self._self_check is not None and actor.check != "passed":
+        if self._draining:
+            return None
+        if not self._is_checked(actor):
             return self._check_for(actor)
         work = self._work.next_evaluation(actor.version)
         if work is None and self._may_train(actor):

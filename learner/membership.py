@@ -33,7 +33,7 @@ class ActorState:
     check: Literal["due", "out", "scoring", "passed"] = "due"
     """See `learner.selfcheck`."""
     check_snapshot: Snapshot | None = None
-    """Of the version that it had when its check was leased."""
+    """Of the version that it is going to be checked with."""
     check_difference: float | None = None
     """Of log-probabilities, largest; None before the check."""
 

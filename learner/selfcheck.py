@@ -10,6 +10,7 @@ attention would train on without any other sign.
                 └───────────────────────────┘ weights changed before its first token
 """
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -25,13 +26,17 @@ from learner.batch import Batch, collate
 from learner.config import RunConfig
 from learner.policy import Policy
 from learner.snapshots import Snapshot
+from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
 from protocol.groups import Group
 from protocol.weights import TensorSpec
 
 log = logging.getLogger("learner")
 
 LIMITS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
-"""Mean absolute difference of log-probabilities, by the actors' type: the least precise of both."""
+"""Mean absolute difference of log-probabilities, by the less precise of both sides' types."""
+WITHOUT = "learner.self_check=false leaves it out"
+LARGEST = 50.0
+"""The largest difference may be so many times the limit of the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +72,23 @@ class SelfCheck:
         group: Group,
         snapshots: Mapping[int, Snapshot],
         report: Callable[[CheckResult], None],
+        fail: Callable[[AsyncGdpoError], None],
     ) -> None:
-        """Compare ``group`` with the snapshots of its versions; ``report`` is called later."""
-        self._queue.put(lambda: report(self.compare(group, snapshots)))
+        """Compare ``group`` with the snapshots of its versions; ``report`` is called later.
+
+        Or ``fail``, if it cannot be done: without it no actor would ever get work.
+        """
+
+        def job() -> None:
+            try:
+                result = self.compare(group, snapshots)
+            except Exception as error:
+                log.exception("check of a new actor")
+                fail(TrainingError(f"the check of a new actor failed: {brief(error)}; {WITHOUT}"))
+            else:
+                report(result)
+
+        self._queue.put(job)
 
     def compare(self, group: Group, snapshots: Mapping[int, Snapshot]) -> CheckResult:
         """Difference of the actor's and the learner's log-probabilities."""
@@ -78,20 +97,21 @@ class SelfCheck:
         if len(here) == 0:
             return CheckResult(0, 0.0, 0.0)
         result = CheckResult(len(here), here.mean().item(), here.max().item())
-        # Not "above": a NaN is no agreement.
-        if result.mean_difference <= self.limit:
+        if self._agrees(here):
             return result
-        at_one = self._differences(group, snapshots, 1.0).mean().item()
+        at_one = self._differences(group, snapshots, 1.0)
         return CheckResult(
             result.num_tokens,
             result.mean_difference,
             result.largest_difference,
-            self._likely_cause(wrong_temperature=at_one <= self.limit),
+            self._likely_cause(wrong_temperature=self._agrees(at_one)),
         )
 
     @property
     def limit(self) -> float:
-        return self._config.learner.check_limit or LIMITS[self._config.for_actors().dtype]
+        """Of the mean difference."""
+        both = (self._config.model.dtype, self._config.for_actors().dtype)
+        return self._config.learner.check_limit or max(LIMITS[dtype] for dtype in both)
 
     def close(self) -> None:
         self._queue.put(None)
@@ -116,6 +136,10 @@ class SelfCheck:
                 found.append((logprobs_BT - batch.behaviour_BT)[chosen_BT].abs())
         return torch.cat(found) if found else torch.empty(0)
 
+    def _agrees(self, differences: torch.Tensor) -> bool:
+        # Not "is above": a NaN is no agreement.
+        return bool(differences.mean() <= self.limit and differences.max() <= LARGEST * self.limit)
+
     def _likely_cause(self, *, wrong_temperature: bool) -> str:
         model, actors = self._config.model.dtype, self._config.for_actors().dtype
         if wrong_temperature and self._config.sampling.temperature != 1.0:
@@ -133,17 +157,29 @@ class SelfCheck:
 
 
 class Reference:
-    """The learner's model code over the weights of any snapshot, in CPU memory, without copies."""
+    """The learner's model code over the weights of any snapshot, in CPU memory.
+
+    Weights are not copied, unless actors have another type of them.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self._specs = policy.specs
-        with torch.device("meta"):
-            self._model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                policy.model.config,
-                dtype=policy.model.dtype,
-                attn_implementation="sdpa",
-                trust_remote_code=False,
-            ).eval()
+        # Its own: what is set in it below would reach into the model in training.
+        config = copy.deepcopy(policy.model.config)
+        attention = config._attn_implementation
+        try:
+            with torch.device("meta"):
+                self._model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config,
+                    dtype=policy.model.dtype,
+                    # The others need a GPU.
+                    attn_implementation=attention if attention == "eager" else "sdpa",
+                    trust_remote_code=False,
+                ).eval()
+        except Exception as error:
+            raise ConfigError(
+                f"the check of new actors cannot build the model: {brief(error)}; {WITHOUT}"
+            ) from error
         # Buffers, of rotary positions for example, come from nowhere else.
         self._buffers = {
             name: buffer.detach().to("cpu", copy=True)

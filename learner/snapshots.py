@@ -68,11 +68,6 @@ class SnapshotStore:
                 self._digests.popitem(last=False)
             self._latest = snapshot
 
-    def get(self, version: int) -> Snapshot | None:
-        """A version that is still kept."""
-        with self._lock:
-            return self._kept.get(version)
-
     def read(self, version: int, offset: int, num_bytes: int) -> memoryview | None:
         """Bytes of a version; None if it is gone or the range is not inside it."""
         with self._lock:

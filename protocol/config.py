@@ -133,7 +133,7 @@ class ActorConfig(StrictModel):
     """What an actor needs to generate; resolved by the learner and sent in the welcome."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """``auto``: vLLM where it is installed and there is a GPU."""
+    """``auto``: vLLM where it is installed, there is a GPU and ``device`` is ``auto``."""
     vllm: VllmConfig = VllmConfig()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: the learner's; weights are sent in this type."""

@@ -1,7 +1,11 @@
 """The check of new actors: what it compares, what it says, and that nobody works before it."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from learner.selfcheck import CheckResult, SelfCheck
 from learner.snapshots import Snapshot, pack
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
-from protocol.messages import Error, Failed, Lease
+from protocol.messages import Error, Failed, Lease, Weights, WeightsPull
 from tests.unit.factories import Cluster, make_config, make_snapshot, make_work
 
 PROMPT = np.array([7, 20, 30], dtype=np.int32)
@@ -115,7 +119,7 @@ class FakeCheck:
         self.submitted: list[tuple[Group, Mapping[int, Snapshot]]] = []
         self._reports: list[Callable[[CheckResult], None]] = []
 
-    def submit(self, group, snapshots, report) -> None:
+    def submit(self, group, snapshots, report, fail) -> None:
         self.submitted.append((group, snapshots))
         self._reports.append(report)
 
@@ -126,7 +130,9 @@ class FakeCheck:
 def checked_cluster() -> tuple[Cluster, FakeCheck]:
     cluster, check = Cluster(make_config()), FakeCheck()
     cluster.coordinator._self_check = check  # type: ignore[assignment]
-    cluster.coordinator._check = make_work("check", purpose="check")
+    cluster.coordinator._checks = cycle(
+        [make_work(f"check-{i}", purpose="check") for i in range(3)]
+    )
     cluster.open_training()
     return cluster, check
 
@@ -158,16 +164,109 @@ def test_a_check_whose_weights_changed_before_its_first_token_is_done_again():
     assert purposes(cluster, "a") == ["check"]
 
 
-def test_versions_that_came_in_flight_are_compared_too():
+def test_an_actor_keeps_the_version_that_it_is_checked_with_and_then_catches_up():
+    """However fast the learner is, and however slow the actor."""
     cluster, check = checked_cluster()
-    cluster.join("a")
-    [lease] = cluster.leases("a")
+    cluster.hello("a")
+    [announced] = cluster.heard("a", Weights)
+    for version in range(1, 4):
+        cluster.version = version
+        cluster.coordinator.advance(version)
+        cluster.snapshots.publish(make_snapshot(version))
+    cluster.weights_ready("a", version=announced.version)
+    cluster.status("a")
+    # Pushes leave it out.
+    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.heard("a", Weights) == []
+    cluster.finish("a", *cluster.leases("a"), version=0)
+    [(_, snapshots)] = check.submitted
+    assert snapshots.keys() == {0}
+    check.judge(PASSED)
+    assert [w.version for w in cluster.heard("a", Weights)] == [3]
+    assert cluster.coordinator.ready_sessions() == ("a",)
+
+
+def test_an_actor_that_has_to_pull_a_newer_version_is_checked_with_that():
+    cluster, check = checked_cluster()
+    cluster.hello("a")
     cluster.version = 1
     cluster.coordinator.advance(1)
     cluster.snapshots.publish(make_snapshot(1))
-    cluster.finish("a", lease, version=1)
+    cluster.say("a", WeightsPull(version=0, offset=0, num_bytes=4))
+    cluster.weights_ready("a", version=1)
+    cluster.status("a")
+    cluster.finish("a", *cluster.leases("a"))
     [(_, snapshots)] = check.submitted
-    assert snapshots.keys() == {0, 1}
+    assert snapshots.keys() == {1}
+
+
+def test_every_check_has_another_row_because_one_may_be_unusable():
+    cluster, _ = checked_cluster()
+    cluster.join("a")
+    seen = []
+    for _ in range(2):
+        [lease] = cluster.heard("a", Lease)
+        seen.append(lease.prompt_id)
+        cluster.say("a", Failed(lease=lease.lease, cause="too long"))
+    assert seen == ["check-0", "check-1"]
+
+
+def test_while_the_run_ends_no_check_is_leased():
+    cluster, _ = checked_cluster()
+    cluster.hello("a")
+    cluster.coordinator.drain("done")
+    cluster.weights_ready("a")
+    cluster.status("a")
+    assert cluster.leases("a") == []
+
+
+def test_a_comparison_that_fails_ends_the_run_instead_of_never_ending(check, policy):
+    group = make_sequence(model_logprobs(policy, 0.7))
+    failures: SimpleQueue = SimpleQueue()
+    broken = Snapshot(0, torch.zeros(3, dtype=torch.uint8), "")
+    check.submit(group, {0: broken}, report=failures.put, fail=failures.put)
+    error = failures.get(timeout=20)
+    assert isinstance(error, TrainingError)
+    assert "learner.self_check=false leaves it out" in str(error)
+    # The next one is judged all the same.
+    check.submit(group, snapshot_of(policy), report=failures.put, fail=failures.put)
+    assert failures.get(timeout=20).likely_cause == ""
+
+
+def test_the_check_leaves_the_model_in_training_as_it_is(policy, config):
+    """Its own model has another attention implementation where the policy's needs a GPU."""
+    model = copy.copy(policy.model)
+    model.config = copy.deepcopy(policy.model.config)
+    model.config._attn_implementation = "flash_attention_2"
+    SelfCheck(dataclasses.replace(policy, model=model), config).close()
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_the_limit_is_that_of_the_less_precise_type(policy, config):
+    bfloat16 = config.model.model_copy(update={"dtype": "bfloat16"})
+    actor = config.actor.model_copy(update={"dtype": "float32"})
+    check = SelfCheck(policy, config.model_copy(update={"model": bfloat16, "actor": actor}))
+    check.close()
+    assert check.limit == 0.05
+
+
+def test_one_token_that_is_far_off_does_not_pass_by_its_mean(policy, config):
+    learner = config.learner.model_copy(update={"check_limit": 0.03})
+    check = SelfCheck(policy, config.model_copy(update={"learner": learner}))
+    logprobs = model_logprobs(policy, 0.7)
+    rollouts = []
+    for rollout in range(16):
+        values = logprobs.copy()
+        values[0] -= 3.0 if rollout == 0 else 0.0
+        rollouts.append(Rollout(TOKENS, values.astype(np.float32), ((0, 0),), "stop"))
+    scores = np.zeros((16, 1), dtype=np.float32)
+    result = check.compare(
+        Group(1, PROMPT, tuple(rollouts), ("format",), scores), snapshot_of(policy)
+    )
+    check.close()
+    # 3 / 128 tokens is below the limit, 3 itself is above 50 times the limit.
+    assert result.mean_difference < 0.03
+    assert result.likely_cause
 
 
 def test_a_failed_check_lease_is_leased_again():

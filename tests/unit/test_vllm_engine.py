@@ -92,15 +92,38 @@ def test_a_quarter_more_is_taken_while_nothing_waits():
     assert load.capacity(active=40, num_rollouts=8) == 50
 
 
-@pytest.mark.parametrize("state", [{"waiting": 1}, {"skipped": 1}, {"cache": 0.95}])
+FULL = [{"waiting": 1}, {"skipped": 1}, {"cache": 0.95}]
+
+
+@pytest.mark.parametrize("state", FULL)
 def test_a_full_engine_takes_no_more(state):
     load = make_load(64)
     report(load, **state)
     assert load.capacity(active=5, num_rollouts=8) == 5
+
+
+@pytest.mark.parametrize("state", FULL)
+def test_what_ran_without_waiting_is_taken_again_at_once(state):
+    load = make_load(64)
+    assert load.capacity(active=20, num_rollouts=8) == 25
+    # Everything waits for a moment after a change of weights.
+    report(load, **state)
+    assert load.capacity(active=20, num_rollouts=8) == 20
     report(load)
-    # Once it was full, the first guess is known to be too much.
-    assert load.capacity(active=4, num_rollouts=8) == 5
-    assert load.capacity(active=0, num_rollouts=8) == 1
+    assert load.capacity(active=0, num_rollouts=8) == 20
+
+
+def test_after_a_long_wait_fewer_leases_are_taken_to_be_enough(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(vllm_engine.time, "monotonic", lambda: now)
+    load = make_load(64)
+    report(load, waiting=3)
+    assert load.capacity(active=6, num_rollouts=8) == 6
+    now += 3.0
+    report(load, waiting=3)
+    assert load.capacity(active=6, num_rollouts=8) == 6
+    report(load)
+    assert load.capacity(active=0, num_rollouts=8) == 6
 
 
 def test_a_request_without_progress_is_a_stall_and_none_is_idleness():

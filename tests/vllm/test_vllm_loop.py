@@ -102,3 +102,28 @@ def is_engine(pid: int) -> bool:
         return b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_an_actor_that_ends_while_its_engine_starts_leaves_no_engine(system, signum):  # noqa: F811
+    system.start_learner("actor.engine=vllm")
+    actor = system.start_actor("actor")
+    wait_for(lambda: any(map(is_engine, children_of(actor.pid))), "the engine's start", JOIN_S)
+    [engine] = filter(is_engine, children_of(actor.pid))
+    actor.signal(signum)
+    assert actor.wait(15) == (-signal.SIGKILL if signum == signal.SIGKILL else 0), actor.output
+    wait_for(lambda: not is_alive(engine), "the engine to end", 40)
+
+
+def test_an_engine_that_dies_while_it_has_nothing_to_do_takes_its_actor_along(
+    system,  # noqa: F811
+):
+    # The learner never gets through its first pause, so its actor has nothing to do.
+    system.start_learner("actor.engine=vllm", "learner.pause_per_step_s=600", "learner.steps=50")
+    actor = system.start_actor("actor")
+    wait_for(lambda: actor.pid in actors_at_work(system), "the actor at work", JOIN_S)
+    wait_for(lambda: system.actor(actor.pid)["leases"] == 0, "the actor to be idle", 60)
+    [engine] = filter(is_engine, children_of(actor.pid))
+    os.kill(engine, signal.SIGKILL)
+    assert actor.wait(20) == 1
+    assert "gdpo: error: vLLM's engine process died" in actor.output

@@ -186,7 +186,7 @@ def print_comparison(result: Result) -> None:
 
 
 def _by_figure(result: Result, name: str, level: float) -> Table:
-    table = Table(title=f"{name} (reached: {level:.2f})")
+    table = Table(title=f"{name} (level to reach: {level:.2f})")
     table.add_column("setting", no_wrap=True)
     columns = ("seeds", "held-out, after", "area", "steps to reach", "ESS")
     for column in columns:

@@ -16,7 +16,7 @@ from learner.config import parse_override
 from protocol.errors import ConfigError, PeerLost, Refused
 
 TIMEOUT_S = 10.0
-EXAMPLE = "rewards.NAME.weight=0.5 or rewards.NAME.always=true"
+EXAMPLE = "rewards.NAME.weight=0.5, rewards.NAME.when={...} or rewards.NAME.always=true"
 
 
 def set_rewards(run: Path, assignments: Sequence[str]) -> None:
@@ -26,7 +26,7 @@ def set_rewards(run: Path, assignments: Sequence[str]) -> None:
     """
     updates: dict[str, dict[str, Any]] = {}
     for assignment in assignments:
-        parts, value = parse_override(assignment)
+        parts, value = parse_override(assignment) if "=" in assignment else ([], None)
         if len(parts) != 3 or parts[0] != "rewards":
             raise ConfigError(f"{assignment!r} cannot change in a run; what can: {EXAMPLE}")
         updates.setdefault(parts[1], {})[parts[2]] = value
@@ -49,8 +49,7 @@ def _post(run: Path, path: str, body: Any) -> dict[str, Any]:
         url, token = str(control["url"]), str(control["token"])
     except OSError as error:
         raise ConfigError(
-            f"no learner to command in {run}: {error.strerror} ({file}); give the folder of a run "
-            "that is going on"
+            f"no learner to command in {run}, or its run is over: {error.strerror} ({file})"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged") from error

@@ -126,9 +126,12 @@ class RewardSettings:
             update = RewardUpdate.model_validate(fields)
         except ValidationError as error:
             problem = error.errors()[0]
+            text = problem["msg"]
+            if problem["type"] in ("extra_forbidden", "model_type"):
+                text = "that is not one of the keys, or not of its type"
             where = ".".join(str(part) for part in (name, *problem["loc"][:1]))
             raise ConfigError(
-                f"rewards.{where}: {problem['msg']}; what can change: weight = NUMBER, "
+                f"rewards.{where}: {text}; what can change: weight = NUMBER, "
                 'when = { reward = "NAME", at_least = NUMBER }, always = true'
             ) from error
         if update.when and update.when.reward not in self._current.weights:

@@ -55,7 +55,7 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
         (["plot", "none"], "cannot read none/metrics.jsonl"),
         (["set", "none", "rewards.format.weight=1"], "no learner to command in none"),
         (["set", "none", "learner.lr=1"], "cannot change in a run; what can: rewards."),
-        (["set", "none", "weight"], "is no override"),
+        (["set", "none", "weight"], "cannot change in a run; what can: rewards."),
         (["check", "RECIPE", "learner.lrr=1"], "did you mean learner.lr?"),
         (["check", "RECIPE", "lr"], "is no override"),
         (

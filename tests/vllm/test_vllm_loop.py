@@ -118,11 +118,13 @@ def test_an_actor_that_ends_while_its_engine_starts_leaves_no_engine(system, sig
 def test_an_engine_that_dies_while_it_has_nothing_to_do_takes_its_actor_along(
     system,  # noqa: F811
 ):
-    # The learner never gets through its first pause, so its actor has nothing to do.
+    # The learner never gets through its first pause: three batches of 8 ahead, and there is no
+    # more to do.
     system.start_learner("actor.engine=vllm", "learner.pause_per_step_s=600", "learner.steps=50")
     actor = system.start_actor("actor")
     wait_for(lambda: actor.pid in actors_at_work(system), "the actor at work", JOIN_S)
-    wait_for(lambda: system.actor(actor.pid)["leases"] == 0, "the actor to be idle", 60)
+    wait_for(lambda: system.status()["buffer_groups"] == 24, "the buffer to be full", 60)
+    wait_for(lambda: system.actor(actor.pid)["leases"] == 0, "the actor to be idle", 10)
     [engine] = filter(is_engine, children_of(actor.pid))
     os.kill(engine, signal.SIGKILL)
     assert actor.wait(20) == 1

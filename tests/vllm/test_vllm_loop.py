@@ -53,13 +53,16 @@ def test_actors_generate_join_die_and_are_replaced_while_training_goes_on(system
         assert actor["check_difference"] < 1e-4
     step = system.status()["step"]
     system.wait_for_step(step + 5)
-    assert all(a["version"] > step for a in actors_at_work(system).values())
+    wait_for(
+        lambda: all(a["version"] > step for a in actors_at_work(system).values()),
+        "both to have newer weights",
+    )
 
     # A third one joins late, with the newest weights.
     late = system.start_actor("late")
     wait_for(lambda: late.pid in actors_at_work(system), "the late actor", JOIN_S)
     step = system.status()["step"]
-    assert actors_at_work(system)[late.pid]["version"] >= step - 3
+    wait_for(lambda: actors_at_work(system)[late.pid]["version"] >= step, "its newest weights")
 
     # One is killed, of another the engine dies: both are replaced, and training goes on.
     first, second = (pid for pid in actors_at_work(system) if pid != late.pid)
@@ -75,12 +78,10 @@ def test_actors_generate_join_die_and_are_replaced_while_training_goes_on(system
         JOIN_S,
     )
     system.wait_for_step(system.status()["step"] + 5)
-    [log] = [
-        text
-        for name in ("actor-0", "actor-1")
-        if "vLLM" in (text := (system.run_folder / "logs" / f"{name}.log").read_text())
+    logs = [
+        (system.run_folder / "logs" / f"{name}.log").read_text() for name in ("actor-0", "actor-1")
     ]
-    assert "gdpo: error: vLLM" in log
+    assert any("gdpo: error: vLLM" in log for log in logs)
 
     everyone = [pid for pid in actors_at_work(system) if pid != late.pid]
     engines = [child for pid in everyone for child in children_of(pid) if is_engine(child)]

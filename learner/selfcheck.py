@@ -195,9 +195,7 @@ class Reference:
             {**weights, **self._buffers},
             kwargs={"input_ids": batch.tokens_BL[:, :-1], "use_cache": False},
         )
-        return gdpo.token_logprobs(
-            output.logits.float(), batch.tokens_BL[:, 1:], temperature=temperature
-        )
+        return gdpo.token_logprobs(output.logits, batch.tokens_BL[:, 1:], temperature=temperature)
 
     def _parameter(self, snapshot: Snapshot, spec: TensorSpec) -> torch.Tensor:
         raw = snapshot.packed[spec.offset : spec.offset + spec.num_bytes]

@@ -42,6 +42,7 @@ from protocol.errors import BadMessage, EngineError, PeerLost, Refused, RewardEr
 from protocol.framing import Buffer
 from protocol.groups import pack_group
 from protocol.messages import (
+    MAX_LEASES,
     PROTOCOL_VERSION,
     Ack,
     Drain,
@@ -51,6 +52,7 @@ from protocol.messages import (
     Header,
     Hello,
     Lease,
+    Pong,
     Status,
     Weights,
     WeightsChunk,
@@ -63,7 +65,7 @@ log = logging.getLogger("actor")
 
 DRAIN_TIMEOUT_S = 8.0
 RESEND_AFTER_S = 10.0
-MAX_LEASES = 65_536
+REJOIN_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,10 @@ class Actor:
         self._groups_generated = 0
         self._failed: Counter[str] = Counter()
         self._sequence = 0
+        self._heard = -1
+        self._rejoin_at = 0.0
         self._heartbeat = Heartbeat("loop", limit_s=30.0)
         self._engine: Engine | None = None
-        self._rejoining = False
 
     def stop(self, cause: str) -> None:
         """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
@@ -224,6 +227,8 @@ class Actor:
                     task = self._tasks.create_task(self._roll_out(message))
                     self._rollouts[message.lease] = task
                     task.add_done_callback(partial(self._forget, message.lease))
+                case Pong():
+                    self._heard = message.sequence
                 case Ack():
                     self._unacknowledged.pop(message.lease, None)
                     if message.verdict == "rejected":
@@ -321,7 +326,8 @@ class Actor:
             sequence=self._sequence,
             capacity=self._capacity(ready) if ready else 0,
             version=engine.version if engine else -1,
-            active_leases=len(self._rollouts),
+            leases=(*self._rollouts, *self._unacknowledged),
+            heard=self._heard,
             tokens_generated=engine.stats.tokens_generated if engine else 0,
             groups_generated=self._groups_generated,
             idle_seconds=engine.stats.idle_seconds if engine else 0.0,
@@ -335,12 +341,12 @@ class Actor:
 
     async def _join_again(self) -> None:
         """The learner gave us up during a silence: our leases are with others, so drop them."""
-        if self._rejoining:
+        if time.monotonic() < self._rejoin_at:
             # It answers so to each of the messages that were on their way.
             return
-        self._rejoining = True
-        self._cancel_rollouts()
-        self._unacknowledged.clear()
+        # Once more after a while: the hello, or its answer, may be lost too.
+        self._rejoin_at = time.monotonic() + REJOIN_AFTER_S
+        self._let_go()
         await self._link.send(
             msgspec.structs.replace(
                 self._hello,
@@ -349,13 +355,21 @@ class Actor:
             )
         )
 
+    def _let_go(self) -> None:
+        """Of what belongs to the session before."""
+        self._cancel_rollouts()
+        self._unacknowledged.clear()
+        self._heard = -1
+
     def _welcome_back(self, welcome: Welcome) -> None:
         if welcome.run_id != self._welcome.run_id:
             raise Refused(
                 f"the learner now runs {welcome.run_id}, this actor was built for "
                 f"{self._welcome.run_id}; start it again"
             )
-        self._rejoining = False
+        self._rejoin_at = 0.0
+        self._let_go()
+        self._weights.start_over()
         log.info("joined again after a silence")
 
 

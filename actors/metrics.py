@@ -15,7 +15,6 @@ _COUNTERS = {
 }
 _GAUGES = {
     "gdpo_policy_version": ("version", "Version of the weights in use"),
-    "gdpo_leases_active": ("active_leases", "Leases being worked on"),
     "gdpo_leases_capacity": ("capacity", "Leases that can be held at once"),
     "gdpo_uptime_seconds": ("uptime_seconds", "Age of the process"),
 }
@@ -37,6 +36,11 @@ class StatusCollector(Collector):
             yield CounterMetricFamily(name, text, value=getattr(status, field))
         for name, (field, text) in _GAUGES.items():
             yield GaugeMetricFamily(name, text, value=getattr(status, field))
+        yield GaugeMetricFamily(
+            "gdpo_leases_active",
+            "Leases being worked on, or whose group is not acknowledged",
+            value=len(status.leases),
+        )
         failed = CounterMetricFamily(
             "gdpo_groups_failed", "Groups given up, by cause", labels=["cause"]
         )

@@ -57,11 +57,17 @@ class WeightsReceiver:
         self._announced = asyncio.Event()
         self._chunks: dict[int, asyncio.Future[memoryview | None]] = {}
         self._pulling = -1
+        self._starts_over = False
 
     def announce(self, announcement: Weights) -> None:
         """A new version exists; `run` takes the newest."""
         self._announcement = announcement
         self._announced.set()
+
+    def start_over(self) -> None:
+        """The learner may be another process now, which resumed from an older version."""
+        self._collective = _Collective(self._link.url)
+        self._starts_over = True
 
     def chunk(self, message: WeightsChunk, payloads: list[memoryview]) -> None:
         """A chunk that `_pull` asked for; others are late answers."""
@@ -75,7 +81,8 @@ class WeightsReceiver:
             await self._announced.wait()
             self._announced.clear()
             assert self._announcement is not None
-            if self._announcement.version >= self._engine.version:
+            if self._starts_over or self._announcement.version >= self._engine.version:
+                self._starts_over = False
                 await self._update(self._announcement)
 
     async def _update(self, announcement: Weights) -> None:

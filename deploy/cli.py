@@ -49,12 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     run = _with_config(
         commands.add_parser("run", help="train on this machine: a learner and its actors"),
     )
+    _add_resume(run)
     run.set_defaults(command=_run)
 
     learner = _with_config(
         commands.add_parser("learner", help="start a learner; actors join it from anywhere")
     )
     learner.add_argument("--run-folder", type=Path, help=argparse.SUPPRESS)
+    _add_resume(learner)
     _add_child_options(learner)
     learner.set_defaults(command=_learner)
 
@@ -114,6 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    # Its configuration is in the folder: what stands first may be an override.
+    [config] = [action for action in parser._actions if action.dest == "config"]
+    config.nargs = "?"
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="instead of CONFIG: go on with a run that was interrupted, or whose learner was lost",
+    )
+
+
 def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
     parser.add_argument(
@@ -160,22 +174,38 @@ def _add_child_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: Any) -> int:
     from deploy.launcher import launch
+    from learner.runlog import RunFolder
 
-    return launch(_load(options), Path.cwd(), options.allow_rewards)
+    if options.resume:
+        config, folder = _resumed(options)
+    else:
+        config = _config(options)
+    _import_rewards(config, options)
+    return launch(
+        config,
+        folder if options.resume else RunFolder.create(config),
+        Path.cwd(),
+        options.allow_rewards,
+        resume_with=options.overrides if options.resume else None,
+    )
 
 
 def _learner(options: Any) -> int:
-    from learner.config import load_config
     from learner.runlog import RunFolder
 
-    config = load_config(options.config, options.overrides)
+    if options.resume:
+        config, folder = _resumed(options)
+    else:
+        config = _config(options)
+        folder = RunFolder(options.run_folder) if options.run_folder else RunFolder.create(config)
     _start_logging()
-    folder = RunFolder(options.run_folder) if options.run_folder else RunFolder.create(config)
     if config.learner.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.learner.threads)
     from deploy.learner_process import run_with_display
 
-    return run_with_display(config, folder, as_child=options.exit_with_parent)
+    return run_with_display(
+        config, folder, resume=options.resume is not None, as_child=options.exit_with_parent
+    )
 
 
 def _actor(options: Any) -> int:
@@ -251,13 +281,38 @@ def _plot(options: Any) -> int:
 
 def _load(options: Any) -> Any:
     """The configuration, with its reward functions imported to see that they are there."""
-    from actors.rewards import load_reward
+    config = _config(options)
+    _import_rewards(config, options)
+    return config
+
+
+def _config(options: Any) -> Any:
     from learner.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    if options.config is None:
+        raise ConfigError("give a CONFIG file, or --resume FOLDER")
+    return load_config(options.config, options.overrides)
+
+
+def _resumed(options: Any) -> tuple[Any, Any]:
+    """Configuration and folder of the run to go on with."""
+    from learner.runlog import RunFolder
+
+    if options.config is not None:
+        options.overrides.insert(0, str(options.config))
+        options.config = None
+    for override in options.overrides:
+        if "=" not in override:
+            raise ConfigError(f"--resume has its configuration: leave {override} out")
+    folder, config = RunFolder.resume(options.resume, options.overrides)
+    return config, folder
+
+
+def _import_rewards(config: Any, options: Any) -> None:
+    from actors.rewards import load_reward
+
     for reward in config.rewards:
         load_reward(reward.function, _allowed(options), Path.cwd())
-    return config
 
 
 def _allowed(options: Any) -> tuple[str, ...]:

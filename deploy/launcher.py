@@ -48,10 +48,22 @@ class _Child:
         return f"{how}: {words[-1].removeprefix(_ERROR)}" if words else how
 
 
-def launch(config: RunConfig, cwd: Path, allowed_modules: Sequence[str] = ()) -> int:
-    """Run to the end; returns the exit code. Raises `TrainingError` if the run fails."""
-    folder = RunFolder.create(config)
-    launcher = Launcher(config, folder, cwd, allowed_modules)
+def launch(
+    config: RunConfig,
+    folder: RunFolder,
+    cwd: Path,
+    allowed_modules: Sequence[str] = (),
+    *,
+    resume_with: Sequence[str] | None = None,
+) -> int:
+    """Run to the end; returns the exit code. Raises `TrainingError` if the run fails.
+
+    ``resume_with`` goes on with the run of ``folder``, with these overrides.
+    """
+    # Of a learner before: it is not the one that this one starts.
+    (folder.path / "endpoints.json").unlink(missing_ok=True)
+    (folder.path / "summary.json").unlink(missing_ok=True)
+    launcher = Launcher(config, folder, cwd, allowed_modules, resume_with)
     with Display(launcher.status):
         launcher.run()
     summary_path = folder.path / "summary.json"
@@ -71,8 +83,14 @@ class Launcher:
     """Starts, restarts and stops the processes of one run."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, cwd: Path, allowed_modules: Sequence[str]
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        cwd: Path,
+        allowed_modules: Sequence[str],
+        resume_with: Sequence[str] | None,
     ) -> None:
+        self._resume_with = resume_with
         self._allowed_modules = allowed_modules
         self._config = config
         self._folder = folder
@@ -221,6 +239,8 @@ class Launcher:
 
     def _learner_command(self) -> list[str]:
         folder = self._folder.path.resolve()
+        if self._resume_with is not None:
+            return ["learner", "--resume", str(folder), *self._resume_with]
         return ["learner", str(folder / "config.toml"), "--run-folder", str(folder)]
 
     def _learner_threads(self) -> int:

@@ -15,7 +15,7 @@ from learner.report import status_report
 from learner.runlog import RunFolder
 
 
-def run_with_display(config: RunConfig, folder: RunFolder, *, as_child: bool) -> int:
+def run_with_display(config: RunConfig, folder: RunFolder, *, resume: bool, as_child: bool) -> int:
     """Train; afterwards print the summary and draw the curves (the launcher does it itself)."""
     learners: list[Learner] = []
 
@@ -26,7 +26,7 @@ def run_with_display(config: RunConfig, folder: RunFolder, *, as_child: bool) ->
 
     display = Display(lambda: status_report(learners[0]) if learners else None)
     with nullcontext() if as_child else display:
-        summary = run_learner(config, folder, on_start=on_start)
+        summary = run_learner(config, folder, resume=resume, on_start=on_start)
     if not as_child:
         print_summary(summary, _plot(folder.path))
     return 0 if summary["completed"] else INTERRUPTED

@@ -16,31 +16,35 @@ The trainer runs on the main thread; the others on one thread each.
 import logging
 import math
 import time
-import uuid
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import zmq
 from prometheus_client import CollectorRegistry
 
-from learner.buffer import ReplayBuffer
+from learner.buffer import Cut, ReplayBuffer
+from learner.checkpoints import Checkpoint, load_tensors, newest
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream, check_work, evaluation_work, load_rows
-from learner.evaluation import Evaluation
+from learner.history import JOURNAL_TIMEOUT_S, History, Resumed
 from learner.intake import Intake
+from learner.journal import Arrival
 from learner.metrics import StateCollector, StepMetrics
-from learner.policy import Policy, load_policy, save_checkpoint
+from learner.policy import Policy, load_model, load_policy
 from learner.progress import Progress
 from learner.publisher import Publisher
-from learner.report import status_report, step_line, summary_report
+from learner.report import evaluation_report, status_report, step_line, summary_report
+from learner.reward_settings import RewardSetting, RewardSettings
 from learner.runlog import RunFolder
 from learner.selfcheck import SelfCheck
 from learner.snapshots import SnapshotStore, pack
+from learner.state import RunState
 from learner.trainer import StepResult, Trainer
 from learner.work import WorkQueue
 from protocol.errors import ConfigError, TrainingError, brief
-from protocol.groups import Group
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
 from protocol.sockets import bind_learner, parse_tcp
@@ -56,12 +60,14 @@ CHECK_ROWS = 64
 class Learner:
     """One training run; `run` returns when it is done or `stop` was called."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, *, resume: bool = False) -> None:
+        """``resume`` goes on where the learner before in this folder ended, or was killed."""
         self.config = config
         self.folder = folder
         self.phase = "loading"
-        self.before: Evaluation | None = None
-        self.after: Evaluation | None = None
+        self.before: dict[str, Any] | None = None
+        """`evaluation_report` of the policy before the first step; likewise after the last."""
+        self.after: dict[str, Any] | None = None
         self.last_step: StepResult | None = None
         self.lag0_difference: float | None = None
         self.training_seconds = 0.0
@@ -72,11 +78,15 @@ class Learner:
         self.completed = False
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
-        self._load()
-        self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
+        folder.take(config)
+        checkpoint = newest(folder.checkpoints) if resume else None
+        self._load(checkpoint)
+        self._assemble()
+        if resume:
+            self._resume(checkpoint)
         self._connect()
 
-    def _load(self) -> None:
+    def _load(self, checkpoint: Checkpoint | None) -> None:
         """Model and data: everything that the user may have got wrong, before a port opens."""
         config = self.config
         rows = load_rows(config.data.train, config.data.train_split)
@@ -84,9 +94,18 @@ class Learner:
             load_rows(config.data.heldout, config.data.heldout_split) if config.data.heldout else []
         )
         self._stream = PromptStream(rows, config)
-        self.policy: Policy = load_policy(config)
+        self.policy: Policy = load_policy(config, checkpoint.model if checkpoint else None)
         self._heartbeat = Heartbeat("trainer", limit_s=120.0)
-        self.trainer = Trainer(self.policy, config, on_progress=self._heartbeat.beat)
+        # The KL term is to the model that training began with, not to where it goes on.
+        first = checkpoint and config.algorithm.kl_coefficient
+        self.trainer = Trainer(
+            self.policy,
+            config,
+            reference=load_model(config, self.policy.folder) if first else None,
+            on_progress=self._heartbeat.beat,
+        )
+        self.rewards = RewardSettings(config.rewards, config.learner.steps)
+        self.history = History(self.folder.path, config, self.policy)
         self.buffer = ReplayBuffer(
             max_groups=config.buffer.max_groups,
             max_bytes=config.buffer.max_bytes,
@@ -95,6 +114,64 @@ class Learner:
             sampling=config.buffer.sampling,
             lag=config.buffer.lag or 0,
         )
+
+    def _assemble(self) -> None:
+        """The parts that decide, still without a connection to anybody."""
+        config = self.config
+        self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
+        self._snapshots = SnapshotStore(pack(0, self.policy.model, self.policy.specs))
+        self._work = WorkQueue(self._stream)
+        self.coordinator = Coordinator(
+            config,
+            welcome=Welcome(
+                run_id=self.folder.run_id,
+                actor=config.for_actors().model_dump(mode="json"),
+                model_digest=self.policy.files_digest,
+                files=tuple(self.policy.files),
+                manifest=self.policy.manifest,
+            ),
+            files=tuple(self.policy.files.values()),
+            work=self._work,
+            buffer=self.buffer,
+            pacing=config.pacing(),
+            snapshots=self._snapshots,
+            vocab_size=self.policy.vocab_size,
+            journal=self.history.journal,
+            clock=time.monotonic,
+            self_check=self._self_check,
+            checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
+        )
+        self.progress = Progress(self.coordinator, config.learner.batch_groups)
+
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
+        """Be as the learner before was after the last batch that it began, and go on from there."""
+        resumed = Resumed(self.config, checkpoint, self.history, self.coordinator.any_group)
+        self.before = self.folder.read_evaluation()
+        self.folder.forget_steps_after(resumed.version)
+        log.info("resuming %s from step %d", self.folder.path, resumed.version)
+        if checkpoint is not None:
+            state = checkpoint.state
+            self.trainer.load_state(checkpoint.version, partial(load_tensors, checkpoint))
+            self.trainer.batch_std = state.batch_std
+            if state.batch_std_setting is not None:
+                setting = RewardSetting.from_json(state.batch_std_setting)
+                self.trainer.batch_std_setting = setting
+            self.training_seconds = state.training_seconds
+            self.lag0_difference = state.lag0_difference
+            self.progress.tokens_trained = state.tokens_trained
+            self.progress.tokens_generated_before = state.tokens_generated
+            self.coordinator.counters.restore(state.counters)
+        resumed.replay(self.buffer, self.rewards, self._train_again)
+        resumed.restore_work(self._stream, self._work, self.coordinator.leases, self.buffer)
+        self.coordinator.advance(self.trainer.version)
+        self._snapshots.publish(pack(self.trainer.version, self.policy.model, self.policy.specs))
+
+    def _train_again(self, cut: Cut, setting: RewardSetting) -> None:
+        started = time.monotonic()
+        step = self.trainer.step(cut.groups, setting)
+        self.training_seconds += time.monotonic() - started
+        self._note(step)
+        self.folder.append_step(step_line(self, step, time.monotonic() - started))
 
     def _connect(self) -> None:
         """Open the ports and start the threads; from here on actors may join."""
@@ -106,35 +183,19 @@ class Learner:
         )
         socket = bind_learner(self._context, config.learner.bind, max(1 << 20, 12 * tokens))
         self.url = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._snapshots = SnapshotStore(pack(0, self.policy.model, self.policy.specs))
-        self.coordinator = Coordinator(
-            config,
-            welcome=Welcome(
-                run_id=f"{self.folder.path.name}/{uuid.uuid4().hex[:8]}",
-                actor=config.for_actors().model_dump(mode="json"),
-                model_digest=self.policy.files_digest,
-                files=tuple(self.policy.files),
-                manifest=self.policy.manifest,
-            ),
-            files=tuple(self.policy.files.values()),
-            work=WorkQueue(self._stream),
-            buffer=self.buffer,
-            pacing=config.pacing(),
-            snapshots=self._snapshots,
-            vocab_size=self.policy.vocab_size,
-            clock=time.monotonic,
-            self_check=self._self_check,
-            checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
-        )
-        self.progress = Progress(self.coordinator, config.learner.batch_groups)
         intake_heartbeat = Heartbeat("intake", limit_s=10.0)
         self._intake = Intake(socket, self.coordinator, intake_heartbeat)
+        if journal := self.history.journal:
+            journal.start(self._stored, self.coordinator.fail)
+            self.rewards.record = self._record_command
         host, _ = parse_tcp(self.url)
         self.publisher = Publisher(
             self.coordinator, self._snapshots, config.weights, host, self._intake.wake
         )
         registry = CollectorRegistry()
-        registry.register(StateCollector(self.coordinator, self.buffer, self.progress))
+        registry.register(
+            StateCollector(self.coordinator, self.buffer, self.progress, self.history.journal)
+        )
         self._metrics = StepMetrics(registry)
         self._server = ObservabilityServer(
             registry,
@@ -155,13 +216,17 @@ class Learner:
         """Evaluate, train, evaluate, save; returns the summary.
 
         A stop request ends training after the step at hand, skips the evaluation and still saves.
-        Raises what made going on impossible, a `TrainingError` above all; checkpoint and summary
-        are written even then, because a step is checked before it changes the weights.
+        Raises what made going on impossible, a `TrainingError` above all; the summary is written
+        even then, and a checkpoint too, unless it was a step that failed.
         """
         failure: Exception | None = None
         try:
-            self.before = self._evaluate("evaluating before")
+            if self.before is None and self.trainer.version == 0:
+                self.before = self._evaluate("evaluating before")
+                if self.before and not self.interrupted:
+                    self.folder.write_evaluation(self.before)
             self._train()
+            self._save()
             self.after = self._evaluate("evaluating after")
             self.completed = not self.interrupted
         except Exception as error:
@@ -169,8 +234,7 @@ class Learner:
             self.interrupted = brief(error)
         try:
             self.phase = "saving"
-            if self.trainer.version > 0:
-                save_checkpoint(self.policy, self.folder.checkpoint)
+            self._save()
         except Exception as error:
             failure = failure or error
             self.completed = False
@@ -192,6 +256,7 @@ class Learner:
         """Threads and ports; after `run`."""
         self.publisher.close()
         self._intake.close()
+        self.history.close()
         if self._self_check is not None:
             self._self_check.close()
         self._server.close()
@@ -200,30 +265,82 @@ class Learner:
 
     def _train(self) -> None:
         self.phase = "training"
-        started = time.monotonic()
+        started = time.monotonic() - self.training_seconds
         self.progress.restart()
         self.coordinator.open_training()
         while self.trainer.version < self.config.learner.steps:
-            groups = self._next_batch()
-            if groups is None:
+            cut = self._next_batch()
+            if cut is None:
                 break
             step_started = time.monotonic()
-            step = self.trainer.step(groups)
+            setting = self.rewards.begin(self.trainer.version + 1)
+            self.history.begin(self.trainer.version + 1, cut)
+            step = self.trainer.step(cut.groups, setting)
+            # Nobody may see a version that a resumed run would not make again.
+            self.history.wait()
             self.coordinator.advance(step.version)
             self._publish(step.version)
             self._intake.wake()
             self.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
+            if self.history.is_due(step.version):
+                self._checkpoint_now()
             self._pause()
         self.training_seconds = time.monotonic() - started
         self.coordinator.close_training()
+
+    def _checkpoint_now(self) -> None:
+        """Training waits for the copy, not for the disk."""
+        started = time.monotonic()
+        self.history.checkpoints.begin(self._state(), self.trainer.state_tensors())
+        self._metrics.checkpoint(time.monotonic() - started)
+
+    def _save(self) -> None:
+        """The checkpoint of the last step, complete; none if there is no step, or half of one."""
+        checkpoints = self.history.checkpoints
+        version = self.trainer.version
+        checkpoints.finish()
+        if version and not self.trainer.in_step and version not in checkpoints.versions:
+            self._checkpoint_now()
+            checkpoints.finish()
+        if versions := checkpoints.versions:
+            self.folder.show_checkpoint(checkpoints.path(versions[-1]) / "model")
+
+    def _state(self) -> RunState:
+        tickets, leases = self.coordinator.state()
+        trainer, setting = self.trainer, self.trainer.batch_std_setting
+        return RunState(
+            run_id=self.folder.run_id,
+            version=trainer.version,
+            tickets=tickets,
+            next_lease=self.coordinator.leases.next_lease,
+            leases=leases,
+            groups=self.buffer.state(),
+            rewards=self.rewards.state(),
+            batch_std=trainer.batch_std,
+            batch_std_setting=setting.as_json() if setting else None,
+            tokens_trained=self.progress.tokens_trained,
+            tokens_generated=self.progress.tokens_generated,
+            training_seconds=self.training_seconds,
+            lag0_difference=self.lag0_difference,
+            counters=self.coordinator.counters.totals(),
+        )
+
+    def _stored(self, arrivals: Sequence[Arrival]) -> None:
+        """On the journal's thread."""
+        self.coordinator.stored(arrivals)
+        self._intake.wake()
+
+    def _record_command(self, from_step: int, updates: Any) -> None:
+        assert self.history.journal is not None
+        self.history.journal.command(from_step, updates).wait(JOURNAL_TIMEOUT_S)
 
     def _publish(self, version: int) -> None:
         started = time.monotonic()
         self.publisher.publish(pack(version, self.policy.model, self.policy.specs))
         self._metrics.packed(time.monotonic() - started)
 
-    def _next_batch(self) -> list[Group] | None:
+    def _next_batch(self) -> Cut | None:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
         last_group_at = time.monotonic()
         accepted = self.buffer.books.accepted
@@ -240,7 +357,7 @@ class Learner:
                         f"{self.coordinator.num_live} actors are connected; look into their logs"
                     )
                 self._heartbeat.beat()
-                groups = self.buffer.take(
+                cut = self.buffer.take(
                     config.batch_groups,
                     self.trainer.version,
                     STOP_CHECK_S,
@@ -248,11 +365,11 @@ class Learner:
                 )
                 # Room in the buffer: leases can be issued.
                 self._intake.wake()
-                if groups is not None:
-                    return groups
+                if cut is not None:
+                    return cut
             return None
 
-    def _evaluate(self, phase: str) -> Evaluation | None:
+    def _evaluate(self, phase: str) -> dict[str, Any] | None:
         """Roll the held-out prompts out under the current version; None if stopped or no data."""
         if not self._heldout or self.interrupted:
             return None
@@ -281,14 +398,10 @@ class Learner:
                 )
                 break
         self.coordinator.end_evaluation()
-        return evaluation
+        return evaluation_report(evaluation, tuple(r.name for r in self.config.rewards))
 
     def _record(self, step: StepResult, seconds: float) -> None:
-        self.last_step = step
-        if step.lag0_difference is not None:
-            self.lag0_difference = max(self.lag0_difference or 0.0, step.lag0_difference)
-        self.progress.tokens_trained += step.num_tokens
-        self.progress.steps = step.version
+        self._note(step)
         self.progress.sample()
         self._metrics.step(step, seconds)
         self._metrics.actor_phases(self.coordinator.timings)
@@ -296,6 +409,13 @@ class Learner:
             self._metrics.push(report)
         self.phase_seconds = self._metrics.mean_seconds
         self.folder.append_step(step_line(self, step, seconds))
+
+    def _note(self, step: StepResult) -> None:
+        self.last_step = step
+        if step.lag0_difference is not None:
+            self.lag0_difference = max(self.lag0_difference or 0.0, step.lag0_difference)
+        self.progress.tokens_trained += step.num_tokens
+        self.progress.steps = step.version
 
     def _pause(self) -> None:
         deadline = time.monotonic() + self.config.learner.pause_per_step_s
@@ -314,7 +434,7 @@ class Learner:
         """A command from outside, on a thread of the server."""
         if self.interrupted:
             raise ConfigError(f"the run is ending: {self.interrupted}")
-        return self.trainer.rewards.command(updates)
+        return self.rewards.command(updates)
 
     def _service_discovery(self) -> list[dict[str, Any]]:
         """Prometheus HTTP service discovery: the live actors' metrics endpoints."""

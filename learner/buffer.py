@@ -20,17 +20,18 @@ sampled from exactly the version that the step makes, and is trained on L versio
 
 import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition
 from typing import Literal
 
+from learner.state import GroupState
 from protocol.groups import Group
 
 
 @dataclass(slots=True)
 class BufferBooks:
-    """Counts of groups since the start of the run."""
+    """Counts of groups since the start of the run, of the learners before a resume too."""
 
     accepted: int = 0
     accepted_tokens: int = 0
@@ -49,7 +50,21 @@ class BufferBooks:
 @dataclass(slots=True, eq=False)
 class _Entry:
     group: Group
+    ticket: int
     uses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A training batch, and what it took to get it: enough to cut the same one again."""
+
+    groups: list[Group]
+    tickets: tuple[int, ...]
+    """Of the groups: their places in the stream of prompts."""
+    evicted: tuple[tuple[int, str], ...]
+    """(ticket, cause) of the groups that were evicted since the batch before."""
+    finished: tuple[int, ...]
+    """Tickets of the groups, evicted ones included, that are not in the buffer any more."""
 
 
 class ReplayBuffer:
@@ -75,6 +90,8 @@ class ReplayBuffer:
         self._sampling = sampling
         self._lag = lag
         self._entries: list[_Entry] = []
+        self._evicted: list[tuple[_Entry, str]] = []
+        """And why, since the last batch was cut."""
         self._changed = Condition()
         self._woken = False
         self.in_training = 0
@@ -87,27 +104,72 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, group: Group) -> None:
+    @property
+    def tickets(self) -> tuple[int, ...]:
+        """Of the groups that are buffered."""
+        with self._changed:
+            return tuple(entry.ticket for entry in self._entries)
+
+    def state(self) -> GroupState:
+        """The books, as they were when the last batch was cut."""
+        with self._changed:
+            books = self.books
+            evicted, tokens = Counter(books.evicted), Counter(books.evicted_tokens)
+            for entry, cause in self._evicted:
+                if not entry.uses:
+                    evicted[cause] -= 1
+                    tokens[cause] -= entry.group.num_tokens
+            buffered = sum(entry.group.num_tokens for entry in self._entries)
+            pending = sum(entry.group.num_tokens for entry, _ in self._evicted)
+            return GroupState(
+                trained=books.trained - sum(1 for entry, _ in self._evicted if entry.uses),
+                ended_tokens=books.accepted_tokens - buffered - pending,
+                buffered_tokens=buffered,
+                evicted=dict(+evicted),
+                evicted_tokens=dict(+tokens),
+                largest_staleness=self.largest_staleness,
+            )
+
+    def restore(self, state: GroupState) -> None:
+        """Be empty, with the books of `state`."""
+        self.largest_staleness = state.largest_staleness
+        self.books = BufferBooks(
+            accepted=state.trained + sum(state.evicted.values()),
+            accepted_tokens=state.ended_tokens,
+            trained=state.trained,
+            evicted=Counter(state.evicted),
+            evicted_tokens=Counter(state.evicted_tokens),
+        )
+
+    def lose(self, num_groups: int, num_tokens: int) -> None:
+        """Groups that were buffered, but are not to be had any more."""
+        if num_groups:
+            self.books.accepted += num_groups
+            self.books.accepted_tokens += num_tokens
+            self.books.evicted["learner_lost"] += num_groups
+            self.books.evicted_tokens["learner_lost"] += num_tokens
+
+    def add(self, group: Group, ticket: int, *, uses: int = 0) -> None:
         """Store a group; when full, the oldest makes room. Leases are paced so that it never is."""
         with self._changed:
             self.books.accepted += 1
             self.books.accepted_tokens += group.num_tokens
-            self._insert(_Entry(group))
+            self._insert(_Entry(group, ticket, uses))
             while len(self._entries) > self._max_groups or self.size_bytes > self._max_bytes:
                 self._evict(self._entries[0], "overflow")
             self._changed.notify_all()
 
     def take(
         self, num_groups: int, version: int, timeout_s: float, *, batches_after: int = 0
-    ) -> list[Group] | None:
+    ) -> Cut | None:
         """Cut a batch of ``num_groups`` for the trainer at ``version``.
 
         None after ``timeout_s``, or after `wake`. ``batches_after`` is the number of batches that
         are still to come in the run: at its end fewer than the lag can be held back.
 
-        Groups that are too stale by now are evicted first. ``fifo`` takes them in the order in
-        which they were leased, so that a slow group is not overtaken while it can still be used;
-        ``freshest`` takes those whose oldest token is youngest.
+        Groups that are too stale by now are evicted first. ``fifo`` takes them in the order of the
+        data, so that a slow group is not overtaken while it can still be used; ``freshest`` takes
+        those whose oldest token is youngest.
         """
         needed = num_groups * (1 + min(self._lag, batches_after))
         with self._changed:
@@ -117,17 +179,20 @@ class ReplayBuffer:
             )
             if self._evict_stale(version) < needed:
                 return None
-            chosen = self._choose(num_groups)
-            for entry in chosen:
-                entry.uses += 1
-                staleness = version - entry.group.oldest_version
-                self.largest_staleness = max(self.largest_staleness, staleness)
-                if entry.uses == self._max_uses:
-                    # First: who counts groups without the lock may count one twice, never none.
-                    self.in_training += 1
-                    self._remove(entry)
-                    self.books.trained += 1
-            return [entry.group for entry in chosen]
+            return self._cut(self._choose(num_groups), version)
+
+    def retake(
+        self, tickets: Sequence[int], evicted: Iterable[tuple[int, str]], version: int
+    ) -> Cut:
+        """Cut a batch again as it was cut before, at the same version.
+
+        Raises KeyError with the ticket of a group that is missing.
+        """
+        with self._changed:
+            entries = {entry.ticket: entry for entry in self._entries}
+            for ticket, cause in evicted:
+                self._evict(entries[ticket], cause)
+            return self._cut([entries[ticket] for ticket in tickets], version)
 
     def step_done(self) -> None:
         """The trainer has finished with what it took."""
@@ -138,6 +203,25 @@ class ReplayBuffer:
         with self._changed:
             self._woken = True
             self._changed.notify_all()
+
+    def _cut(self, chosen: Sequence[_Entry], version: int) -> Cut:
+        for entry in chosen:
+            entry.uses += 1
+            staleness = version - entry.group.oldest_version
+            self.largest_staleness = max(self.largest_staleness, staleness)
+            if entry.uses == self._max_uses:
+                # First: who counts groups without the lock may count one twice, never none.
+                self.in_training += 1
+                self._remove(entry)
+                self.books.trained += 1
+        evicted, self._evicted = tuple((e.ticket, cause) for e, cause in self._evicted), []
+        used_up = [entry.ticket for entry in chosen if entry.uses == self._max_uses]
+        return Cut(
+            groups=[entry.group for entry in chosen],
+            tickets=tuple(entry.ticket for entry in chosen),
+            evicted=evicted,
+            finished=(*used_up, *(ticket for ticket, _ in evicted)),
+        )
 
     def _choose(self, num_groups: int) -> Sequence[_Entry]:
         if self._sampling == "freshest":
@@ -153,7 +237,7 @@ class ReplayBuffer:
         return len(self._entries)
 
     def _insert(self, entry: _Entry) -> None:
-        bisect.insort(self._entries, entry, key=lambda e: e.group.lease)
+        bisect.insort(self._entries, entry, key=lambda e: e.ticket)
         self.size_bytes += entry.group.size_bytes
         self.books.buffered += 1
 
@@ -164,6 +248,7 @@ class ReplayBuffer:
 
     def _evict(self, entry: _Entry, cause: str) -> None:
         self._remove(entry)
+        self._evicted.append((entry, cause))
         if entry.uses:
             # It was trained on, if fewer times than allowed.
             self.books.trained += 1

@@ -119,6 +119,11 @@ class BufferConfig(StrictModel):
     max_bytes: PositiveInt = 1 << 30
     max_uses: PositiveInt = 1
     """How often a group may be trained on."""
+    durability: Literal["journal", "memory"] = "journal"
+    """``journal``: a group is on disk before it is acknowledged, so that a killed learner goes on
+    with every one of them."""
+    journal_max_bytes: PositiveInt = 8 << 30
+    """A checkpoint is made when the journal holds more, and frees what is trained."""
     lag: NonNegativeInt | None = None
     """Hold every batch back, so that from step lag + 1 on it is exactly so many versions stale: an
     experiment on staleness, in which generation and training take turns."""
@@ -128,6 +133,15 @@ class BufferConfig(StrictModel):
         if self.lag is not None and self.sampling != "fifo":
             raise ValueError('buffer.lag needs buffer.sampling = "fifo"')
         return self
+
+
+class CheckpointsConfig(StrictModel):
+    """What a run can go on from."""
+
+    every_steps: PositiveInt = 25
+    """Training batches between two checkpoints; there is one at the end of the run as well."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest ones; the others are deleted."""
 
 
 class WeightsConfig(StrictModel):
@@ -210,6 +224,7 @@ class RunConfig(StrictModel):
     sampling: SamplingConfig = SamplingConfig()
     learner: LearnerConfig = LearnerConfig()
     buffer: BufferConfig = BufferConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     weights: WeightsConfig = WeightsConfig()
     eval: EvalConfig = EvalConfig()
     actor: ActorConfig = ActorConfig()
@@ -241,6 +256,12 @@ class RunConfig(StrictModel):
             ):
                 if value != 0 and not 0.01 <= value <= 2:
                     raise ValueError(f"{what} = {value:g}: vLLM takes 0.01 to 2")
+        if self.buffer.journal_max_bytes < self.buffer.max_bytes:
+            raise ValueError(
+                f"buffer.journal_max_bytes = {self.buffer.journal_max_bytes} is below "
+                f"buffer.max_bytes = {self.buffer.max_bytes}: the journal holds what the buffer "
+                "does"
+            )
         sequences = self.learner.batch_groups * self.sampling.num_rollouts
         if sequences < self.learner.minibatches:
             raise ValueError(

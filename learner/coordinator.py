@@ -21,10 +21,12 @@ from threading import Condition, RLock
 from learner.buffer import ReplayBuffer
 from learner.config import RunConfig
 from learner.evaluation import Evaluation
+from learner.journal import Arrival, Journal
 from learner.membership import ActorState, Outgoing, WireCounters
 from learner.pacing import Pacing
 from learner.selfcheck import CheckResult, SelfCheck
 from learner.snapshots import SnapshotStore
+from learner.state import LeaseState, OpenTickets
 from learner.work import MAX_ATTEMPTS, WorkQueue
 from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
 from protocol.framing import Buffer
@@ -41,8 +43,10 @@ from protocol.messages import (
     Header,
     Hello,
     Pong,
+    Purpose,
     Status,
     ToLearner,
+    Verdict,
     Weights,
     WeightsChunk,
     WeightsPull,
@@ -71,10 +75,13 @@ class Coordinator:
         snapshots: SnapshotStore,
         vocab_size: int,
         clock: Callable[[], float],
+        journal: Journal | None = None,
         self_check: SelfCheck | None = None,
         checks: Sequence[Work] = (),
     ) -> None:
-        """``checks`` are the works by which ``self_check`` judges new actors; None for no check."""
+        """Groups to train on are accepted when ``journal`` has stored them; without one, at once.
+        ``checks`` are the works by which ``self_check`` judges new actors; None for no check.
+        """
         self._config = config
         self._welcome = welcome
         self._files = files
@@ -93,6 +100,7 @@ class Coordinator:
         self._training = False
         self._draining = False
         self._trainer_version = 0
+        self._journal = journal
         self._last_actor_at = clock()
         self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
         self.counters = WireCounters()
@@ -122,12 +130,7 @@ class Coordinator:
                 case Failed():
                     self._failed(actor, message)
                 case Status():
-                    actor.status = message
-                    if message.active_leases == 0:
-                        # Whatever it overran is not being worked on any more.
-                        actor.overrun.clear()
-                    pong = Pong(sequence=message.sequence, version=self._trainer_version)
-                    self._send(session, pong)
+                    self._status(actor, message)
                 case WeightsPull():
                     self._weights_pull(actor, message)
                 case WeightsReady():
@@ -135,6 +138,13 @@ class Coordinator:
                 case Goodbye():
                     self._forget(actor, f"goodbye ({message.cause})", lost=False)
             self._issue(now)
+
+    def stored(self, arrivals: Sequence[Arrival]) -> None:
+        """Groups are in the journal: now they may be trained on, and are acknowledged."""
+        with self._lock:
+            for arrival in arrivals:
+                self._accept(arrival)
+            self._issue(self._clock())
 
     def bad_message(self, session: str, error: BadMessage) -> None:
         """Frames that were no message: counted, logged, answered."""
@@ -260,6 +270,21 @@ class Coordinator:
 
     # --- views ----------------------------------------------------------------------------------
 
+    def state(self) -> tuple[OpenTickets, dict[Purpose, LeaseState]]:
+        """How far the stream of prompts is used, what of it is still to come in, and the books."""
+        with self._lock:
+            tickets = OpenTickets(
+                next_ticket=self._work.next_ticket,
+                leased=tuple(work.ticket for work in self.leases.open_works("train")),
+                waiting=tuple(work.ticket for work in self._work.retries),
+                buffered=self._buffer.tickets,
+            )
+            books = {
+                purpose: LeaseState(b.received, dict(b.failed), b.outstanding)
+                for purpose, b in self.leases.books.items()
+            }
+            return tickets, books
+
     def actors(self) -> list[ActorState]:
         """The live actors in the order in which they joined (copies)."""
         with self._lock:
@@ -311,15 +336,15 @@ class Coordinator:
         actor.overrun.discard(header.lease)
         held = self.leases.find(header.lease, actor.session)
         if held is None:
-            verdict, cause = self.leases.why_not(header.lease)
-            self._ack(actor, header.lease, verdict, cause)
+            if answer := self.leases.why_not(header.lease):
+                self._ack(actor.session, header.lease, *answer)
             return
         try:
             group = unpack_group(header, payloads, self._limits(held.work))
         except BadMessage as error:
             self.counters.bad_messages += 1
             self._end(held, "invalid_group")
-            self._ack(actor, header.lease, "rejected", str(error))
+            self._ack(actor.session, header.lease, "rejected", str(error))
             self._work.failed(held.work)
             self._count_failure(actor, held.work, str(error))
             return
@@ -329,29 +354,65 @@ class Coordinator:
         if held.work.purpose != "check":
             self.timings.append(("generate", group.generation_seconds))
             self.timings.append(("score", group.reward_seconds))
+        self.leases.arrive(held)
+        if held.work.purpose == "train" and self._journal is not None:
+            self._journal.append(Arrival(held, group), header, payloads)
+            return
+        if held.work.purpose == "check":
+            self._submit_check(actor, group)
+        self._accept(Arrival(held, group))
+
+    def _accept(self, arrival: Arrival) -> None:
+        """A group is where it has to be."""
+        held, group = arrival.held, arrival.group
         self.leases.receive(held)
         self._work.done(held.work, group)
         if held.work.purpose == "train":
-            self._buffer.add(group)
-        elif held.work.purpose == "check":
-            self._submit_check(actor, group)
-        self._ack(actor, header.lease, "accepted", "")
+            self._buffer.add(group, held.work.ticket)
+        self._ack(held.holder, held.lease, "accepted", "")
 
     def _limits(self, work: Work) -> GroupLimits:
-        return GroupLimits(
+        return replace(
+            self.any_group,
             num_rollouts=work.num_rollouts,
-            reward_names=tuple(reward.name for reward in self._config.rewards),
-            vocab_size=self._vocab_size,
-            max_prompt_tokens=self._config.sampling.max_prompt_tokens,
             max_tokens=work.max_tokens,
             newest_version=self._trainer_version,
         )
 
-    def _ack(self, actor: ActorState, lease: int, verdict: str, cause: str) -> None:
+    @property
+    def any_group(self) -> GroupLimits:
+        """What holds for every group to train on, of whatever version."""
+        sampling = self._config.sampling
+        return GroupLimits(
+            num_rollouts=sampling.num_rollouts,
+            reward_names=tuple(reward.name for reward in self._config.rewards),
+            vocab_size=self._vocab_size,
+            max_prompt_tokens=sampling.max_prompt_tokens,
+            max_tokens=sampling.max_tokens,
+            newest_version=2**31 - 1,
+        )
+
+    def _ack(self, session: str, lease: int, verdict: Verdict, cause: str) -> None:
         self.counters.verdicts[verdict] += 1
         if verdict != "accepted":
-            log.info("group of actor %d %s: %s", actor.number, verdict, cause)
-        self._send(actor.session, Ack(lease=lease, verdict=verdict, cause=cause))  # type: ignore[arg-type]
+            log.info("group for lease %d %s: %s", lease, verdict, cause)
+        self._send(session, Ack(lease=lease, verdict=verdict, cause=cause))
+
+    def _status(self, actor: ActorState, status: Status) -> None:
+        actor.status = status
+        # What it overran and does not list is not being worked on any more.
+        actor.overrun.intersection_update(status.leases)
+        first_unheard = next((first for seq, first in actor.pongs if seq == status.heard), 0)
+        working_on = set(status.leases)
+        for held in self.leases.held_by(actor.session):
+            if held.lease < first_unheard and held.lease not in working_on:
+                log.warning(
+                    "lease %d was lost on the way to or from actor %d", held.lease, actor.number
+                )
+                self._end(held, "lost")
+                self._work.again(held.work)
+        actor.pongs.append((status.sequence, self.leases.next_lease))
+        self._send(actor.session, Pong(sequence=status.sequence, version=self._trainer_version))
 
     def _failed(self, actor: ActorState, message: Failed) -> None:
         actor.overrun.discard(message.lease)

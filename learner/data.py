@@ -1,6 +1,7 @@
 """Prompts: loading a data set, and the endless seeded stream of work made from it."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,31 +77,47 @@ def _plain(source: str, index: int, row: Row) -> Row:
 
 
 class PromptStream:
-    """Every row once an epoch, in an order that depends on seed and epoch only."""
+    """Every row once an epoch, in an order that depends on seed and epoch only.
+
+    A place in the stream is a ticket: 0, 1, 2, ... without end.
+    """
 
     def __init__(self, rows: list[Row], config: RunConfig) -> None:
         if not rows:
             raise ConfigError("the training data is empty")
         self.rows = rows
+        self.next_ticket = 0
         self._config = config
+        self._done: set[int] = set()
         self._epoch = -1
         self._order: list[int] = []
 
+    def skip(self, tickets: Iterable[int]) -> None:
+        """Leave these out when their turn comes."""
+        self._done.update(tickets)
+
     def next(self) -> Work:
-        if not self._order:
-            self._epoch += 1
-            shuffled = np.random.default_rng([self._config.seed, self._epoch]).permutation(
-                len(self.rows)
-            )
-            self._order = shuffled.tolist()[::-1]
-        index = self._order.pop()
+        while self.next_ticket in self._done:
+            self._done.remove(self.next_ticket)
+            self.next_ticket += 1
+        self.next_ticket += 1
+        return self.work(self.next_ticket - 1)
+
+    def work(self, ticket: int) -> Work:
+        """What is at one place."""
+        epoch, place = divmod(ticket, len(self.rows))
+        if epoch != self._epoch:
+            random = np.random.default_rng([self._config.seed, epoch])
+            self._epoch, self._order = epoch, random.permutation(len(self.rows)).tolist()
+        index = self._order[place]
         return Work(
-            prompt_id=f"train/{self._epoch}/{index}",
+            prompt_id=f"train/{epoch}/{index}",
             row=self.rows[index],
-            seed=_seed(self._config.seed, 0, self._epoch, index),
+            seed=_seed(self._config.seed, 0, epoch, index),
             num_rollouts=self._config.sampling.num_rollouts,
             temperature=self._config.sampling.temperature,
             max_tokens=self._config.sampling.max_tokens,
+            ticket=ticket,
         )
 
 

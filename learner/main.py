@@ -16,15 +16,20 @@ log = logging.getLogger("learner")
 
 
 def run_learner(
-    config: RunConfig, folder: RunFolder, *, on_start: Callable[[Learner], None] = lambda _: None
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    on_start: Callable[[Learner], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train until done, or until SIGTERM or SIGINT; returns the summary.
 
-    ``on_start`` is called once, when actors can join. Raises the errors of `protocol.errors`.
+    ``resume`` goes on with the run of ``folder``. ``on_start`` is called once, when actors can
+    join. Raises the errors of `protocol.errors`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the learner is one process; start it with --nproc-per-node=1")
-    learner = Learner(config, folder)
+    learner = Learner(config, folder, resume=resume)
     try:
         with _stopped_by_signals(learner):
             log.info("actors join with: gdpo actor --learner %s", learner.url)

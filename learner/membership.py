@@ -1,12 +1,15 @@
 """What the learner knows of its actors, and what it counts of their messages."""
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from learner.snapshots import Snapshot
 from protocol.framing import Buffer
 from protocol.messages import Header, Hello, Status
+
+PONGS_REMEMBERED = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +32,8 @@ class ActorState:
     """Outstanding leases."""
     overrun: set[int] = field(default_factory=set)
     """Leases whose deadline passed, but that it may still be working on."""
+    pongs: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=PONGS_REMEMBERED))
+    """(sequence, number of the first lease issued after it) of the last answers to its status."""
     groups: int = 0
     check: Literal["due", "out", "scoring", "passed"] = "due"
     """See `learner.selfcheck`."""
@@ -58,6 +63,16 @@ class WireCounters:
     verdicts: Counter[str] = field(default_factory=Counter)
     actors_lost: int = 0
     digest_mismatches: int = 0
+
+    def totals(self) -> dict[str, int]:
+        """Those that are numbers, for a checkpoint."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, int)}
+
+    def restore(self, totals: Mapping[str, int]) -> None:
+        for name, value in totals.items():
+            if name in self.totals():
+                setattr(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)

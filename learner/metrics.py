@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from learner.buffer import ReplayBuffer
 from learner.coordinator import Coordinator
+from learner.journal import Journal
 from learner.progress import Progress
 from learner.publisher import PushReport
 from learner.trainer import StepResult
@@ -78,6 +79,11 @@ class StepMetrics:
             "gdpo_weight_pushes", "Weight pushes by route", ("route",), registry=registry
         )
         self._epoch = gauge("gdpo_weight_epoch", "Current epoch of the collective")
+        self._checkpoint_seconds = Histogram(
+            "gdpo_checkpoint_copy_seconds",
+            "Time that training waited for a checkpoint",
+            registry=registry,
+        )
         self._lag0 = gauge(
             "gdpo_lag0_logprob_difference",
             "Largest difference of actors' and learner's log-probabilities at the same version",
@@ -111,6 +117,11 @@ class StepMetrics:
             self._actor_seconds.labels(phase).observe(seconds)
             self._count(phase, seconds)
 
+    def checkpoint(self, seconds: float) -> None:
+        """Training waited so long for a checkpoint."""
+        self._checkpoint_seconds.observe(seconds)
+        self._count("checkpoint_copy", seconds)
+
     def packed(self, seconds: float) -> None:
         """The trainer copied the weights for a push."""
         self._push_phase("pack", seconds)
@@ -138,16 +149,26 @@ class StepMetrics:
 class StateCollector(Collector):
     """Metrics read off the run's state at every scrape."""
 
-    def __init__(self, coordinator: Coordinator, buffer: ReplayBuffer, progress: Progress) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        buffer: ReplayBuffer,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> None:
         self._coordinator = coordinator
         self._buffer = buffer
         self._progress = progress
+        self._journal = journal
 
     def collect(self) -> Iterator[Metric]:
         books, counters = self._buffer.books, self._coordinator.counters
         rates = self._progress.rates
         yield _gauge("gdpo_buffer_groups", "Groups in the replay buffer", len(self._buffer))
         yield _gauge("gdpo_buffer_bytes", "Memory of the groups", self._buffer.size_bytes)
+        if self._journal is not None:
+            size = self._journal.size_bytes
+            yield _gauge("gdpo_journal_bytes", "What the journal holds", size)
         yield _gauge("gdpo_actors_live", "Actors connected", self._coordinator.num_live)
         yield _gauge(
             "gdpo_actors_wanted",

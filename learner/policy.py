@@ -1,7 +1,6 @@
 """The policy: loading it, what actors need of it, and writing it as a checkpoint."""
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,39 @@ class Policy:
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().num_embeddings)
 
+    def save(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write these weights of the model with its tokenizer in Hugging Face form."""
+        self.model.save_pretrained(target, state_dict=weights)
+        for name, content in self.files.items():
+            if name not in ("config.json", "generation_config.json"):
+                (target / name).write_bytes(content)
 
-def load_policy(config: RunConfig) -> Policy:
-    """Load the model and its files; raises `ConfigError`."""
+
+def load_policy(config: RunConfig, weights: Path | None = None) -> Policy:
+    """Load the model and its files; raises `ConfigError`.
+
+    ``weights`` is the folder of a checkpoint's model, whose weights take the place of the model's.
+    """
     folder = _folder(config.model.path)
+    model = load_model(config, weights or folder)
+    _check_lengths(config, model)
+    _check_buffers(config, model)
+    files = {path.name: path.read_bytes() for path in _model_files(folder)}
+    if not any(name.startswith("tokenizer") for name in files):
+        raise ConfigError(f"model.path = {config.model.path!r} holds no tokenizer files")
+    dtype = config.for_actors().dtype
+    manifest = [(name, dtype, tuple(p.shape)) for name, p in model.named_parameters()]
+    return Policy(
+        model=model,
+        folder=folder,
+        files=files,
+        files_digest=_files_digest(files),
+        specs=layout(manifest),
+    )
+
+
+def load_model(config: RunConfig, folder: Path) -> Any:
+    """The model in ``folder``, as ``config.model`` says; raises `ConfigError`."""
     # Its bars would tear our own display.
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -62,35 +90,9 @@ def load_policy(config: RunConfig) -> Policy:
         model.to(_device(config.model.device))
     except Exception as error:
         # Damaged files, unknown architectures and devices each raise something of their own.
-        raise ConfigError(f"model.path = {config.model.path!r}: {brief(error)}") from error
-    _check_lengths(config, model)
-    _check_buffers(config, model)
-    files = {path.name: path.read_bytes() for path in _model_files(folder)}
-    if not any(name.startswith("tokenizer") for name in files):
-        raise ConfigError(f"model.path = {config.model.path!r} holds no tokenizer files")
-    dtype = config.for_actors().dtype
-    manifest = [(name, dtype, tuple(p.shape)) for name, p in model.named_parameters()]
-    return Policy(
-        # Without dropout, so that log-probabilities are those of the sampled policy.
-        model=model.eval(),
-        folder=folder,
-        files=files,
-        files_digest=_files_digest(files),
-        specs=layout(manifest),
-    )
-
-
-def save_checkpoint(policy: Policy, target: Path) -> None:
-    """Write the model with its tokenizer in Hugging Face form; complete or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.model.save_pretrained(partial)
-    for name, content in policy.files.items():
-        if name not in ("config.json", "generation_config.json"):
-            (partial / name).write_bytes(content)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+        raise ConfigError(f"the model in {folder}: {brief(error)}") from error
+    # Without dropout, so that log-probabilities are those of the sampled policy.
+    return model.eval()
 
 
 def _folder(path: str) -> Path:

@@ -75,6 +75,8 @@ class Progress:
         self._first: dict[str, _Counters] = {}
         self._last: dict[str, _Counters] = {}
         self.tokens_trained = 0
+        self.tokens_generated_before = 0
+        """For the learners before a resume."""
         self._waited = 0.0
         self._waiting_since: float | None = None
         self.steps = 0
@@ -90,7 +92,7 @@ class Progress:
     def tokens_generated(self) -> int:
         """By all actors ever seen, also for evaluation and for groups that were not used."""
         with self._lock:
-            return int(self._totals()["tokens"])
+            return self.tokens_generated_before + int(self._totals()["tokens"])
 
     @property
     def stalled_share(self) -> float:

@@ -83,7 +83,6 @@ def step_line(learner: "Learner", step: StepResult, seconds: float) -> dict[str,
 def summary_report(learner: "Learner") -> dict[str, Any]:
     """summary.json: what the run achieved, and its books."""
     leases, books = learner.coordinator.leases.books, learner.buffer.books
-    names = tuple(reward.name for reward in learner.config.rewards)
     seconds = learner.training_seconds
     return {
         "run": learner.folder.path.name,
@@ -92,9 +91,9 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         "steps": learner.trainer.version,
         "seconds_training": seconds,
         "rewards": {
-            "before": _evaluation(learner.before, names),
-            "after": _evaluation(learner.after, names),
-            "changes": [asdict(change) for change in learner.trainer.rewards.changes],
+            "before": learner.before,
+            "after": learner.after,
+            "changes": [asdict(change) for change in learner.rewards.changes],
         },
         "books": {
             "leases": {
@@ -145,9 +144,8 @@ def _seconds_left(seconds: float, done: int, total: int) -> float | None:
     return seconds / done * (total - done) if done and seconds > 0 else None
 
 
-def _evaluation(evaluation: Evaluation | None, names: tuple[str, ...]) -> dict[str, Any] | None:
-    if evaluation is None:
-        return None
+def evaluation_report(evaluation: Evaluation, names: tuple[str, ...]) -> dict[str, Any]:
+    """What an evaluation found."""
     return {
         "version": evaluation.version,
         "prompts": evaluation.num_prompts,

@@ -9,14 +9,15 @@ new rollouts: it holds from the next batch on, whenever its groups were sampled.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
 import gdpo
+from learner.state import RewardState
 from protocol.config import RewardConfig, RewardUpdate, When
 from protocol.errors import ConfigError
 
@@ -48,6 +49,15 @@ class RewardSetting:
         if update.when is not None or update.always:
             conditions[name] = update.when
         return RewardSetting(weights, conditions)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The inverse of `as_json`."""
+        whens = {name: entry["when"] for name, entry in tree.items()}
+        return cls(
+            {name: entry["weight"] for name, entry in tree.items()},
+            {name: When.model_validate(when) if when else None for name, when in whens.items()},
+        )
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """By reward: weight, and condition or None."""
@@ -81,7 +91,22 @@ class RewardSettings:
             {reward.name: reward.when for reward in rewards},
         )
         self._step = 0
+        self.num_commands = 0
+        self.record: Callable[[int, Any], None] = lambda from_step, updates: None
+        """Called with each command before it is applied: it puts it where it is not lost."""
         self.changes: list[RewardChange] = []
+
+    def state(self) -> RewardState:
+        with self._lock:
+            changes = tuple(asdict(change) for change in self.changes)
+            return RewardState(self._current.as_json(), changes, self.num_commands)
+
+    def restore(self, state: RewardState, step: int) -> None:
+        """Be as after ``step``, when `state` was taken."""
+        self._step, self.num_commands = step, state.commands
+        self._schedule = [entry for entry in self._schedule if entry[0] > step]
+        self._current = RewardSetting.from_json(state.setting)
+        self.changes = [RewardChange(**change) for change in state.changes]
 
     def begin(self, step: int) -> RewardSetting:
         """The setting of ``step`` (from 1), with what is scheduled up to it."""
@@ -103,6 +128,8 @@ class RewardSettings:
             step = self._step + 1
             if step > self._last_step:
                 raise ConfigError("the last batch is in training: none is left to change")
+            self.record(step, updates)
+            self.num_commands += 1
             # What is scheduled for that step comes first, or it would undo the command.
             self._follow_schedule(step)
             setting = self._current

@@ -14,14 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import gdpo
 from learner.batch import Batch, collate, scores
 from learner.config import RunConfig
 from learner.policy import Policy
-from learner.reward_settings import RewardSetting, RewardSettings
+from learner.reward_settings import RewardSetting
 from protocol.errors import TrainingError
 from protocol.groups import Group
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+_RANDOM = "random_generator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +70,10 @@ class Trainer:
         policy: Policy,
         config: RunConfig,
         *,
+        reference: Any = None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
+        """``reference`` is the model of the KL term, if not the policy as it is now."""
         self._on_progress = on_progress
         self._model = policy.model
         self._config = config
@@ -76,24 +86,44 @@ class Trainer:
         )
         self._random = torch.Generator().manual_seed(config.seed)
         self._needs_proximal = gdpo.CORRECTIONS[config.algorithm.correction].needs_proximal
-        self.rewards = RewardSettings(config.rewards, config.learner.steps)
-        self._batch_std: float | None = None
+        self.batch_std: float | None = None
+        """Scale of the batches before, which were weighed by ``batch_std_setting``."""
+        self.batch_std_setting: RewardSetting | None = None
         self._reference: Any = None
         if config.algorithm.kl_coefficient:
-            self._reference = copy.deepcopy(policy.model).requires_grad_(False)
-        self._last_setting: RewardSetting | None = None
+            self._reference = (reference or copy.deepcopy(policy.model)).requires_grad_(False)
         self.version = 0
+        self.in_step = False
+        """Whether the weights are between two versions, which is so after a step that failed."""
 
-    def step(self, groups: list[Group]) -> StepResult:
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Optimiser and random generator: what a checkpoint needs besides the weights.
+
+        They are the optimiser's own; `load_state` takes them back.
+        """
+        return self._optimizer_tensors() | {_RANDOM: self._random.get_state()}
+
+    def load_state(self, version: int, fill: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        """Be as after the step that made ``version``; ``fill`` writes into `state_tensors`."""
+        tensors = self.state_tensors()
+        fill(tensors)
+        self._random.set_state(tensors.pop(_RANDOM))
+        state = get_optimizer_state_dict(self._model, self._optimizer, options=_FLAT)
+        state.update(tensors)  # type: ignore[arg-type]
+        set_optimizer_state_dict(self._model, self._optimizer, state, options=_FLAT)
+        self.version = version
+
+    def step(self, groups: list[Group], setting: RewardSetting) -> StepResult:
         """Train on a batch; raises `TrainingError` when loss or gradient is not finite."""
+        self.in_step = True
         scores_PGK = scores(groups)
-        setting = self.rewards.begin(self.version + 1)
         advantages = self._advantages(scores_PGK, setting)
         batch = collate(groups, self._device)
         advantages_B = advantages.advantages.flatten().to(self._device)
         staleness = [self.version - group.oldest_version for group in groups]
         metrics, difference = self._update(batch, advantages_B)
         self.version += 1
+        self.in_step = False
         names = list(setting.weights)
         metrics |= gdpo.reward_diagnostics(scores_PGK, advantages, names)
         num_tokens = sum(group.num_tokens for group in groups)
@@ -108,11 +138,17 @@ class Trainer:
             lag0_difference=difference,
         )
 
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        state: dict[str, Any] = dict(
+            get_optimizer_state_dict(self._model, self._optimizer, options=_FLAT)
+        )
+        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
     def _advantages(self, scores_PGK: torch.Tensor, setting: RewardSetting) -> gdpo.Advantages:
         algorithm = self._config.algorithm
-        if setting != self._last_setting:
+        if setting != self.batch_std_setting:
             # The scale of the batches before says nothing about other weights.
-            self._batch_std, self._last_setting = None, setting
+            self.batch_std, self.batch_std_setting = None, setting
         advantages = gdpo.compute_advantages(
             scores_PGK,
             estimator=algorithm.estimator,
@@ -123,9 +159,9 @@ class Trainer:
             conditions=setting.conditions,
             exclude_dead_from_batch_std=algorithm.exclude_dead_from_batch_std,
             ema_decay=algorithm.batch_std_ema,
-            previous_batch_std=self._batch_std,
+            previous_batch_std=self.batch_std,
         )
-        self._batch_std = advantages.batch_std
+        self.batch_std = advantages.batch_std
         return advantages
 
     def _update(
@@ -244,8 +280,8 @@ class Trainer:
         ).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"step {self.version + 1}: loss {loss}, gradient norm {norm}; the weights before "
-                "it are saved. Lower learner.lr, or look for a reward of extreme size"
+                f"step {self.version + 1}: loss {loss}, gradient norm {norm}. Lower learner.lr, "
+                "or look for a reward of extreme size"
             )
         self._optimizer.step()
         return norm

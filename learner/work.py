@@ -20,7 +20,8 @@ class WorkQueue:
 
     def __init__(self, stream: PromptStream) -> None:
         self._stream = stream
-        self._retries: deque[Work] = deque()
+        self.retries: deque[Work] = deque()
+        """Training rows to be leased again."""
         self._evaluation: Evaluation | None = None
 
     def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
@@ -41,7 +42,12 @@ class WorkQueue:
 
     def next_training(self) -> Work:
         """A row to train on; the stream has no end."""
-        return self._retries.popleft() if self._retries else self._stream.next()
+        return self.retries.popleft() if self.retries else self._stream.next()
+
+    @property
+    def next_ticket(self) -> int:
+        """Place in the stream of the next new row."""
+        return self._stream.next_ticket
 
     def done(self, work: Work, group: Group) -> None:
         """A valid group came back."""
@@ -51,7 +57,7 @@ class WorkQueue:
     def again(self, work: Work) -> None:
         """The actor was lost, not the row: lease it again before anything new."""
         if work.purpose == "train":
-            self._retries.append(work)
+            self.retries.append(work)
         elif evaluation := self._evaluation_of(work):
             evaluation.waiting.append(work)
 

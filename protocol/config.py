@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from protocol.messages import MAX_LEASES
+
 
 class StrictModel(BaseModel):
     """Unknown keys are errors; values do not change after validation."""
@@ -139,7 +141,7 @@ class ActorConfig(StrictModel):
     """``auto``: the learner's; weights are sent in this type."""
     device: str = "auto"
     """``auto``: a GPU where there is one."""
-    max_leases: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    max_leases: Annotated[int, Field(ge=1, le=MAX_LEASES)] | None = None
     """Groups that one actor generates at once. None: with vLLM as many as its cache holds, with
     transformers 16."""
     reward_timeout_s: PositiveFloat = 60.0

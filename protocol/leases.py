@@ -2,19 +2,19 @@
 
 A lease is one prompt row to be rolled out G times. It has exactly one end:
 
-    issue ──► outstanding ──► received   a valid group arrived from its holder
-                         └──► failed     the actor said so, was lost, or overran the deadline
+    issue ──► held ──► arrived ──► received   a valid group came from its holder, and is stored
+               └─────► failed                 the actor said so, was lost, or overran the deadline
 
-    invariant, per purpose:   leased = received + failed + outstanding
+    invariant, per purpose:   leased = received + failed + outstanding (held or arrived)
 
 A failed lease is never received later: when its row is issued again it gets a new number, so a
 group that arrives after its lease was given up is refused and cannot be trained twice.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from protocol.messages import Lease, Purpose, Verdict
 
@@ -32,6 +32,8 @@ class Work:
     temperature: float
     max_tokens: int
     purpose: Purpose = "train"
+    ticket: int = -1
+    """Position in the endless stream of training prompts; the same however often it is leased."""
     attempts: int = 0
     """Leases of this row that failed so far."""
 
@@ -48,13 +50,22 @@ class Held:
 
 @dataclass(slots=True)
 class Books:
-    """Counts of leases of one purpose since the start of the run."""
+    """Counts of leases of one purpose since the start of the run, of the learners before a resume
+    too."""
 
     leased: int = 0
     received: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     """By cause."""
     outstanding: int = 0
+
+    @classmethod
+    def after_loss(cls, received: int, failed: Mapping[str, int], gone: int) -> Self:
+        """Of a learner that took over from one that was lost, with ``gone`` leases out."""
+        causes = Counter(failed)
+        if gone:
+            causes["learner_lost"] += gone
+        return cls(received + causes.total(), received, causes)
 
     @property
     def balanced(self) -> bool:
@@ -64,12 +75,14 @@ class Books:
 class LeaseBook:
     """Issues leases and settles each of them once."""
 
-    def __init__(self, *, timeout_s: float, first_lease: int = 1) -> None:
+    def __init__(self, *, timeout_s: float) -> None:
         if timeout_s <= 0:
             raise ValueError(f"lease timeout must be positive, not {timeout_s}")
         self._timeout_s = timeout_s
-        self._next = first_lease
-        self._outstanding: dict[int, Held] = {}
+        self.next_lease = 1
+        """Number of the lease that is issued next."""
+        self._held: dict[int, Held] = {}
+        self._arrived: dict[int, Held] = {}
         self._failed: OrderedDict[int, str] = OrderedDict()
         self.books: dict[Purpose, Books] = {
             "check": Books(),
@@ -79,9 +92,9 @@ class LeaseBook:
 
     def issue(self, work: Work, holder: str, now: float) -> Lease:
         """Lease ``work`` to ``holder`` until ``now`` plus the timeout."""
-        held = Held(self._next, work, holder, now + self._timeout_s)
-        self._next += 1
-        self._outstanding[held.lease] = held
+        held = Held(self.next_lease, work, holder, now + self._timeout_s)
+        self.next_lease += 1
+        self._held[held.lease] = held
         self._books(held).leased += 1
         self._books(held).outstanding += 1
         return Lease(
@@ -97,47 +110,58 @@ class LeaseBook:
         )
 
     def held_by(self, holder: str) -> list[Held]:
-        """Outstanding leases of one actor."""
-        return [held for held in self._outstanding.values() if held.holder == holder]
+        """Leases that one actor has yet to fulfil."""
+        return [held for held in self._held.values() if held.holder == holder]
 
     def find(self, lease: int, holder: str) -> Held | None:
-        """The outstanding lease, if ``holder`` is the one who holds it."""
-        held = self._outstanding.get(lease)
+        """The lease, if ``holder`` is the one who has yet to fulfil it."""
+        held = self._held.get(lease)
         return held if held is not None and held.holder == holder else None
 
-    def why_not(self, lease: int) -> tuple[Verdict, str]:
-        """Why a group for ``lease`` is not accepted now."""
+    def why_not(self, lease: int) -> tuple[Verdict, str] | None:
+        """Why a group for ``lease`` is not accepted now; None while it has arrived before, but is
+        not stored yet: then the answer is still to come."""
+        if lease in self._arrived:
+            return None
         if lease in self._failed:
             return "rejected", f"lease {lease} was given up before: {self._failed[lease]}"
-        if lease in self._outstanding:
+        if lease in self._held:
             return "rejected", f"lease {lease} is held by another actor"
-        if 0 < lease < self._next:
+        if 0 < lease < self.next_lease:
             return "duplicate", f"lease {lease} is settled"
         return "rejected", f"lease {lease} was never issued"
 
+    def arrive(self, held: Held) -> None:
+        """A valid group came from the holder; it is to be stored."""
+        del self._held[held.lease]
+        self._arrived[held.lease] = held
+
     def receive(self, held: Held) -> None:
-        """A valid group for an outstanding lease arrived."""
-        self._close(held)
+        """The group that arrived is stored."""
+        del self._arrived[held.lease]
+        self._books(held).outstanding -= 1
         self._books(held).received += 1
 
     def fail(self, held: Held, cause: str) -> None:
-        """An outstanding lease will not be fulfilled."""
-        self._close(held)
+        """The holder will not fulfil the lease."""
+        del self._held[held.lease]
+        self._books(held).outstanding -= 1
         self._books(held).failed[cause] += 1
         self._failed[held.lease] = cause
         if len(self._failed) > _REMEMBERED_FAILURES:
             self._failed.popitem(last=False)
 
     def overdue(self, now: float) -> Iterable[Held]:
-        """Outstanding leases whose deadline has passed."""
-        return [held for held in self._outstanding.values() if held.expires_at <= now]
+        """Leases to be fulfilled whose deadline has passed."""
+        return [held for held in self._held.values() if held.expires_at <= now]
+
+    def open_works(self, purpose: Purpose) -> list[Work]:
+        """Of all outstanding leases."""
+        everything = (*self._held.values(), *self._arrived.values())
+        return [held.work for held in everything if held.work.purpose == purpose]
 
     def outstanding(self, purpose: Purpose) -> int:
         return self.books[purpose].outstanding
 
     def _books(self, held: Held) -> Books:
         return self.books[held.work.purpose]
-
-    def _close(self, held: Held) -> None:
-        del self._outstanding[held.lease]
-        self._books(held).outstanding -= 1

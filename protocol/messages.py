@@ -16,6 +16,9 @@ import msgspec
 PROTOCOL_VERSION = 1
 """Raised whenever a peer of the old version could misread a message of the new one."""
 
+MAX_LEASES = 8192
+"""That one actor may hold at once."""
+
 Purpose = Literal["check", "train", "eval"]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """A duration: neither negative nor NaN nor infinite."""
@@ -77,11 +80,15 @@ class Status(Header, tag="status", frozen=True):
     """Heartbeat, sent while the engine makes progress or has nothing to do; see `Pong`."""
 
     sequence: int
-    capacity: Annotated[int, msgspec.Meta(ge=0, le=65_536)]
+    capacity: Annotated[int, msgspec.Meta(ge=0, le=MAX_LEASES)]
     """Leases the actor can hold at once; 0 until its engine has weights, and while draining."""
     version: int
     """Policy version that the engine samples from; -1 before the first one."""
-    active_leases: Count
+    leases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_LEASES)]
+    """Leases that it works on, or whose group is not acknowledged yet."""
+    heard: int
+    """Sequence of the last `Pong` that it got; -1 before the first. Messages keep their order, so a
+    lease that was sent before that answer and is not listed was lost on the way."""
     tokens_generated: Count
     """Since the start of the process, like the four below."""
     groups_generated: Count

@@ -81,7 +81,15 @@ class System:
 
     def start_learner(self, *overrides: str) -> Process:
         """A learner that listens."""
-        self.learner = self.gdpo("learner", "learner", str(RECIPE), *QUICK, *overrides)
+        return self._listening("learner", str(RECIPE), *QUICK, *overrides)
+
+    def resume_learner(self, *overrides: str) -> Process:
+        """The learner again, after it ended or was killed."""
+        return self._listening("resumed", "--resume", str(self.run_folder), *overrides)
+
+    def _listening(self, name: str, *arguments: str) -> Process:
+        (self.run_folder / "endpoints.json").unlink(missing_ok=True)
+        self.learner = self.gdpo(name, "learner", *arguments)
         path = self.run_folder / "endpoints.json"
         wait_for(lambda: path.exists() or self.learner.popen.poll() is not None, "the learner")
         assert path.exists(), self.learner.output

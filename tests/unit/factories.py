@@ -117,7 +117,8 @@ def make_status(**changes: Any) -> Status:
         "sequence": 1,
         "capacity": 4,
         "version": 0,
-        "active_leases": 0,
+        "leases": (),
+        "heard": -1,
         "tokens_generated": 0,
         "groups_generated": 0,
         "idle_seconds": 0.0,
@@ -243,8 +244,8 @@ class Cluster:
 
     def train(self) -> bool:
         """One training step, if there is a batch."""
-        groups = self.buffer.take(self.config.learner.batch_groups, self.version, timeout_s=0)
-        if groups is None:
+        cut = self.buffer.take(self.config.learner.batch_groups, self.version, timeout_s=0)
+        if cut is None:
             return False
         self.version += 1
         self.coordinator.advance(self.version)

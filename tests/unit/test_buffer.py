@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.buffer import ReplayBuffer
+from learner.buffer import Cut, ReplayBuffer
 from protocol.groups import Group
 from tests.unit.factories import make_group
 
@@ -24,13 +24,18 @@ def filled(*groups: tuple[int, int], **changes) -> ReplayBuffer:
     """A buffer with groups of (lease, version), added in this order."""
     buffer = make_buffer(**changes)
     for lease, version in groups:
-        buffer.add(make_group(lease, version=version))
+        add(buffer, make_group(lease, version=version))
     return buffer
 
 
-def leases(groups: list[Group] | None) -> list[int]:
-    assert groups is not None
-    return [group.lease for group in groups]
+def add(buffer: ReplayBuffer, group: Group) -> None:
+    """With its lease for a ticket."""
+    buffer.add(group, group.lease)
+
+
+def leases(cut: Cut | None) -> list[int]:
+    assert cut is not None
+    return [group.lease for group in cut.groups]
 
 
 # ---- Taking ------------------------------------------------------------------------------------
@@ -39,7 +44,7 @@ def leases(groups: list[Group] | None) -> list[int]:
 def test_fifo_takes_groups_in_the_order_of_their_leases():
     buffer = filled((3, 0), (1, 0), (4, 0), (2, 0))
     assert leases(buffer.take(3, version=0, timeout_s=0)) == [1, 2, 3]
-    buffer.add(make_group(1))
+    add(buffer, make_group(1))
     assert leases(buffer.take(2, version=0, timeout_s=0)) == [1, 4]
 
 
@@ -63,7 +68,7 @@ def test_take_gives_up_after_its_timeout():
 
 def test_a_group_that_arrives_completes_the_batch_that_is_waited_for():
     buffer = filled((1, 0))
-    Timer(0.05, buffer.add, [make_group(2)]).start()
+    Timer(0.05, add, [buffer, make_group(2)]).start()
     assert leases(buffer.take(2, version=0, timeout_s=10)) == [1, 2]
 
 
@@ -95,7 +100,7 @@ def test_a_group_is_used_max_uses_times_and_no_more():
 def test_with_a_lag_the_batches_behind_are_waited_for():
     buffer = filled((1, 0), (2, 0), (3, 0), (4, 0), (5, 0), lag=2)
     assert buffer.take(2, version=0, timeout_s=0, batches_after=9) is None
-    buffer.add(make_group(6))
+    add(buffer, make_group(6))
     assert leases(buffer.take(2, version=0, timeout_s=0, batches_after=9)) == [1, 2]
     # Of the last batches of a run fewer are held back.
     assert buffer.take(2, version=1, timeout_s=0, batches_after=2) is None
@@ -120,7 +125,7 @@ def test_staleness_counts_from_the_oldest_token_of_the_group():
     # Of two rollouts, one began under version 1.
     object.__setattr__(group.rollouts[1], "spans", ((0, 1), (1, 4)))
     buffer = make_buffer()
-    buffer.add(group)
+    add(buffer, group)
     assert buffer.take(1, version=4, timeout_s=0) is None
     assert buffer.books.evicted == {"stale": 1}
 
@@ -134,7 +139,7 @@ def test_a_full_buffer_makes_room_by_evicting_the_oldest_lease():
 
 def test_a_group_that_is_larger_than_the_buffer_does_not_stay():
     buffer = make_buffer(max_bytes=100)
-    buffer.add(make_group(1, lengths=(8, 8)))  # 16 * 8 + 8 + 16 bytes
+    add(buffer, make_group(1, lengths=(8, 8)))  # 16 * 8 + 8 + 16 bytes
     assert (len(buffer), buffer.size_bytes) == (0, 0)
     assert buffer.books.evicted == {"overflow": 1}
 
@@ -183,11 +188,11 @@ def test_guarantees_1_3_4_and_5_hold_for_any_history(values, history, random):
             lag, length = arguments
             group = make_group(numbers.pop(), version=max(version - lag, 0), lengths=(length, 1))
             added[group.lease] = group
-            buffer.add(group)
+            add(buffer, group)
         else:
             num_groups, step = arguments
             taken = buffer.take(num_groups, version, timeout_s=0)
-            for group in taken or []:
+            for group in taken.groups if taken else []:
                 uses[group.lease] += 1
                 assert version - group.oldest_version <= values["max_staleness"]  # guarantee 5
             assert taken is None or len({*leases(taken)}) == num_groups

@@ -121,7 +121,7 @@ def test_a_lease_that_overruns_its_deadline_goes_to_another_actor():
     for _ in range(12):
         cluster.clock.advance(5)
         cluster.status("idle", capacity=3)
-        cluster.status("hung", capacity=1, active_leases=1)
+        cluster.status("hung", capacity=1, leases=(stuck.lease,))
     cluster.coordinator.tick()
     # The hung actor still works on its first lease, and has said that it can hold one.
     assert cluster.heard("hung", Lease) == []
@@ -132,7 +132,7 @@ def test_an_overrun_lease_takes_room_until_its_actor_answers_or_says_that_it_is_
     cluster = joined("a", capacity=1)
     for answer in ("group", "failed", "idle"):
         [lease] = cluster.leases("a")
-        stay_alive(cluster, "a", seconds=60, capacity=1, active_leases=1)
+        stay_alive(cluster, "a", seconds=60, capacity=1, leases=(lease,))
         assert cluster.leases("a") == []
         if answer == "group":
             assert cluster.finish("a", lease).verdict == "rejected"
@@ -140,7 +140,7 @@ def test_an_overrun_lease_takes_room_until_its_actor_answers_or_says_that_it_is_
             fail(cluster, "a", lease)
         else:
             # The lease, or the answer to it, was lost on the way.
-            cluster.status("a", capacity=1, active_leases=0)
+            cluster.status("a", capacity=1, leases=())
     assert len(cluster.leases("a")) == 1
 
 

@@ -187,7 +187,7 @@ class Run:
             index = 0 if self.in_order else self.random.randrange(len(self.outstanding))
             lease, version = self.outstanding.pop(index)
             if self.random.random() >= self.failure_rate:
-                self.buffer.add(make_group(lease, version=version))
+                self.buffer.add(make_group(lease, version=version), lease)
 
     def follow(self) -> None:
         self.versions[self.random.randrange(self.num_actors)] = self.version
@@ -202,7 +202,9 @@ class Run:
             )
             if batch is not None:
                 self.training = True
-                self.staleness.append({self.version - group.oldest_version for group in batch})
+                self.staleness.append(
+                    {self.version - group.oldest_version for group in batch.groups}
+                )
 
     def step(self) -> None:
         if self.training:

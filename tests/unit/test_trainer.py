@@ -12,7 +12,8 @@ from actors.batch_generator import BatchGenerator
 from actors.engine import Request
 from learner.batch import collate
 from learner.config import RunConfig, load_config
-from learner.policy import load_policy, save_checkpoint
+from learner.policy import load_policy
+from learner.reward_settings import RewardSetting
 from learner.snapshots import pack
 from learner.trainer import StepResult, Trainer, lr_factor
 from protocol.errors import TrainingError
@@ -54,13 +55,23 @@ def with_algorithm(config: RunConfig, **changes) -> RunConfig:
     return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=changes)})
 
 
+def setting(config: RunConfig, **weights: float) -> RewardSetting:
+    """What the rewards count: as the configuration says, but for these."""
+    chosen = {r.name: weights.get(r.name, r.weight) for r in config.rewards}
+    return RewardSetting(chosen, {r.name: r.when for r in config.rewards})
+
+
+def train(trainer: Trainer, groups: list[Group], **weights: float) -> StepResult:
+    return trainer.step(groups, setting(trainer._config, **weights))
+
+
 def train_once(config: RunConfig, **algorithm) -> StepResult:
     changed = with_algorithm(config, **algorithm)
-    return Trainer(load_policy(changed), changed).step(make_groups(changed))
+    return train(Trainer(load_policy(changed), changed), make_groups(changed))
 
 
 def test_the_samplers_log_probabilities_equal_the_trainers_at_lag_0(config):
-    result = Trainer(load_policy(config), config).step(make_groups(config))
+    result = train(Trainer(load_policy(config), config), make_groups(config))
     print(f"largest difference: {result.lag0_difference:.2e}")
     assert result.lag0_difference < 1e-4
     assert result.metrics["ess"] == pytest.approx(1.0, abs=1e-4)
@@ -69,7 +80,7 @@ def test_the_samplers_log_probabilities_equal_the_trainers_at_lag_0(config):
 def test_stale_tokens_do_not_count_as_lag_0(config):
     trainer = Trainer(load_policy(config), config)
     trainer.version = 3
-    result = trainer.step(make_groups(config, version=1))
+    result = train(trainer, make_groups(config, version=1))
     assert result.lag0_difference is None
     assert result.staleness == [2] * NUM_PROMPTS
     assert result.version == 4
@@ -84,7 +95,7 @@ def test_microbatches_do_not_change_the_step(config):
         changed = config.model_copy(
             update={"learner": config.learner.model_copy(update={"microbatch_sequences": size})}
         )
-        losses.append(Trainer(policy, changed).step(groups).metrics["loss"])
+        losses.append(train(Trainer(policy, changed), groups).metrics["loss"])
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
         digests.append(pack(1, policy.model, policy.specs).digest)
     for loss, weight in zip(losses[1:], weights[1:], strict=True):
@@ -102,7 +113,7 @@ def test_a_step_makes_better_rollouts_more_likely(config):
     batch = collate(groups, torch.device("cpu"))
     before = trainer._proximal_logprobs(batch)
     for _ in range(3):
-        trainer.step(groups)
+        train(trainer, groups)
     change = ((trainer._proximal_logprobs(batch) - before) * batch.mask_BT).sum(1)
     totals = torch.tensor(np.stack([g.scores.sum(1) for g in groups]))
     best = totals.argmax(1) + torch.arange(NUM_PROMPTS) * NUM_ROLLOUTS
@@ -113,9 +124,8 @@ def test_a_step_makes_better_rollouts_more_likely(config):
 def test_a_weight_that_changes_between_steps_changes_what_the_same_groups_teach(config):
     groups = make_groups(config)
     trainer = Trainer(load_policy(config), config)
-    first = trainer.step(groups)
-    trainer.rewards.command({"format": {"weight": 0.0}})
-    second = trainer.step(groups)
+    first = train(trainer, groups)
+    second = train(trainer, groups, format=0.0)
     assert first.setting.weights["format"] == 1.0
     assert second.setting.weights["format"] == 0.0
     assert first.metrics["reward/format/advantage_share"] > 0.2
@@ -128,7 +138,7 @@ def test_groups_without_any_difference_leave_the_weights_alone(config):
     groups = make_groups(config)
     for group in groups:
         group.scores[:] = 1.0
-    result = Trainer(policy, config).step(groups)
+    result = train(Trainer(policy, config), groups)
     assert pack(1, policy.model, policy.specs).digest == before
     assert result.metrics["groups/dead"] == NUM_PROMPTS
 
@@ -171,7 +181,7 @@ def test_the_divergence_from_the_first_model_is_measured_and_held_down(config):
     changed = with_algorithm(config, kl_coefficient=0.1)
     trainer = Trainer(policy, changed)
     groups = make_groups(config)
-    first, second = trainer.step(groups), trainer.step(groups)
+    first, second = train(trainer, groups), train(trainer, groups)
     assert 0 <= first.metrics["reference_kl"] < second.metrics["reference_kl"]
 
 
@@ -192,7 +202,7 @@ def test_a_small_effective_sample_makes_a_small_step(config):
                 rollout.logprobs[::3] -= 6.0
         policy = load_policy(config)
         before = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
-        result = Trainer(policy, with_algorithm(config, scale_lr_by_ess=scale)).step(groups)
+        result = train(Trainer(policy, with_algorithm(config, scale_lr_by_ess=scale)), groups)
         after = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
         moved.append((after - before).abs().mean().item())
         assert result.metrics["ess"] < 0.5
@@ -204,29 +214,30 @@ def test_the_batch_std_can_be_smoothed_over_batches(config):
     for group in groups[1:]:
         group.scores[:] = 1.0
     trainer = Trainer(load_policy(config), with_algorithm(config, batch_std_ema=0.5))
-    trainer.step(make_groups(config))
-    first = trainer._batch_std
-    trainer.step(groups)
+    train(trainer, make_groups(config))
+    first = trainer.batch_std
+    train(trainer, groups)
     # Five dead groups of six shrink the batch's own std; half of it is the one before.
-    assert first / 2 < trainer._batch_std < first
+    assert first / 2 < trainer.batch_std < first
 
 
 def test_other_weights_begin_the_smoothed_batch_std_anew(config):
     groups = make_groups(config)
     trainer = Trainer(load_policy(config), with_algorithm(config, batch_std_ema=0.9))
-    trainer.step(groups)
-    first = trainer._batch_std
-    trainer.rewards.command({name: {"weight": 100.0} for name in ("format", "correctness")})
-    trainer.step(groups)
-    assert trainer._batch_std == pytest.approx(100 * first, rel=1e-5)
+    train(trainer, groups)
+    first = trainer.batch_std
+    train(trainer, groups, format=100.0, correctness=100.0)
+    assert trainer.batch_std == pytest.approx(100 * first, rel=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_ends_training_with_a_message(config):
     policy = load_policy(config)
     with torch.no_grad():
         next(policy.model.parameters())[:] = float("nan")
-    with pytest.raises(TrainingError, match=r"step 1: loss nan.*weights before it.*learner\.lr"):
-        Trainer(policy, config).step(make_groups(config))
+    trainer = Trainer(policy, config)
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*learner\.lr"):
+        train(trainer, make_groups(config))
+    assert trainer.in_step
 
 
 def test_token_versions_follow_the_spans():
@@ -249,16 +260,3 @@ def test_the_learning_rate_warms_up_and_falls():
     # 1/3, 2/3, then 4/4, 3/4, 2/4, 1/4
     assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
     assert lr_factor(5, warmup=2, total=6, schedule="constant") == 1.0
-
-
-def test_a_checkpoint_opens_with_the_same_weights_and_tokenizer(config, tmp_path):
-    policy = load_policy(config)
-    target = tmp_path / "checkpoint"
-    save_checkpoint(policy, target)
-    save_checkpoint(policy, target)
-    opened = load_policy(
-        config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
-    )
-    assert pack(0, opened.model, opened.specs).digest == pack(0, policy.model, policy.specs).digest
-    assert {n for n in opened.files if n.startswith("tokenizer")} <= policy.files.keys()
-    assert not target.with_name("checkpoint.partial").exists()

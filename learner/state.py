@@ -1,0 +1,68 @@
+"""What of a run, besides weights and optimiser, a checkpoint holds: small, and written as JSON."""
+
+from typing import Any
+
+import msgspec
+
+from protocol.messages import Purpose
+
+
+class OpenTickets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far the stream of prompts is used, and what of it is still to come in."""
+
+    next_ticket: int = 0
+    """The first one that was never leased."""
+    leased: tuple[int, ...] = ()
+    waiting: tuple[int, ...] = ()
+    """To be leased again."""
+    buffered: tuple[int, ...] = ()
+    """Came in, but not trained on yet."""
+
+
+class LeaseState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`protocol.leases.Books` of one purpose."""
+
+    received: int
+    failed: dict[str, int]
+    outstanding: int
+
+
+class GroupState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`learner.buffer.BufferBooks`, less what is buffered."""
+
+    trained: int = 0
+    ended_tokens: int = 0
+    """Completion tokens of the groups that were trained or evicted."""
+    buffered_tokens: int = 0
+    evicted: dict[str, int] = {}
+    evicted_tokens: dict[str, int] = {}
+    largest_staleness: int = 0
+
+
+class RewardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where `learner.reward_settings.RewardSettings` is."""
+
+    setting: dict[str, dict[str, Any]]
+    changes: tuple[dict[str, Any], ...]
+    commands: int
+    """Number of the last command that is contained."""
+
+
+class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that continues the same history."""
+
+    run_id: str
+    version: int
+    tickets: OpenTickets
+    next_lease: int
+    leases: dict[Purpose, LeaseState]
+    groups: GroupState
+    rewards: RewardState
+    batch_std: float | None
+    """Of `learner.trainer.Trainer`, and the setting that it belongs to."""
+    batch_std_setting: dict[str, dict[str, Any]] | None
+    tokens_trained: int
+    tokens_generated: int
+    training_seconds: float
+    lag0_difference: float | None
+    counters: dict[str, int]

@@ -110,6 +110,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     change.set_defaults(command=_set)
 
+    journal = commands.add_parser("journal", help="print what the journal of a run holds")
+    journal.add_argument("run", type=Path, metavar="FOLDER")
+    journal.add_argument(
+        "--replay",
+        action="store_true",
+        help="train on it again, without any actor, and compare the losses",
+    )
+    journal.set_defaults(command=_journal)
+
     plot = commands.add_parser("plot", help="draw the curves of a run or comparison again")
     plot.add_argument("run", type=Path, metavar="FOLDER")
     plot.set_defaults(command=_plot)
@@ -264,6 +273,15 @@ def _set(options: Any) -> int:
     from deploy.control import set_rewards
 
     set_rewards(options.run, options.assignments)
+    return 0
+
+
+def _journal(options: Any) -> int:
+    from deploy.journal import print_journal, replay_journal
+
+    if options.replay:
+        return 0 if replay_journal(options.run) else FAILURE
+    print_journal(options.run)
     return 0
 
 

@@ -17,7 +17,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ import zmq
 from prometheus_client import CollectorRegistry
 
 from learner.buffer import Cut, ReplayBuffer
-from learner.checkpoints import Checkpoint, load_tensors, newest
+from learner.checkpoints import Checkpoint, newest
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream, check_work, evaluation_work, load_rows
@@ -33,17 +32,17 @@ from learner.history import JOURNAL_TIMEOUT_S, History, Resumed
 from learner.intake import Intake
 from learner.journal import Arrival
 from learner.metrics import StateCollector, StepMetrics
-from learner.policy import Policy, load_model, load_policy
 from learner.progress import Progress
 from learner.publisher import Publisher
+from learner.replay import load_trainer
 from learner.report import evaluation_report, status_report, step_line, summary_report
 from learner.reward_settings import RewardSetting, RewardSettings
 from learner.runlog import RunFolder
 from learner.selfcheck import SelfCheck
 from learner.snapshots import SnapshotStore, pack
 from learner.state import RunState
-from learner.trainer import StepResult, Trainer
-from learner.work import WorkQueue
+from learner.trainer import StepResult
+from learner.work import WorkQueue, group_limits
 from protocol.errors import ConfigError, TrainingError, brief
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
@@ -94,26 +93,11 @@ class Learner:
             load_rows(config.data.heldout, config.data.heldout_split) if config.data.heldout else []
         )
         self._stream = PromptStream(rows, config)
-        self.policy: Policy = load_policy(config, checkpoint.model if checkpoint else None)
         self._heartbeat = Heartbeat("trainer", limit_s=120.0)
-        # The KL term is to the model that training began with, not to where it goes on.
-        first = checkpoint and config.algorithm.kl_coefficient
-        self.trainer = Trainer(
-            self.policy,
-            config,
-            reference=load_model(config, self.policy.folder) if first else None,
-            on_progress=self._heartbeat.beat,
-        )
+        self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
         self.rewards = RewardSettings(config.rewards, config.learner.steps)
-        self.history = History(self.folder.path, config, self.policy)
-        self.buffer = ReplayBuffer(
-            max_groups=config.buffer.max_groups,
-            max_bytes=config.buffer.max_bytes,
-            max_staleness=config.learner.max_staleness,
-            max_uses=config.buffer.max_uses,
-            sampling=config.buffer.sampling,
-            lag=config.buffer.lag or 0,
-        )
+        self.history = History(self.folder, config, self.policy)
+        self.buffer = ReplayBuffer.of(config)
 
     def _assemble(self) -> None:
         """The parts that decide, still without a connection to anybody."""
@@ -145,23 +129,19 @@ class Learner:
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         """Be as the learner before was after the last batch that it began, and go on from there."""
-        resumed = Resumed(self.config, checkpoint, self.history, self.coordinator.any_group)
+        limits = group_limits(self.config, self.policy.vocab_size)
+        resumed = Resumed(self.config, checkpoint, self.history.journal, limits)
         self.before = self.folder.read_evaluation()
         self.folder.forget_steps_after(resumed.version)
         log.info("resuming %s from step %d", self.folder.path, resumed.version)
         if checkpoint is not None:
             state = checkpoint.state
-            self.trainer.load_state(checkpoint.version, partial(load_tensors, checkpoint))
-            self.trainer.batch_std = state.batch_std
-            if state.batch_std_setting is not None:
-                setting = RewardSetting.from_json(state.batch_std_setting)
-                self.trainer.batch_std_setting = setting
             self.training_seconds = state.training_seconds
             self.lag0_difference = state.lag0_difference
             self.progress.tokens_trained = state.tokens_trained
             self.progress.tokens_generated_before = state.tokens_generated
             self.coordinator.counters.restore(state.counters)
-        resumed.replay(self.buffer, self.rewards, self._train_again)
+        resumed.replay(self.buffer, self.rewards, self._train_again, self.history.note_finished)
         resumed.restore_work(self._stream, self._work, self.coordinator.leases, self.buffer)
         self.coordinator.advance(self.trainer.version)
         self._snapshots.publish(pack(self.trainer.version, self.policy.model, self.policy.specs))

@@ -23,8 +23,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import Literal
+from typing import Literal, Self
 
+from learner.config import RunConfig
 from learner.state import GroupState
 from protocol.groups import Group
 
@@ -100,6 +101,18 @@ class ReplayBuffer:
         self.largest_staleness = 0
         """Of any group that `take` returned."""
         self.books = BufferBooks()
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """As a configuration says."""
+        return cls(
+            max_groups=config.buffer.max_groups,
+            max_bytes=config.buffer.max_bytes,
+            max_staleness=config.learner.max_staleness,
+            max_uses=config.buffer.max_uses,
+            sampling=config.buffer.sampling,
+            lag=config.buffer.lag or 0,
+        )
 
     def __len__(self) -> int:
         return len(self._entries)

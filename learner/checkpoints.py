@@ -160,16 +160,28 @@ def newest(folder: Path) -> Checkpoint | None:
     problems = []
     for version, path in sorted(_complete(folder), reverse=True):
         try:
-            _verify(path)
-            state = msgspec.json.decode((path / "state.json").read_bytes(), type=RunState)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path.name}: {brief(error)}")
-            log.warning("checkpoint %s is damaged and passed over: %s", path, brief(error))
-            continue
-        return Checkpoint(path, version, state)
+            return _opened(version, path)
+        except ConfigError as error:
+            problems.append(str(error))
+            log.warning("%s; passed over", error)
     if problems:
         raise ConfigError(f"every checkpoint in {folder} is damaged: {'; '.join(problems)}")
     return None
+
+
+def oldest(folder: Path) -> Checkpoint | None:
+    """The oldest checkpoint; None if there is none. Raises `ConfigError` if it is damaged."""
+    found = sorted(_complete(folder))
+    return _opened(*found[0]) if found else None
+
+
+def _opened(version: int, path: Path) -> Checkpoint:
+    try:
+        _verify(path)
+        state = msgspec.json.decode((path / "state.json").read_bytes(), type=RunState)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"checkpoint {path.name} is damaged: {brief(error)}") from error
+    return Checkpoint(path, version, state)
 
 
 def load_tensors(checkpoint: Checkpoint, tensors: Tensors) -> None:

@@ -27,7 +27,7 @@ from learner.pacing import Pacing
 from learner.selfcheck import CheckResult, SelfCheck
 from learner.snapshots import SnapshotStore
 from learner.state import LeaseState, OpenTickets
-from learner.work import MAX_ATTEMPTS, WorkQueue
+from learner.work import MAX_ATTEMPTS, WorkQueue, group_limits
 from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
 from protocol.framing import Buffer
 from protocol.groups import Group, GroupLimits, unpack_group
@@ -89,7 +89,7 @@ class Coordinator:
         self._buffer = buffer
         self._pacing = pacing
         self._snapshots = snapshots
-        self._vocab_size = vocab_size
+        self._any_group = group_limits(config, vocab_size)
         self._clock = clock
         self._self_check = self_check
         self._checks = cycle(checks)
@@ -373,23 +373,10 @@ class Coordinator:
 
     def _limits(self, work: Work) -> GroupLimits:
         return replace(
-            self.any_group,
+            self._any_group,
             num_rollouts=work.num_rollouts,
             max_tokens=work.max_tokens,
             newest_version=self._trainer_version,
-        )
-
-    @property
-    def any_group(self) -> GroupLimits:
-        """What holds for every group to train on, of whatever version."""
-        sampling = self._config.sampling
-        return GroupLimits(
-            num_rollouts=sampling.num_rollouts,
-            reward_names=tuple(reward.name for reward in self._config.rewards),
-            vocab_size=self._vocab_size,
-            max_prompt_tokens=sampling.max_prompt_tokens,
-            max_tokens=sampling.max_tokens,
-            newest_version=2**31 - 1,
         )
 
     def _ack(self, session: str, lease: int, verdict: Verdict, cause: str) -> None:

@@ -17,16 +17,16 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 
 from learner.buffer import Cut, ReplayBuffer
 from learner.checkpoints import Checkpoint, Checkpoints
 from learner.config import RunConfig
 from learner.data import PromptStream
-from learner.journal import Journal, RecordedCut, Stored
+from learner.journal import Journal, JournalReader, RecordedCut, Stored
 from learner.policy import Policy
 from learner.reward_settings import RewardSetting, RewardSettings
+from learner.runlog import RunFolder
 from learner.state import OpenTickets, RunState
 from learner.work import WorkQueue
 from protocol.errors import BadMessage, ConfigError
@@ -36,22 +36,21 @@ from protocol.leases import Books, LeaseBook
 log = logging.getLogger("learner")
 
 JOURNAL_TIMEOUT_S = 60.0
-NEWEST_VERSION = 2**31 - 1
 
 
 class History:
     """The writing side."""
 
-    def __init__(self, folder: Path, config: RunConfig, policy: Policy) -> None:
-        """``folder`` is the run's. Raises `ConfigError`."""
+    def __init__(self, folder: RunFolder, config: RunConfig, policy: Policy) -> None:
+        """Raises `ConfigError`."""
         self._config = config
         self.journal = (
-            Journal(folder / "journal.sqlite", config.buffer.journal_max_bytes)
+            Journal(folder.journal, config.buffer.journal_max_bytes)
             if config.buffer.durability == "journal"
             else None
         )
         self.checkpoints = Checkpoints(
-            folder / "checkpoints", policy, keep=config.checkpoints.keep, on_written=self._prune
+            folder.checkpoints, policy, keep=config.checkpoints.keep, on_written=self._prune
         )
         self._last_cut: Stored | None = None
         self._lock = Lock()
@@ -105,17 +104,13 @@ class Resumed:
 
     config: RunConfig
     checkpoint: Checkpoint | None
-    history: History
+    journal: JournalReader | None
     limits: GroupLimits
     """Of the groups in the journal."""
 
     @property
     def state(self) -> RunState | None:
         return self.checkpoint.state if self.checkpoint else None
-
-    @property
-    def journal(self) -> Journal | None:
-        return self.history.journal
 
     @property
     def version(self) -> int:
@@ -127,10 +122,12 @@ class Resumed:
         buffer: ReplayBuffer,
         rewards: RewardSettings,
         train: Callable[[Cut, RewardSetting], None],
+        finished: Callable[[int, tuple[int, ...]], None] = lambda step, tickets: None,
     ) -> None:
         """Cut the journal's batches again and ``train`` on them, then fill the buffer.
 
-        Raises `ConfigError` if the journal and the checkpoint do not belong together.
+        ``finished`` is told the tickets of groups that nobody needs after a step. Raises
+        `ConfigError` if the journal and the checkpoint do not belong together.
         """
         if self.state is not None:
             buffer.restore(self.state.groups)
@@ -153,7 +150,7 @@ class Resumed:
         ended = {ticket for ticket, n in uses.items() if n >= self.config.buffer.max_uses}
         ended |= {ticket for cut in before for ticket, _ in cut.evicted}
         alive = dict.fromkeys(t for t in self.journal.tickets() if t not in ended)
-        self.history.note_finished(self.version, tuple(ended))
+        finished(self.version, tuple(ended))
         commands = deque(self.journal.commands())
 
         def fetch(ticket: int) -> None:
@@ -175,10 +172,10 @@ class Resumed:
             command_up_to(cut.step)
             setting = rewards.begin(cut.step)
             again = self._retake(buffer, cut)
-            self.history.note_finished(cut.step, again.finished)
+            finished(cut.step, again.finished)
             train(again, setting)
             buffer.step_done()
-        command_up_to(NEWEST_VERSION)
+        command_up_to(self.config.learner.steps)
         for ticket in list(alive):
             fetch(ticket)
 

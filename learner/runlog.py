@@ -65,6 +65,10 @@ class RunFolder:
             raise ConfigError(f"{self.path / 'run.json'} is missing or damaged") from error
 
     @property
+    def journal(self) -> Path:
+        return self.path / "journal.sqlite"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -4,15 +4,17 @@ import logging
 from collections import deque
 from dataclasses import replace
 
+from learner.config import RunConfig
 from learner.data import PromptStream
 from learner.evaluation import Evaluation
-from protocol.groups import Group
+from protocol.groups import Group, GroupLimits
 from protocol.leases import Work
 
 log = logging.getLogger("learner")
 
 MAX_ATTEMPTS = 3
 """A row that failed or overran its lease so often is left out."""
+_ANY_VERSION = 2**31 - 1
 
 
 class WorkQueue:
@@ -78,3 +80,16 @@ class WorkQueue:
         if evaluation is None or work.purpose != "eval" or not evaluation.wants(work):
             return None
         return evaluation
+
+
+def group_limits(config: RunConfig, vocab_size: int) -> GroupLimits:
+    """What holds for every group to train on, of whatever version."""
+    sampling = config.sampling
+    return GroupLimits(
+        num_rollouts=sampling.num_rollouts,
+        reward_names=tuple(reward.name for reward in config.rewards),
+        vocab_size=vocab_size,
+        max_prompt_tokens=sampling.max_prompt_tokens,
+        max_tokens=sampling.max_tokens,
+        newest_version=_ANY_VERSION,
+    )

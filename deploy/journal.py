@@ -1,0 +1,88 @@
+"""``gdpo journal``: what the journal of a run holds, and whether training on it gives the same."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from learner.config import load_config
+from learner.journal import JournalReader
+from learner.runlog import RunFolder
+from protocol.messages import GroupHeader
+
+
+def print_journal(run: Path) -> None:
+    """A line for each group, then one for each change to the rewards; raises `ConfigError`."""
+    journal = JournalReader.open(RunFolder(run).journal)
+    steps: dict[int, list[int]] = {}
+    ends: dict[int, str] = {}
+    cuts = journal.cuts()
+    for cut in cuts:
+        for ticket in cut.tickets:
+            steps.setdefault(ticket, []).append(cut.step)
+        ends |= dict(cut.evicted)
+    num_groups = 0
+    for ticket, header, frames in journal.headers():
+        num_groups += 1
+        used = ", ".join(f"trained at step {step}" for step in steps.get(ticket, ()))
+        end = used or (f"evicted: {ends[ticket]}" if ticket in ends else "not used yet")
+        print(f"{_describe(ticket, header, frames)}; {end}")
+    for command in journal.commands():
+        print(f"rewards from step {command.from_step} on: {json.dumps(command.updates)}")
+    span = f"steps {cuts[0].step} to {cuts[-1].step}" if cuts else "no step"
+    print(f"{num_groups} groups; the batches of {span}")
+
+
+def replay_journal(run: Path) -> bool:
+    """Train again on what it holds and print each loss beside the one in metrics.jsonl.
+
+    Returns whether they all agree. Raises `ConfigError`.
+    """
+    from learner.replay import replay
+    from learner.trainer import StepResult
+
+    folder = RunFolder(run)
+    losses = dict(_losses(run / "metrics.jsonl"))
+    differences: list[float] = []
+    console = Console(highlight=False)
+
+    def show(step: StepResult) -> None:
+        then, now = losses.get(step.version), step.metrics["loss"]
+        if then is None:
+            console.print(f"step {step.version}: loss {now:.6g}, not recorded before")
+            return
+        differences.append(abs(now - then))
+        verdict = "the same" if now == then else f"[bold]{now - then:+.2g}[/bold]"
+        console.print(f"step {step.version}: loss {then:.6g} then, {now:.6g} now: {verdict}")
+
+    replay(folder, load_config(run / "config.toml"), show)
+    largest = max(differences, default=0.0)
+    console.print(f"{len(differences)} steps trained again; largest difference {largest:.2g}")
+    return largest == 0.0
+
+
+def _describe(ticket: int, header: GroupHeader, frames: list[memoryview]) -> str:
+    _, lengths, _, _, spans, scores = frames
+    versions = np.frombuffer(spans, "<i4").reshape(-1, 3)[:, 2]
+    means = np.nanmean(_scores(scores, header), axis=0)
+    rewards = ", ".join(
+        f"{name} {mean:.3f}" for name, mean in zip(header.reward_names, means, strict=True)
+    )
+    return (
+        f"ticket {ticket} (lease {header.lease}): {len(header.finish)} rollouts, "
+        f"{int(np.frombuffer(lengths, '<i4').sum())} tokens, "
+        f"versions {versions.min()} to {versions.max()}, {rewards}"
+    )
+
+
+def _scores(frame: memoryview, header: GroupHeader) -> Any:
+    return np.frombuffer(frame, "<f4").reshape(-1, len(header.reward_names))
+
+
+def _losses(path: Path) -> Iterator[tuple[int, float]]:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        entry = json.loads(line)
+        yield entry["step"], entry["loss"]

@@ -251,7 +251,7 @@ def _plot(options: Any) -> int:
 
 def _load(options: Any) -> Any:
     """The configuration, with its reward functions imported to see that they are there."""
-    from actors.rewards import load_reward
+    from actors.reward_functions import load_reward
     from learner.config import load_config
 
     config = load_config(options.config, options.overrides)
@@ -262,7 +262,7 @@ def _load(options: Any) -> Any:
 
 def _allowed(options: Any) -> tuple[str, ...]:
     """Modules that reward functions may come from, besides those in this folder."""
-    from actors.rewards import DEFAULT_MODULES
+    from actors.reward_functions import DEFAULT_MODULES
 
     return (*DEFAULT_MODULES, *options.allow_rewards)
 

@@ -95,6 +95,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             "before": _evaluation(learner.before, names),
             "after": _evaluation(learner.after, names),
             "changes": [asdict(change) for change in learner.trainer.rewards.changes],
+            "failures": dict(learner.coordinator.counters.reward_failures),
         },
         "books": {
             "leases": {

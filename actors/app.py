@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -34,11 +35,13 @@ from actors.engines import start_engine
 from actors.link import LearnerLink
 from actors.metrics import StatusCollector
 from actors.model_files import write_model_files
-from actors.rewards import DEFAULT_MODULES, RewardScorer
+from actors.reward_functions import DEFAULT_MODULES
+from actors.reward_pool import RewardFailure
+from actors.rewards import RewardScorer
 from actors.rollout import RolloutWorker
 from actors.weights import WeightsReceiver
 from protocol.config import ActorConfig
-from protocol.errors import BadMessage, EngineError, PeerLost, Refused, RewardError, brief
+from protocol.errors import BadMessage, EngineError, PeerLost, Refused, brief
 from protocol.framing import Buffer
 from protocol.groups import pack_group
 from protocol.messages import (
@@ -107,6 +110,7 @@ class Actor:
         self._rejoin_at = 0.0
         self._heartbeat = Heartbeat("loop", limit_s=30.0)
         self._engine: Engine | None = None
+        self._scorer: RewardScorer | None = None
 
     def stop(self, cause: str) -> None:
         """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
@@ -117,7 +121,12 @@ class Actor:
         """Join, work, leave. Raises the errors of `protocol.errors`."""
         registry = CollectorRegistry()
         registry.register(
-            StatusCollector(self._status, self._failed, lambda: self._link.dropped_messages)
+            StatusCollector(
+                self._status,
+                self._failed,
+                lambda: dict(self._scorer.failures) if self._scorer else {},
+                lambda: self._link.dropped_messages,
+            )
         )
         server = ObservabilityServer(
             registry,
@@ -175,6 +184,8 @@ class Actor:
         finally:
             log.info("leaving: %s", goodbye)
             await self._link.send(Goodbye(cause=goodbye))
+            if self._scorer is not None:
+                await self._scorer.close()
             if self._engine is not None:
                 await self._engine.close()
 
@@ -198,17 +209,19 @@ class Actor:
             raise BadMessage(f"the welcome's configuration is invalid: {error}") from error
         self._config = config
         self._welcome = welcome
-        scorer = RewardScorer(
+        self._scorer = RewardScorer(
             config.rewards,
             allowed_modules=self._options.allowed_modules,
             folder=self._options.folder,
             timeout_s=config.reward_timeout_s,
+            processes=config.reward_processes,
         )
+        await self._scorer.start()
         engine = await start_engine(folder, config)
         self._worker = RolloutWorker(
             engine,
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-            scorer,
+            self._scorer,
             max_prompt_tokens=config.sampling.max_prompt_tokens,
         )
         self._weights = WeightsReceiver(
@@ -254,8 +267,8 @@ class Actor:
         try:
             async with asyncio.timeout(lease.deadline_s):
                 group = await self._worker.roll_out(lease)
-        except RewardError as error:
-            await self._give_up(lease, "reward", str(error))
+        except RewardFailure as error:
+            await self._give_up(lease, "reward", str(error), error.reward)
             return
         except UnusableRow as error:
             await self._give_up(lease, "prompt", str(error))
@@ -273,10 +286,16 @@ class Actor:
         self._unacknowledged[lease.lease] = _Unacknowledged(header, payloads, time.monotonic())
         await self._link.send(header, payloads)
 
-    async def _give_up(self, lease: Lease, kind: str, cause: str) -> None:
+    async def _give_up(
+        self,
+        lease: Lease,
+        kind: Literal["reward", "prompt", "deadline"],
+        cause: str,
+        reward: str = "",
+    ) -> None:
         self._failed[kind] += 1
         log.warning("lease %d (%s) failed: %s", lease.lease, lease.prompt_id, cause)
-        await self._link.send(Failed(lease=lease.lease, cause=cause))
+        await self._link.send(Failed(lease=lease.lease, kind=kind, cause=cause, reward=reward))
 
     async def _send_status(self) -> None:
         """Heartbeat; also sends groups again whose acknowledgement is overdue."""

@@ -24,10 +24,15 @@ class StatusCollector(Collector):
     """The actor's `Status` as metrics."""
 
     def __init__(
-        self, status: Callable[[], Status], failed: dict[str, int], dropped: Callable[[], int]
+        self,
+        status: Callable[[], Status],
+        failed: dict[str, int],
+        reward_failures: Callable[[], dict[tuple[str, str], int]],
+        dropped: Callable[[], int],
     ) -> None:
         self._status = status
         self._failed = failed
+        self._reward_failures = reward_failures
         self._dropped = dropped
 
     def collect(self) -> Iterator[Metric]:
@@ -47,6 +52,14 @@ class StatusCollector(Collector):
         for cause, count in dict(self._failed).items():
             failed.add_metric([cause], count)
         yield failed
+        rewards = CounterMetricFamily(
+            "gdpo_reward_failures",
+            "Groups that a reward function failed on",
+            labels=["reward", "kind"],
+        )
+        for (reward, kind), count in self._reward_failures().items():
+            rewards.add_metric([reward, kind], count)
+        yield rewards
         yield CounterMetricFamily(
             "gdpo_messages_dropped",
             "Messages not sent because the queue was full, or not valid when received",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from actors.engine import Engine, Request, UnusableRow
-from actors.rewards import RewardScorer
+from actors.rewards import RewardScorer, Scored
 from protocol.errors import brief
 from protocol.groups import Group
 from protocol.messages import Lease
@@ -24,7 +24,7 @@ class RolloutWorker:
         self._max_prompt_tokens = max_prompt_tokens
 
     async def roll_out(self, lease: Lease) -> Group:
-        """One group; raises `UnusableRow`, `RewardError` or `EngineError`."""
+        """One group; raises `UnusableRow`, `RewardFailure` or `EngineError`."""
         prompt_tokens = self._encode(lease.row["prompt"])
         started = time.monotonic()
         rollouts = await self._engine.generate(
@@ -41,17 +41,19 @@ class RolloutWorker:
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         if lease.purpose == "check":
             # Only the log-probabilities are looked at.
-            scores = np.full((len(ids), len(self._scorer.names)), np.nan, dtype=np.float32)
+            shape = (len(ids), len(self._scorer.names))
+            scored = Scored(np.full(shape, np.nan, dtype=np.float32), {})
         else:
-            scores = await self._scorer.score(lease.row, texts, ids)
+            scored = await self._scorer.score(lease.prompt_id, lease.row, texts, ids)
         return Group(
             lease=lease.lease,
             prompt_tokens=np.array(prompt_tokens, dtype=np.int32),
             rollouts=tuple(rollouts),
             reward_names=self._scorer.names,
-            scores=scores,
+            scores=scored.scores,
             generation_seconds=generated - started,
             reward_seconds=time.monotonic() - generated,
+            missing=scored.missing,
         )
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:

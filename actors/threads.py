@@ -12,8 +12,8 @@ ResultT = TypeVar("ResultT")
 async def in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
     """Like asyncio.to_thread, on a thread of its own that does not hold up the exit of the process.
 
-    A collective cannot be interrupted and lasts until its deadline; a reward function may never
-    return. asyncio's own executor would wait for both.
+    A collective cannot be interrupted and lasts until its deadline; asyncio's own executor would
+    wait for it.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()

@@ -327,7 +327,7 @@ def _resumed(options: Any) -> tuple[Any, Any]:
 
 
 def _import_rewards(config: Any, options: Any) -> None:
-    from actors.rewards import load_reward
+    from actors.reward_functions import load_reward
 
     for reward in config.rewards:
         load_reward(reward.function, _allowed(options), Path.cwd())
@@ -335,7 +335,7 @@ def _import_rewards(config: Any, options: Any) -> None:
 
 def _allowed(options: Any) -> tuple[str, ...]:
     """Modules that reward functions may come from, besides those in this folder."""
-    from actors.rewards import DEFAULT_MODULES
+    from actors.reward_functions import DEFAULT_MODULES
 
     return (*DEFAULT_MODULES, *options.allow_rewards)
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from actors.engine import UnusableRow
+from actors.engine import Engine, UnusableRow
 from actors.engines import start_engine
+from actors.reward_pool import RewardFailure
 from actors.rewards import RewardScorer
 from actors.rollout import RolloutWorker
 from learner.config import RunConfig
@@ -55,6 +56,32 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
 async def _evaluate(
     config: RunConfig, policy: Policy, works: list[Work], allowed_modules: Sequence[str]
 ) -> Evaluation:
+    scorer = RewardScorer(
+        config.rewards,
+        allowed_modules=allowed_modules,
+        folder=Path.cwd(),
+        timeout_s=config.actor.reward_timeout_s,
+        processes=config.actor.reward_processes,
+    )
+    try:
+        await scorer.start()
+        engine = await _start_engine(config, policy)
+        try:
+            worker = RolloutWorker(
+                engine,
+                AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
+                scorer,
+                max_prompt_tokens=config.sampling.max_prompt_tokens,
+            )
+            return await _roll_out(worker, works, config)
+        finally:
+            await engine.close()
+    finally:
+        await scorer.close()
+
+
+async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
+    """An engine that holds the model."""
     sampling = config.sampling.model_copy(update={"num_rollouts": config.eval.num_rollouts})
     engine = await start_engine(
         policy.folder,
@@ -63,27 +90,23 @@ async def _evaluate(
     packed = engine.allocate(total_bytes(policy.specs))
     packed.copy_(pack(0, policy.model, policy.specs).packed)
     await engine.load_weights(0, packed, policy.specs)
-    scorer = RewardScorer(
-        config.rewards,
-        allowed_modules=allowed_modules,
-        folder=Path.cwd(),
-        timeout_s=config.actor.reward_timeout_s,
-    )
-    worker = RolloutWorker(
-        engine,
-        AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
-        scorer,
-        max_prompt_tokens=config.sampling.max_prompt_tokens,
-    )
+    return engine
+
+
+async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig) -> Evaluation:
+    """Roll out and score all prompts; raises the failure of a reward that must not fail."""
     evaluation = Evaluation(works, version=0)
     book = LeaseBook(timeout_s=config.learner.lease_timeout_s)
     room = asyncio.Semaphore(IN_FLIGHT)
+    vital = {reward.name for reward in config.rewards if reward.on_failure == "error"}
 
     async def roll_out(work: Work) -> None:
         async with room:
             try:
                 group = await worker.roll_out(book.issue(work, "gdpo eval", now=0.0))
-            except (RewardError, UnusableRow) as error:
+            except (RewardFailure, UnusableRow) as error:
+                if isinstance(error, RewardFailure) and error.reward in vital:
+                    raise RewardError(f"{work.prompt_id}: {error}") from error
                 print(f"{work.prompt_id} is left out: {error}", file=sys.stderr)
                 evaluation.give_up(work)
                 return
@@ -91,9 +114,14 @@ async def _evaluate(
 
     tasks = [asyncio.create_task(roll_out(work)) for work in works]
     console = Console(stderr=True)
-    for task in track(
-        asyncio.as_completed(tasks), "evaluating", total=len(tasks), console=console, transient=True
-    ):
-        await task
-    await engine.close()
+    finished = asyncio.as_completed(tasks)
+    try:
+        for task in track(
+            finished, "evaluating", total=len(tasks), console=console, transient=True
+        ):
+            await task
+    finally:
+        for unfinished in tasks:
+            unfinished.cancel()
+        await asyncio.wait(tasks)
     return evaluation

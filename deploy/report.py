@@ -69,6 +69,9 @@ def _figures(summary: dict[str, Any]) -> str:
             "\nlargest difference of actors' and learner's log-probabilities at lag 0: "
             f"{summary['lag0_logprob_difference']:.1e}"
         )
+    if failures := summary["rewards"]["failures"]:
+        by_name = ", ".join(f"{name} {count}" for name, count in failures.items())
+        text += f"\ngroups that a reward function failed on: {by_name}"
     return text
 
 

@@ -348,6 +348,8 @@ class Coordinator:
             self._work.failed(held.work)
             self._count_failure(actor, held.work, str(error))
             return
+        for name, cause in group.missing.items():
+            self._reward_failed(actor, held.work, name, cause)
         actor.failures = 0
         actor.held -= 1
         actor.groups += 1
@@ -401,12 +403,25 @@ class Coordinator:
         actor.pongs.append((status.sequence, self.leases.next_lease))
         self._send(actor.session, Pong(sequence=status.sequence, version=self._trainer_version))
 
+    def _reward_failed(self, actor: ActorState, work: Work, name: str, cause: str) -> None:
+        """Count a reward function's failure; one that the run must not survive ends it."""
+        reward = next((r for r in self._config.rewards if r.name == name), None)
+        if reward is None:
+            return
+        self.counters.reward_failures[name] += 1
+        problem = f"reward function {reward.function} failed on {work.prompt_id}: {cause}"
+        log.warning("actor %d: %s", actor.number, problem)
+        if reward.on_failure == "error":
+            self.fail(TrainingError(problem))
+
     def _failed(self, actor: ActorState, message: Failed) -> None:
         actor.overrun.discard(message.lease)
         held = self.leases.find(message.lease, actor.session)
         if held is None:
             return
         log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, message.cause)
+        if message.kind == "reward":
+            self._reward_failed(actor, held.work, message.reward, message.cause)
         self._end(held, "actor_failed")
         self._work.failed(held.work)
         self._count_failure(actor, held.work, message.cause)

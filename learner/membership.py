@@ -56,13 +56,15 @@ class ActorState:
 
 @dataclass(slots=True)
 class WireCounters:
-    """What arrived that was of no use."""
+    """What arrived that was of no use, or told of a failure."""
 
     bad_messages: int = 0
     unknown_session: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
     actors_lost: int = 0
     digest_mismatches: int = 0
+    reward_failures: Counter[str] = field(default_factory=Counter)
+    """Groups that a reward function failed on, by reward."""
 
     def totals(self) -> dict[str, int]:
         """Those that are numbers, for a checkpoint."""

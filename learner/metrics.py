@@ -197,6 +197,12 @@ class StateCollector(Collector):
             "Messages of actors that were given up before",
             counters.unknown_session,
         )
+        yield _by(
+            "gdpo_reward_failures",
+            "Groups that a reward function failed on, as actors reported",
+            "reward",
+            counters.reward_failures,
+        )
         yield _counter("gdpo_actors_lost", "Actors lost without goodbye", counters.actors_lost)
         yield _counter(
             "gdpo_weight_digest_mismatches",

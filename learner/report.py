@@ -94,6 +94,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             "before": learner.before,
             "after": learner.after,
             "changes": [asdict(change) for change in learner.rewards.changes],
+            "failures": dict(learner.coordinator.counters.reward_failures),
         },
         "books": {
             "leases": {

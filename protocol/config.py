@@ -79,6 +79,9 @@ class RewardConfig(StrictModel):
     when: When | None = None
     schedule: tuple[ScheduledUpdate, ...] = ()
     """Changes to weight and condition while training runs."""
+    on_failure: Literal["drop_group", "missing", "error"] = "drop_group"
+    """When the function raises, hangs, ends its process or returns no scores: lease the prompt
+    again, have the reward not apply to the group, or end the run."""
 
     @model_validator(mode="after")
     def _schedule_is_in_order(self) -> Self:
@@ -145,7 +148,10 @@ class ActorConfig(StrictModel):
     """Groups that one actor generates at once. None: with vLLM as many as its cache holds, with
     transformers 16."""
     reward_timeout_s: PositiveFloat = 60.0
-    """Longest time for one reward function on one group."""
+    """Longest time for one reward function on one group; then its process is killed."""
+    reward_processes: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Reward functions that one actor runs at once, each in a process of its own. Functions that
+    wait, for the answer of a judge say, need as many as calls are to be out at once."""
     status_interval_s: PositiveFloat = 0.5
     engine_timeout_s: PositiveFloat = 120.0
     """An actor whose engine needs so long for one token or one load of weights gives up."""

@@ -11,8 +11,8 @@ A group is G completions of one prompt with K reward scores each. On the wire it
     scores         float32 [G, K]         reward k of rollout g; NaN = does not apply
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,8 @@ class Group:
     """[G, K], NaN = the reward does not apply."""
     generation_seconds: float = 0.0
     reward_seconds: float = 0.0
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Rewards that failed on the group, by name, with the cause; their scores are NaN."""
 
     @property
     def versions(self) -> set[int]:
@@ -107,6 +109,7 @@ def pack_group(group: Group) -> tuple[GroupHeader, list[Buffer]]:
         finish=tuple(r.finish for r in rollouts),
         generation_seconds=group.generation_seconds,
         reward_seconds=group.reward_seconds,
+        missing=dict(group.missing),
     )
     payloads: list[Buffer] = [
         np.ascontiguousarray(array, dtype=dtype).tobytes()
@@ -139,6 +142,11 @@ def unpack_group(header: GroupHeader, payloads: Sequence[memoryview], limits: Gr
     _require(bool((logprobs <= 1e-6).all()), "a log-probability above 0")
     _require(scores.size == num_rollouts * num_rewards, f"{scores.size} scores")
     _require(not bool(np.isinf(scores).any()), "an infinite score")
+    scores = scores.reshape(num_rollouts, num_rewards)
+    for name in header.missing:
+        _require(name in limits.reward_names, f"no reward {name!r} can be missing")
+        column = scores[:, limits.reward_names.index(name)]
+        _require(bool(np.isnan(column).all()), f"scores of {name!r}, which is said to be missing")
     spans_by_rollout = _spans(spans, lengths, limits)
     stops = np.cumsum(lengths)
     rollouts = tuple(
@@ -157,9 +165,10 @@ def unpack_group(header: GroupHeader, payloads: Sequence[memoryview], limits: Gr
         prompt_tokens=prompt,
         rollouts=rollouts,
         reward_names=header.reward_names,
-        scores=scores.reshape(num_rollouts, num_rewards),
+        scores=scores,
         generation_seconds=header.generation_seconds,
         reward_seconds=header.reward_seconds,
+        missing=header.missing,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever a peer of the old version could misread a message of the new one."""
 
 MAX_LEASES = 8192
@@ -67,13 +67,20 @@ class GroupHeader(Header, tag="group", frozen=True):
     finish: tuple[FinishReason, ...]
     generation_seconds: Seconds
     reward_seconds: Seconds
+    missing: dict[str, str] = {}
+    """Rewards that failed on this group and do not apply to it (``on_failure = "missing"``), by
+    name, with the cause."""
 
 
 class Failed(Header, tag="failed", frozen=True):
     """The lease will not be fulfilled. A failed rollout is never a zero reward."""
 
     lease: int
+    kind: Literal["reward", "prompt", "deadline"]
+    """What is at fault: a reward function, the data row, or the time that it took."""
     cause: str
+    reward: str = ""
+    """Name of the reward that failed, where one did."""
 
 
 class Status(Header, tag="status", frozen=True):

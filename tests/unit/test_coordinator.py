@@ -5,6 +5,7 @@ from threading import Timer
 import pytest
 
 from protocol.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Drain,
     Error,
@@ -33,7 +34,7 @@ def test_an_actor_is_welcomed_with_the_model_files_and_told_of_the_weights():
 @pytest.mark.parametrize(
     ("changes", "both"),
     [
-        ({"protocol": 99}, ("protocol version", "99", "1")),
+        ({"protocol": 99}, ("protocol version", "99", str(PROTOCOL_VERSION))),
         ({"run_id": "other/2"}, ("run", "other/2", "test/1")),
         ({"model_digest": "m2"}, ("model", "m2", "m1")),
         ({"session": "b"}, ("session", "'b'", "'a'")),
@@ -71,7 +72,7 @@ def test_whoever_has_not_said_hello_is_told_so():
     [lease, *_] = cluster.leases("a")
     for message, payloads in (
         cluster.group_message(lease),
-        (Failed(lease=lease, cause="x"), []),
+        (Failed(lease=lease, kind="prompt", cause="x"), []),
         (WeightsPull(version=0, offset=0, num_bytes=1), []),
         (Goodbye(cause="x"), []),
     ):

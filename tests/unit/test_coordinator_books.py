@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.messages import Ack, Failed, Goodbye, Pong
+from protocol.messages import PROTOCOL_VERSION, Ack, Failed, Goodbye, Pong
 from tests.unit.factories import Cluster, make_config, make_work
 
 
@@ -24,7 +24,7 @@ class Chaos:
         self.cluster.join(session, capacity=number)
 
     def hello(self, session, number):
-        self.cluster.hello(session, protocol=1 if number else 9)
+        self.cluster.hello(session, protocol=PROTOCOL_VERSION if number else 99)
 
     def follow(self, session, number):
         self.cluster.weights_ready(session, self.cluster.version, "wrong" if number == 3 else None)
@@ -44,7 +44,7 @@ class Chaos:
 
     def report_failure(self, session, number):
         for lease in self.received[session][-1 - number :][:1]:
-            self.cluster.say(session, Failed(lease=lease, cause="x"))
+            self.cluster.say(session, Failed(lease=lease, kind="prompt", cause="x"))
 
     def leave(self, session, number):
         self.cluster.say(session, Goodbye(cause="x"))

@@ -1,15 +1,20 @@
 """The coordinator when things go wrong: failing rows, lost and hung actors, no actors at all."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
+from learner.config import RunConfig
 from learner.work import MAX_ATTEMPTS
 from protocol.errors import BadMessage, TrainingError
-from protocol.messages import Error, Failed, Goodbye, Lease
-from tests.unit.factories import Cluster, joined
+from protocol.groups import pack_group
+from protocol.messages import Ack, Error, Failed, Goodbye, Lease
+from tests.unit.factories import Cluster, joined, make_config, make_group
 
 
 def fail(cluster: Cluster, session: str, lease: int) -> None:
-    cluster.say(session, Failed(lease=lease, cause="the reward raised KeyError"))
+    cluster.say(session, Failed(lease=lease, kind="prompt", cause="the reward raised KeyError"))
 
 
 # ---- Failing rows ------------------------------------------------------------------------------
@@ -51,6 +56,68 @@ def test_a_failure_report_of_somebody_elses_lease_changes_nothing():
     cluster = joined("a", "b")
     fail(cluster, "b", cluster.leases("a")[0])
     assert cluster.coordinator.leases.books["train"].failed == {}
+
+
+# ---- Failing rewards ---------------------------------------------------------------------------
+
+
+def with_policy(policy: str) -> Cluster:
+    """One actor with two leases; the reward `format` has this policy."""
+    rewards = [
+        {"name": "format", "function": "tasks:format", "on_failure": policy},
+        {"name": "correctness", "function": "tasks:correctness"},
+    ]
+    tree = make_config().model_dump(exclude_unset=True)
+    cluster = Cluster(RunConfig.model_validate(tree | {"rewards": rewards}))
+    cluster.join("a")
+    cluster.open_training()
+    return cluster
+
+
+def fail_reward(cluster: Cluster, lease: int, reward: str) -> None:
+    cause = f"reward {reward!r} took longer than 60 s"
+    cluster.say("a", Failed(lease=lease, kind="reward", cause=cause, reward=reward))
+
+
+def test_a_failed_reward_is_counted_by_name_and_its_row_leased_again(caplog):
+    cluster = with_policy("drop_group")
+    [first, second, *_] = cluster.heard("a", Lease)
+    fail_reward(cluster, first.lease, "format")
+    fail_reward(cluster, second.lease, "no_such_reward")
+    assert cluster.coordinator.counters.reward_failures == {"format": 1}
+    assert (
+        f"reward function tasks:format failed on {first.prompt_id}: "
+        "reward 'format' took longer than 60 s" in caplog.text
+    )
+    again = [lease.prompt_id for lease in cluster.heard("a", Lease)]
+    assert again == [first.prompt_id, second.prompt_id]
+    cluster.coordinator.raise_if_failed()
+
+
+def test_a_missing_reward_is_counted_and_its_group_trained():
+    cluster = with_policy("missing")
+    [lease, *_] = cluster.leases("a")
+    scores = [[math.nan, 1], [math.nan, 2]]
+    group = replace(make_group(lease, scores=scores), missing={"format": "it raised"})
+    cluster.say("a", *pack_group(group))
+    assert [ack.verdict for ack in cluster.heard("a", Ack)] == ["accepted"]
+    assert len(cluster.buffer) == 1
+    assert cluster.coordinator.counters.reward_failures == {"format": 1}
+    cluster.coordinator.raise_if_failed()
+
+
+def test_a_reward_that_must_not_fail_ends_the_run_with_its_cause():
+    cluster = with_policy("error")
+    [first, second, *_] = cluster.heard("a", Lease)
+    fail_reward(cluster, first.lease, "correctness")
+    cluster.coordinator.raise_if_failed()
+    fail_reward(cluster, second.lease, "format")
+    with pytest.raises(TrainingError) as caught:
+        cluster.coordinator.raise_if_failed()
+    assert str(caught.value) == (
+        f"reward function tasks:format failed on {second.prompt_id}: "
+        "reward 'format' took longer than 60 s"
+    )
 
 
 # ---- Lost and hung actors ----------------------------------------------------------------------
@@ -214,7 +281,7 @@ def test_an_actor_from_which_only_failures_come_is_let_go_while_others_work():
         for lease in cluster.leases("good"):
             cluster.finish("good", lease)
         for lease in cluster.leases("bad"):
-            cluster.say("bad", Failed(lease=lease, cause="no luck"))
+            cluster.say("bad", Failed(lease=lease, kind="prompt", cause="no luck"))
         if cluster.coordinator.num_live == 1:
             break
     [refused] = cluster.heard("bad", Error)

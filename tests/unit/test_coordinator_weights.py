@@ -168,7 +168,7 @@ def test_a_prompt_that_always_fails_is_left_out_of_the_evaluation():
     while leases := cluster.heard("a", Lease):
         [lease] = leases
         if lease.prompt_id == "h0":
-            cluster.say("a", Failed(lease=lease.lease, cause="x"))
+            cluster.say("a", Failed(lease=lease.lease, kind="prompt", cause="x"))
         else:
             cluster.finish("a", lease.lease, scores=[[1, NAN], [0, NAN]])
     assert evaluation.done.is_set()
@@ -186,7 +186,7 @@ def test_what_is_left_of_an_ended_evaluation_does_not_count_in_the_next():
     evaluation = cluster.coordinator.start_evaluation([make_work("new", "eval")], version=0)
     cluster.finish("a", late, scores=[[0, 0], [0, 0]])
     assert (evaluation.num_prompts, evaluation.done.is_set()) == (0, False)
-    cluster.say("a", Failed(lease=lost, cause="x"))
+    cluster.say("a", Failed(lease=lost, kind="prompt", cause="x"))
     new, *others = cluster.heard("a", Lease)
     assert (new.prompt_id, others) == ("new", [])
     cluster.finish("a", new.lease, scores=[[1, 1], [1, 1]])

@@ -115,6 +115,7 @@ SUMMARY = {
     "rewards": {
         "before": {"prompts": 8, "completion_tokens_mean": 9.0, "means": {"a": 0.25, "b": None}},
         "after": {"prompts": 8, "completion_tokens_mean": 8.5, "means": {"a": 0.75, "b": 1.0}},
+        "failures": {},
     },
     "books": {
         "leases": {"train": BOOKS | {"failed": {"actor_lost": 2}}},
@@ -153,7 +154,7 @@ def test_the_summary_of_a_run_that_was_stopped_says_why(capsys):
     summary = SUMMARY | {
         "completed": False,
         "ended_because": "SIGINT",
-        "rewards": {"before": None, "after": None},
+        "rewards": {"before": None, "after": None, "failures": {"a": 3, "b": 1}},
         "lag0_logprob_difference": None,
         "checkpoint": None,
     }

@@ -46,7 +46,7 @@ EXAMPLES = (
         generation_seconds=1.5,
         reward_seconds=0.0,
     ),
-    messages.Failed(lease=3, cause="the reward raised"),
+    messages.Failed(lease=3, kind="reward", cause="the reward raised", reward="format"),
     STATUS,
     messages.WeightsPull(version=2, offset=1 << 40, num_bytes=1 << 20),
     messages.WeightsReady(

@@ -205,6 +205,8 @@ def test_a_wrong_number_of_frames_is_refused(change):
         ({"reward_names": ("correctness", "format")}, "reward names differ"),
         ({"finish": ("stop",)}, "1 finish reasons"),
         ({"finish": ("stop", "stop", "length")}, "3 finish reasons"),
+        ({"missing": {"speed": "it raised"}}, "no reward 'speed' can be missing"),
+        ({"missing": {"format": "it raised"}}, "scores of 'format', which is said to be missing"),
     ],
 )
 def test_a_group_with_a_header_that_does_not_fit_is_refused(change, problem):
@@ -212,6 +214,13 @@ def test_a_group_with_a_header_that_does_not_fit_is_refused(change, problem):
     header = msgspec.structs.replace(header, **change)
     with pytest.raises(BadMessage, match=problem):
         unpack_group(header, [memoryview(payload) for payload in payloads], LIMITS)
+
+
+def test_a_group_says_which_rewards_are_missing_and_why():
+    group = replace(make_group(scores=[[NAN, 1], [NAN, 2]]), missing={"format": "it raised"})
+    assert receive(group).missing == {"format": "it raised"}
+    # That a reward does not apply is no failure.
+    assert receive(replace(group, missing={})).missing == {}
 
 
 def test_lengths_whose_sum_overflows_int32_do_not_wrap_around():

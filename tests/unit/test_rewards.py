@@ -1,16 +1,21 @@
-"""Reward functions: which may be imported, and what becomes of what they return."""
+"""Reward functions: which may be imported, what becomes of what they return, and of failures."""
 
 import asyncio
 import math
 import sys
-import threading
-import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.rewards import DEFAULT_MODULES, RewardScorer, load_reward
+from actors.reward_calls import Call, Reply
+from actors.reward_functions import DEFAULT_MODULES, load_reward
+from actors.reward_pool import RewardFailure
+from actors.reward_worker import answer
+from actors.rewards import RewardScorer
 from protocol.config import RewardConfig
 from protocol.errors import RewardError
 
@@ -137,46 +142,39 @@ def test_a_package_that_does_not_import_is_refused_with_its_error(tmp_path):
     assert "RuntimeError: x" in refusal("package.inner:f", tmp_path)
 
 
-# ---- Scoring -----------------------------------------------------------------------------------
+# ---- Calling -----------------------------------------------------------------------------------
 
 
-def make_scorer(tmp_path: Path, source: str, *names: str, timeout_s: float = 5.0) -> RewardScorer:
-    """A scorer for functions of a module in ``tmp_path``; each reward has its function's name."""
-    write_module(tmp_path, source)
-    return RewardScorer(
-        [RewardConfig(name=name, function=f"my_rewards:{name}") for name in names],
-        allowed_modules=(),
-        folder=tmp_path,
-        timeout_s=timeout_s,
+def call(folder: Path, source: str, *completions: str, row: dict[str, Any] = ROW) -> Reply:
+    """The answer of the function f of ``source``, called in this process."""
+    write_module(folder, source)
+    request = Call("f", row, list(completions), [[1, 2] for _ in completions])
+    with asyncio.Runner() as runner:
+        return answer(load_reward("my_rewards:f", (), folder), request, runner)
+
+
+@pytest.mark.parametrize("kind", ["", "async "])
+def test_plain_and_async_functions_give_scores_of_any_number_type(tmp_path, kind):
+    body = "import numpy as np\n{kind}def f(**_): return (True, 2, None, 0.5, np.float32(3))"
+    assert call(tmp_path, body.format(kind=kind), *"abcde") == Reply([1.0, 2.0, None, 0.5, 3.0])
+
+
+def test_the_tensors_of_a_list_are_numbers(tmp_path):
+    source = "import torch\ndef f(**_): return [torch.tensor(1.5), torch.tensor([2.0])]"
+    assert call(tmp_path, source, "a", "b") == Reply([1.5, 2.0])
+
+
+def test_async_functions_may_keep_what_belongs_to_their_loop(tmp_path):
+    write_module(
+        tmp_path, "import asyncio\nasync def f(**_): return [id(asyncio.get_event_loop())]"
     )
+    function = load_reward("my_rewards:f", (), tmp_path)
+    with asyncio.Runner() as runner:
+        replies = [answer(function, Call("f", ROW, ["a"], [[1]]), runner) for _ in range(2)]
+    assert replies[0] == replies[1]
 
 
-async def score(scorer: RewardScorer, *completions: str, row: dict = ROW) -> list:
-    ids = [[1, 2] for _ in completions]
-    return (await scorer.score(row, list(completions), ids)).tolist()
-
-
-async def test_plain_and_async_functions_score_side_by_side(tmp_path):
-    source = """
-import asyncio
-def plain(completions, **_): return [float(len(c)) for c in completions]
-async def waiting(completions, **_):
-    await asyncio.sleep(0)
-    return [True, 2]
-"""
-    scorer = make_scorer(tmp_path, source, "plain", "waiting")
-    assert scorer.names == ("plain", "waiting")
-    scores = await scorer.score(ROW, ["a", "bbb"], [[1], [2]])
-    assert scores.dtype == np.float32
-    assert scores.tolist() == [[1, 1], [3, 2]]
-
-
-async def test_none_means_does_not_apply(tmp_path):
-    scorer = make_scorer(tmp_path, "def f(**_): return [None, 0.5]", "f")
-    np.testing.assert_array_equal(await score(scorer, "a", "b"), [[NAN], [0.5]])
-
-
-async def test_functions_get_every_column_by_name_once_per_completion(tmp_path):
+def test_functions_get_every_column_by_name_once_per_completion(tmp_path):
     source = """
 def f(prompts, completions, completion_ids, answer, **rest):
     assert (prompts, completions) == (["2 + 2"] * 2, ["4", "5"]), (prompts, completions)
@@ -184,11 +182,10 @@ def f(prompts, completions, completion_ids, answer, **rest):
     assert rest == {"level": [3, 3]}, rest
     return [float(a == c) for a, c in zip(answer, completions)]
 """
-    row = {**ROW, "level": 3}
-    assert await score(make_scorer(tmp_path, source, "f"), "4", "5", row=row) == [[1], [0]]
+    assert call(tmp_path, source, "4", "5", row={**ROW, "level": 3}) == Reply([1.0, 0.0])
 
 
-async def test_the_completions_of_a_chat_are_messages(tmp_path):
+def test_the_completions_of_a_chat_are_messages(tmp_path):
     source = """
 def f(prompts, completions, **_):
     assert prompts == [[{"role": "user", "content": "hi"}]] * 2, prompts
@@ -196,86 +193,133 @@ def f(prompts, completions, **_):
     return [len(c[0]["content"]) for c in completions]
 """
     row = {"prompt": [{"role": "user", "content": "hi"}]}
-    assert await score(make_scorer(tmp_path, source, "f"), "a", "bbb", row=row) == [[1], [3]]
+    assert call(tmp_path, source, "a", "bbb", row=row) == Reply([1.0, 3.0])
+
+
+UNPRINTABLE = """
+class Unprintable(Exception):
+    def __str__(self): raise ValueError
+def f(**_): raise Unprintable
+"""
 
 
 @pytest.mark.parametrize(
-    ("body", "problem"),
+    ("body", "kind", "problem"),
     [
-        ("return [1.0]", "returned a list of 1 instead of a list of 2 scores"),
-        ("return [1.0] * 3", "returned a list of 3 instead of a list of 2 scores"),
-        ("return None", "returned NoneType"),
-        ("return 1.0", "returned float"),
-        ("return {0: 1, 1: 2}", "returned dict"),
-        ("return (s for s in [1, 2])", "returned generator"),
-        ("return ['high', 1]", "returned 'high', which is no number"),
-        ("return [[1], 1]", "which is no number"),
-        ("return [1j, 1]", "which is no number"),
-        ("return [float('nan'), 1]", "returned nan; return None where"),
-        ("return [float('inf'), 1]", "returned inf; return None where"),
-        ("return [1e39, 1]", "returned 1e+39; return None where"),
-        ("return [10**400, 1]", "which is no number"),
-        ("raise KeyError('answer')", "raised KeyError: 'answer'"),
-        ("raise ValueError('first\\nsecond')", "raised ValueError: first"),
-        ("return ['x\\ny' * 100_000, 1]", "which is no number"),
-        ("raise ValueError('x' * 1_000_000)", "raised ValueError: x"),
-        ("assert completions == 'x' * 1_000_000", "raised AssertionError"),
+        ("return [1.0]", "invalid", "returned a list of 1 instead of a list of 2 scores"),
+        ("return [1.0] * 3", "invalid", "returned a list of 3 instead of a list of 2 scores"),
+        ("return [1.0] * 10_000_000", "invalid", "returned a list of 10000000 instead"),
+        ("return None", "invalid", "returned NoneType"),
+        ("return 1.0", "invalid", "returned float"),
+        ("return {0: 1, 1: 2}", "invalid", "returned dict"),
+        ("return (s for s in [1, 2])", "invalid", "returned generator"),
+        ("return ['high', 1]", "invalid", "returned 'high', which is no number"),
+        ("return [[1], 1]", "invalid", "which is no number"),
+        ("return [1j, 1]", "invalid", "which is no number"),
+        ("return [float('nan'), 1]", "invalid", "returned nan; return None where"),
+        ("return [float('inf'), 1]", "invalid", "returned inf; return None where"),
+        ("return [1e39, 1]", "invalid", "returned 1e+39; return None where"),
+        ("return [10**400, 1]", "invalid", "which is no number"),
+        ("return ['x\\ny' * 100_000, 1]", "invalid", "which is no number"),
+        ("raise KeyError('answer')", "raised", "raised KeyError: 'answer' (my_rewards.py, line 1)"),
+        ("raise ValueError('first\\nsecond')", "raised", "raised ValueError: first"),
+        ("raise ValueError('x' * 1_000_000)", "raised", "raised ValueError: x"),
+        ("assert completions == 'x' * 1_000_000", "raised", "raised AssertionError"),
+        ("raise SystemExit(3)", "raised", "raised SystemExit: 3"),
+        ("raise KeyboardInterrupt", "raised", "raised KeyboardInterrupt"),
+        ("return g(g)", "raised", "raised RecursionError"),
     ],
 )
-@pytest.mark.parametrize("kind", ["", "async "])
-async def test_what_is_no_list_of_scores_fails_in_one_short_line(tmp_path, kind, body, problem):
-    scorer = make_scorer(tmp_path, f"{kind}def f(completions, **_): {body}", "f", timeout_s=1)
-    with pytest.raises(RewardError) as caught:
-        await score(scorer, "a", "b")
-    message = str(caught.value)
-    assert message.startswith("reward 'f' ")
-    assert problem in message
+@pytest.mark.parametrize("prefix", ["", "async "])
+def test_what_is_no_list_of_scores_is_one_short_line(tmp_path, prefix, body, kind, problem):
+    source = f"{prefix}def f(completions, **_): {body}\ndef g(h): return h(h)"
+    reply = call(tmp_path, source, "a", "b")
+    assert problem in reply.problem
+    assert reply.kind == kind
     # It is sent to the learner and logged on both sides.
-    assert "\n" not in message
-    assert len(message) < 2000
-
-
-@pytest.mark.parametrize("error", ["StopIteration", "SystemExit"])
-async def test_a_plain_function_cannot_end_anything_but_its_group(tmp_path, error):
-    scorer = make_scorer(tmp_path, f"def f(**_): raise {error}(3)", "f", timeout_s=1)
-    with pytest.raises(RewardError, match=error):
-        await score(scorer, "a", "b")
-
-
-async def test_a_function_that_does_not_take_the_columns_fails(tmp_path):
-    scorer = make_scorer(tmp_path, "def f(completions): return [1, 1]", "f")
-    with pytest.raises(RewardError, match=r"raised TypeError.*unexpected keyword"):
-        await score(scorer, "a", "b")
+    assert "\n" not in reply.problem
+    assert len(reply.problem) < 500
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "problem"),
     [
-        "import asyncio\nasync def f(**_): await asyncio.sleep(9)",
-        "import time\ndef f(**_): time.sleep(0.3)",
+        ("def f(**_): raise StopIteration(3)", "raised StopIteration: 3"),
+        ("async def f(**_): raise StopIteration(3)", "raised RuntimeError: coroutine raised Stop"),
+        ("def f(completions): return [1, 1]", "raised TypeError: f() got an unexpected keyword"),
+        (UNPRINTABLE, "raised Unprintable: (its text cannot be shown)"),
     ],
-    ids=["async", "plain"],
 )
-async def test_a_function_that_takes_too_long_fails_after_its_time(tmp_path, source):
-    scorer = make_scorer(tmp_path, source, "f", timeout_s=0.05)
-    started = time.monotonic()
-    with pytest.raises(RewardError, match=r"reward 'f' took longer than 0\.05 s"):
-        await score(scorer, "a", "b")
-    assert time.monotonic() - started < 0.3
+def test_odd_errors_are_shown_too(tmp_path, source, problem):
+    assert call(tmp_path, source, "a", "b").problem.startswith(problem)
 
 
-def test_a_function_that_ends_after_the_loop_is_closed_is_no_error(tmp_path, monkeypatch):
-    errors = []
-    monkeypatch.setattr(threading, "excepthook", errors.append)
-    scorer = make_scorer(tmp_path, "import time\ndef f(**_): time.sleep(0.2)", "f", timeout_s=0.01)
-    before = {*threading.enumerate()}
-    with pytest.raises(RewardError):
-        asyncio.run(score(scorer, "a", "b"))
-    for thread in {*threading.enumerate()} - before:
-        thread.join(10)
-    assert errors == []
+# ---- Scoring -----------------------------------------------------------------------------------
 
 
-def test_a_scorer_with_a_function_that_cannot_be_loaded_is_not_made(tmp_path):
+@asynccontextmanager
+async def make_scorer(folder: Path, source: str, **policies: Any) -> AsyncIterator[RewardScorer]:
+    """A scorer for functions of a module; each reward has its function's name and a policy."""
+    write_module(folder, source)
+    scorer = RewardScorer(
+        [
+            RewardConfig(name=name, function=f"my_rewards:{name}", on_failure=policy)
+            for name, policy in policies.items()
+        ],
+        allowed_modules=(),
+        folder=folder,
+        timeout_s=5,
+        processes=1,
+    )
+    try:
+        await scorer.start()
+        yield scorer
+    finally:
+        await scorer.close()
+
+
+SOURCE = """
+def length(completions, **_): return [float(len(c)) for c in completions]
+async def sparse(**_): return [None, 0.5]
+def broken(answer, **_): return [1 / (int(a) - 4) for a in answer]
+"""
+
+
+async def test_a_group_has_a_column_of_scores_for_each_reward(tmp_path):
+    async with make_scorer(tmp_path, SOURCE, length="error", sparse="error") as scorer:
+        assert scorer.names == ("length", "sparse")
+        scored = await scorer.score("row", ROW, ["a", "bbb"], [[1], [2]])
+    assert scored.scores.dtype == np.float32
+    np.testing.assert_array_equal(scored.scores, [[1, NAN], [3, 0.5]])
+    assert scored.missing == {}
+    assert scorer.failures == {}
+
+
+@pytest.mark.parametrize("policy", ["drop_group", "error"])
+async def test_a_failure_is_counted_and_raised_with_the_reward_and_its_kind(tmp_path, policy):
+    async with make_scorer(tmp_path, SOURCE, length="error", broken=policy) as scorer:
+        with pytest.raises(RewardFailure) as caught:
+            await scorer.score("row", ROW, ["a"], [[1]])
+    assert str(caught.value).startswith("reward 'broken' raised ZeroDivisionError: ")
+    assert (caught.value.reward, caught.value.kind) == ("broken", "raised")
+    assert scorer.failures == {("broken", "raised"): 1}
+
+
+async def test_a_reward_that_may_be_missing_does_not_apply_where_it_fails(tmp_path, caplog):
+    policies = {"broken": "missing", "length": "error"}
+    async with make_scorer(tmp_path, SOURCE, **policies) as scorer:
+        scored = await scorer.score("train/0/7", ROW, ["a", "bb"], [[1], [2]])
+        np.testing.assert_array_equal(scored.scores, [[NAN, 1], [NAN, 2]])
+        cause = "reward 'broken' raised ZeroDivisionError: division by zero (my_rewards.py, line 4)"
+        assert scored.missing == {"broken": cause}
+        assert scorer.failures == {("broken", "raised"): 1}
+        assert caplog.messages == [f"train/0/7: {cause}; the reward counts as missing"]
+        # The other rows have it.
+        scored = await scorer.score("train/0/8", {**ROW, "answer": "6"}, ["a"], [[1]])
+        assert scored.scores.tolist() == [[0.5, 1]]
+
+
+async def test_a_scorer_with_a_function_that_cannot_be_loaded_does_not_start(tmp_path):
     with pytest.raises(RewardError, match="defines no function f"):
-        make_scorer(tmp_path, "", "f")
+        async with make_scorer(tmp_path, "", f="missing"):
+            pass

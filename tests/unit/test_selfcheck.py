@@ -207,7 +207,7 @@ def test_every_check_has_another_row_because_one_may_be_unusable():
     for _ in range(2):
         [lease] = cluster.heard("a", Lease)
         seen.append(lease.prompt_id)
-        cluster.say("a", Failed(lease=lease.lease, cause="too long"))
+        cluster.say("a", Failed(lease=lease.lease, kind="prompt", cause="too long"))
     assert seen == ["check-0", "check-1"]
 
 
@@ -273,7 +273,7 @@ def test_a_failed_check_lease_is_leased_again():
     cluster, _ = checked_cluster()
     cluster.join("a")
     [lease] = cluster.leases("a")
-    cluster.say("a", Failed(lease=lease, cause="no luck"))
+    cluster.say("a", Failed(lease=lease, kind="prompt", cause="no luck"))
     assert purposes(cluster, "a") == ["check"]
     books = cluster.coordinator.leases.books["check"]
     assert (books.leased, books.failed.total(), books.outstanding) == (2, 1, 1)

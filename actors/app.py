@@ -13,6 +13,7 @@ and sent again if that takes too long; the learner knows a group that it already
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from transformers import AutoTokenizer
 
 from actors.engine import Engine, UnusableRow
 from actors.engines import start_engine
-from actors.link import LearnerLink
+from actors.link import HELLO_RETRY_S, LearnerLink
 from actors.metrics import StatusCollector
 from actors.model_files import write_model_files
 from actors.rewards import DEFAULT_MODULES, RewardScorer
@@ -61,7 +63,9 @@ from protocol.weights import layout
 
 log = logging.getLogger("actor")
 
-DRAIN_TIMEOUT_S = 8.0
+DRAIN_TIMEOUT_S = 6.0
+"""With the engine's end and the last messages it makes less than the ten seconds that whoever
+stops a process waits before it kills."""
 RESEND_AFTER_S = 10.0
 MAX_LEASES = 65_536
 
@@ -89,8 +93,9 @@ class _Unacknowledged:
 class Actor:
     """One inference actor; `run` returns when the run is over or the actor is told to stop."""
 
-    def __init__(self, options: ActorOptions) -> None:
+    def __init__(self, options: ActorOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._options = options
+        self._clock = clock
         self._session = uuid.uuid4().hex
         self._started = time.monotonic()
         self._link = LearnerLink(options.learner, self._session)
@@ -103,7 +108,7 @@ class Actor:
         self._sequence = 0
         self._heartbeat = Heartbeat("loop", limit_s=30.0)
         self._engine: Engine | None = None
-        self._rejoining = False
+        self._rejoining_since = -math.inf
 
     def stop(self, cause: str) -> None:
         """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
@@ -335,10 +340,10 @@ class Actor:
 
     async def _join_again(self) -> None:
         """The learner gave us up during a silence: our leases are with others, so drop them."""
-        if self._rejoining:
+        if self._clock() - self._rejoining_since < HELLO_RETRY_S:
             # It answers so to each of the messages that were on their way.
             return
-        self._rejoining = True
+        self._rejoining_since = self._clock()
         self._cancel_rollouts()
         self._unacknowledged.clear()
         await self._link.send(
@@ -355,7 +360,7 @@ class Actor:
                 f"the learner now runs {welcome.run_id}, this actor was built for "
                 f"{self._welcome.run_id}; start it again"
             )
-        self._rejoining = False
+        self._rejoining_since = -math.inf
         log.info("joined again after a silence")
 
 

@@ -63,7 +63,7 @@ from protocol.weights import layout
 
 log = logging.getLogger("actor")
 
-DRAIN_TIMEOUT_S = 6.0
+DRAIN_TIMEOUT_S = 5.0
 """With the engine's end and the last messages it makes less than the ten seconds that whoever
 stops a process waits before it kills."""
 RESEND_AFTER_S = 10.0

@@ -27,9 +27,9 @@ from learner.runlog import RunFolder
 from protocol.errors import PeerLost, Refused, TrainingError
 
 _ERROR = "gdpo: error: "
-STOP_TIMEOUT_S = 7.0
+STOP_TIMEOUT_S = 5.0
 """From the request to stop until an actor that has not ended is killed."""
-GRACE_S = 3.0
+GRACE_S = 2.0
 """What it has at least, when the learner took long over its last step."""
 RESTART_DELAY_S = 1.0
 

@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-demo test-vllm lint format clean
+.PHONY: install demo test test-demo test-vllm chaos lint format clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ test-demo: install
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -m vllm tests/vllm
+
+# Real processes, killed, frozen and cut off. Figures are printed and appended to runs/chaos.jsonl.
+chaos: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m chaos -s tests/chaos $(CHAOS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ and sent again if that takes too long; the learner knows a group that it already
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from transformers import AutoTokenizer
 
 from actors.engine import Engine, UnusableRow
 from actors.engines import start_engine
-from actors.link import LearnerLink
+from actors.link import HELLO_RETRY_S, LearnerLink
 from actors.metrics import StatusCollector
 from actors.model_files import write_model_files
 from actors.reward_functions import DEFAULT_MODULES
@@ -66,9 +68,10 @@ from protocol.weights import layout
 
 log = logging.getLogger("actor")
 
-DRAIN_TIMEOUT_S = 8.0
+DRAIN_TIMEOUT_S = 5.0
+"""With the engine's end and the last messages it makes less than the ten seconds that whoever
+stops a process waits before it kills."""
 RESEND_AFTER_S = 10.0
-REJOIN_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,9 @@ class _Unacknowledged:
 class Actor:
     """One inference actor; `run` returns when the run is over or the actor is told to stop."""
 
-    def __init__(self, options: ActorOptions) -> None:
+    def __init__(self, options: ActorOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._options = options
+        self._clock = clock
         self._session = uuid.uuid4().hex
         self._started = time.monotonic()
         self._link = LearnerLink(options.learner, self._session)
@@ -107,10 +111,10 @@ class Actor:
         self._failed: Counter[str] = Counter()
         self._sequence = 0
         self._heard = -1
-        self._rejoin_at = 0.0
         self._heartbeat = Heartbeat("loop", limit_s=30.0)
         self._engine: Engine | None = None
         self._scorer: RewardScorer | None = None
+        self._rejoining_since = -math.inf
 
     def stop(self, cause: str) -> None:
         """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
@@ -360,11 +364,10 @@ class Actor:
 
     async def _join_again(self) -> None:
         """The learner gave us up during a silence: our leases are with others, so drop them."""
-        if time.monotonic() < self._rejoin_at:
+        if self._clock() - self._rejoining_since < HELLO_RETRY_S:
             # It answers so to each of the messages that were on their way.
             return
-        # Once more after a while: the hello, or its answer, may be lost too.
-        self._rejoin_at = time.monotonic() + REJOIN_AFTER_S
+        self._rejoining_since = self._clock()
         self._let_go()
         await self._link.send(
             msgspec.structs.replace(
@@ -386,7 +389,7 @@ class Actor:
                 f"the learner now runs {welcome.run_id}, this actor was built for "
                 f"{self._welcome.run_id}; start it again"
             )
-        self._rejoin_at = 0.0
+        self._rejoining_since = -math.inf
         self._let_go()
         self._weights.start_over()
         log.info("joined again after a silence")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,10 @@ from protocol.messages import Error, Header, Hello, ToActor, Welcome
 from protocol.sockets import connect_actor
 
 log = logging.getLogger("actor")
+
+HELLO_RETRY_S = 10.0
+"""A hello, or its answer, may have been on a link that broke. Not sooner: an answer brings the
+tokenizer, which takes its time on a slow link."""
 
 
 class LearnerLink:
@@ -35,12 +40,15 @@ class LearnerLink:
     async def join(self, hello: Hello, timeout_s: float) -> tuple[Welcome, list[memoryview]]:
         """Say hello, which waits for the connection; raises `PeerLost`, or `Refused` with why."""
         deadline = self._clock() + timeout_s
-        await self.send(hello)
+        said_at = -math.inf
         while (left := deadline - self._clock()) > 0:
+            if self._clock() - said_at >= HELLO_RETRY_S:
+                said_at = self._clock()
+                await self.send(hello)
             try:
-                message, payloads = await asyncio.wait_for(self.receive(), left)
+                message, payloads = await asyncio.wait_for(self.receive(), min(left, HELLO_RETRY_S))
             except TimeoutError:
-                break
+                continue
             if isinstance(message, Welcome):
                 return message, payloads
             if isinstance(message, Error):

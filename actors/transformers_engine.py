@@ -21,6 +21,9 @@ from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec
 
+CLOSE_TIMEOUT_S = 2.0
+"""For the token at hand; `actors.app.DRAIN_TIMEOUT_S` counts on it."""
+
 
 class TransformersEngine:
     """Runs anywhere torch runs; see `actors.engine.Engine`."""
@@ -99,7 +102,7 @@ class TransformersEngine:
 
     async def close(self) -> None:
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join, 5.0)
+        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
         self._fail(EngineError("the engine is closed"))
 
     # --- on the engine's thread -----------------------------------------------------------------

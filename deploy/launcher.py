@@ -27,7 +27,10 @@ from learner.runlog import RunFolder
 from protocol.errors import PeerLost, Refused, TrainingError
 
 _ERROR = "gdpo: error: "
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 5.0
+"""From the request to stop until an actor that has not ended is killed."""
+GRACE_S = 2.0
+"""What it has at least, when the learner took long over its last step."""
 RESTART_DELAY_S = 1.0
 
 
@@ -98,7 +101,7 @@ class Launcher:
         self._exits: SimpleQueue[_Child] = SimpleQueue()
         self._actors: dict[str, _Child] = {}
         self._restarts = 0
-        self.stop_requested = False
+        self._stop_requested_at: float | None = None
         self._metrics_url = ""
         self.failure = ""
         (folder.path / "logs").mkdir(exist_ok=True)
@@ -122,6 +125,10 @@ class Launcher:
             self._stop_children()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop_requested_at is not None
 
     def status(self) -> dict[str, Any] | None:
         """The learner's live status; None while it does not answer."""
@@ -186,14 +193,16 @@ class Launcher:
             for child in (self._learner, *self._actors.values()):
                 self._signal(child, signal.SIGKILL)
             return
-        self.stop_requested = True
+        self._stop_requested_at = time.monotonic()
         self._say("stopping: a learner in training finishes its step and saves; once more kills it")
         self._signal(self._learner, signal.SIGTERM)
 
     def _stop_children(self) -> None:
         """Nobody is left afterwards."""
         children = [self._learner, *self._actors.values()]
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        now = time.monotonic()
+        since = now if self._stop_requested_at is None else self._stop_requested_at
+        deadline = max(since + STOP_TIMEOUT_S, now + GRACE_S)
         for child in children:
             self._signal(child, signal.SIGTERM)
         for child in children:

@@ -50,7 +50,8 @@ from protocol.sockets import bind_learner, parse_tcp
 
 log = logging.getLogger("learner")
 
-DRAIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 3.0
+"""For the actors' goodbyes: they drop what they are at, so that only a hung one takes longer."""
 STOP_CHECK_S = 0.5
 CHECK_ROWS = 64
 """Rows that new actors are checked with, in turn: one of them may be unusable."""

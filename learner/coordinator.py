@@ -219,6 +219,7 @@ class Coordinator:
             self._work.end_evaluation()
             for session in self._actors:
                 self._send(session, Drain(cause=cause))
+            self._changed.notify_all()
 
     def wait_until_empty(self, timeout_s: float) -> bool:
         """Whether all actors said goodbye in time."""
@@ -258,15 +259,18 @@ class Coordinator:
     def wait_for_version(
         self, sessions: Iterable[str], version: int, timeout_s: float
     ) -> tuple[str, ...]:
-        """Sessions among those given that live, but have not confirmed ``version`` in time."""
+        """Sessions among those given that live, but have not confirmed ``version`` in time.
+
+        Nobody needs weights any more once the run is over.
+        """
 
         def behind() -> tuple[str, ...]:
             actors = (self._actors.get(session) for session in sessions)
             return tuple(a.session for a in actors if a is not None and a.version < version)
 
         with self._changed:
-            self._changed.wait_for(lambda: not behind(), timeout_s)
-            return behind()
+            self._changed.wait_for(lambda: self._draining or not behind(), timeout_s)
+            return () if self._draining else behind()
 
     # --- views ----------------------------------------------------------------------------------
 

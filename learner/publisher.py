@@ -31,6 +31,8 @@ from protocol.weights import chunks
 
 log = logging.getLogger("learner")
 
+CLOSE_TIMEOUT_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
@@ -86,12 +88,16 @@ class Publisher:
             return reports
 
     def close(self) -> None:
-        """End after the push at hand, which a hung actor may hold up until its deadline."""
+        """End after the push at hand, or without it when it takes long.
+
+        A collective with a hung actor cannot be interrupted: it lasts until its deadline, longer
+        than whoever stops a learner waits. Its thread changes nothing any more and ends by itself,
+        with the process at the latest.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        # A broadcast to a hung actor and the wait for its confirmation: each has its deadline.
-        self._thread.join(2 * self._config.timeout_s + 1)
+        self._thread.join(CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
         try:

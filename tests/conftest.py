@@ -19,3 +19,15 @@ def base_folder() -> Path:
 @pytest.fixture(scope="session")
 def recipe() -> Path:
     return EXAMPLES / "tool_calling_tiny.toml"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("chaos", "the tests in tests/chaos")
+    group.addoption(
+        "--chaos-minutes", type=float, default=5.0, help="with a learner that is too slow"
+    )
+    group.addoption("--chaos-seed", type=int, help="repeat the random run of this seed")
+    group.addoption("--chaos-random-s", type=float, default=150.0, help="of the random run")
+    group.addoption(
+        "--chaos-results", default="runs/chaos.jsonl", help="figures, a line of JSON per test"
+    )

@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     actor.add_argument("--learner", required=True, metavar="tcp://HOST:PORT")
     actor.add_argument("--metrics-port", type=int, default=0, help="0 (default): any free port")
     actor.add_argument("--metrics-host", default="127.0.0.1")
+    actor.add_argument("--key", type=Path, metavar="FILE", help="this actor's .key_secret file")
+    actor.add_argument("--learner-key", type=Path, metavar="FILE", help="the learner's .key file")
     actor.add_argument("--connect-timeout", type=float, default=30.0, metavar="SECONDS")
     actor.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
     _add_allow_rewards(actor)
@@ -107,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         "none: show what holds",
     )
     change.set_defaults(command=_set)
+
+    keygen = commands.add_parser("keygen", help="make a key for a learner or an actor")
+    keygen.add_argument("path", type=Path, metavar="PATH", help="writes PATH.key, PATH.key_secret")
+    keygen.set_defaults(command=_keygen)
 
     plot = commands.add_parser("plot", help="draw the curves of a run or comparison again")
     plot.add_argument("run", type=Path, metavar="FOLDER")
@@ -179,6 +185,9 @@ def _learner(options: Any) -> int:
 
 
 def _actor(options: Any) -> int:
+    from protocol.keys import load_actor_keys
+
+    keys = load_actor_keys(options.key, options.learner_key)
     _start_logging()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from actors.app import ActorOptions
@@ -190,6 +199,7 @@ def _actor(options: Any) -> int:
             metrics_port=options.metrics_port,
             metrics_host=options.metrics_host,
             connect_timeout_s=options.connect_timeout,
+            keys=keys,
             allowed_modules=_allowed(options),
         ),
         threads=options.threads,
@@ -198,7 +208,9 @@ def _actor(options: Any) -> int:
 
 
 def _check(options: Any) -> int:
-    print(_load(options).to_toml(), end="")
+    config = _load(options)
+    config.load_keys()
+    print(config.to_toml(), end="")
     return 0
 
 
@@ -234,6 +246,21 @@ def _set(options: Any) -> int:
     from deploy.control import set_rewards
 
     set_rewards(options.run, options.assignments)
+    return 0
+
+
+def _keygen(options: Any) -> int:
+    from protocol.keys import create_key
+
+    public, secret = create_key(options.path)
+    print(
+        f"{secret}: the secret key. It stays on this machine, readable by you only.\n"
+        f"  of a learner:  keys.secret={secret}\n"
+        f"  of an actor:   gdpo actor --key {secret} ...\n"
+        f"{public}: the public key, which the other side needs.\n"
+        f"  of a learner:  to every actor's machine: gdpo actor --learner-key {public.name} ...\n"
+        f"  of an actor:   into the learner's folder keys.allowed, at any time"
+    )
     return 0
 
 

@@ -24,7 +24,7 @@ from deploy.plot import plot_run
 from deploy.report import print_summary
 from learner.config import RunConfig
 from learner.runlog import RunFolder
-from protocol.errors import PeerLost, Refused, TrainingError
+from protocol.errors import ConfigError, PeerLost, Refused, TrainingError
 
 _ERROR = "gdpo: error: "
 STOP_TIMEOUT_S = 10.0
@@ -50,6 +50,11 @@ class _Child:
 
 def launch(config: RunConfig, cwd: Path, allowed_modules: Sequence[str] = ()) -> int:
     """Run to the end; returns the exit code. Raises `TrainingError` if the run fails."""
+    if config.load_keys() is not None and config.keys.actor is None:
+        raise ConfigError(
+            "keys.secret is set: then the actors that gdpo run starts need a key too; set "
+            "keys.actor to a .key_secret file, whose .key file is in keys.allowed"
+        )
     folder = RunFolder.create(config)
     launcher = Launcher(config, folder, cwd, allowed_modules)
     with Display(launcher.status):
@@ -215,6 +220,9 @@ class Launcher:
     def _start_actor(self, name: str, url: str) -> None:
         threads = self._config.launch.actor_threads
         command = ["actor", "--learner", url, "--threads", str(threads)]
+        if self._config.keys.actor is not None:
+            command += ["--key", str(Path(self._config.keys.actor).resolve())]
+            command += ["--learner-key", str(self._folder.learner_key.resolve())]
         for module in self._allowed_modules:
             command += ["--allow-rewards", module]
         self._actors[name] = self._start(name, command, threads)

@@ -17,6 +17,7 @@ import logging
 import math
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream, check_work, evaluation_work, load_rows
 from learner.evaluation import Evaluation
+from learner.gate import Gate
 from learner.intake import Intake
 from learner.metrics import StateCollector, StepMetrics
 from learner.policy import Policy, load_policy, save_checkpoint
@@ -41,9 +43,10 @@ from learner.trainer import StepResult, Trainer
 from learner.work import WorkQueue
 from protocol.errors import ConfigError, TrainingError, brief
 from protocol.groups import Group
+from protocol.keys import AllowList
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
-from protocol.sockets import bind_learner, parse_tcp
+from protocol.sockets import bind_learner, is_wildcard, parse_tcp
 
 log = logging.getLogger("learner")
 
@@ -79,6 +82,7 @@ class Learner:
     def _load(self) -> None:
         """Model and data: everything that the user may have got wrong, before a port opens."""
         config = self.config
+        self._keys = config.load_keys()
         rows = load_rows(config.data.train, config.data.train_split)
         self._heldout = (
             load_rows(config.data.heldout, config.data.heldout_split) if config.data.heldout else []
@@ -104,8 +108,17 @@ class Learner:
         tokens = config.sampling.max_tokens * max(
             config.sampling.num_rollouts, config.eval.num_rollouts
         )
-        socket = bind_learner(self._context, config.learner.bind, max(1 << 20, 12 * tokens))
-        self.url = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        sockets = bind_learner(
+            self._context, config.learner.bind, max(1 << 20, 12 * tokens), self._keys
+        )
+        self.url = self._url_for_actors(sockets.url)
+        allowed = AllowList(Path(config.keys.allowed)) if config.keys.allowed else None
+        if self._keys is not None and allowed is not None:
+            self.folder.write_learner_key(self._keys.public)
+            log.info(
+                "encrypted, with the key %s; %d keys may connect", self._keys.public, len(allowed)
+            )
+        self.gate = Gate(sockets, allowed)
         self._snapshots = SnapshotStore(pack(0, self.policy.model, self.policy.specs))
         self.coordinator = Coordinator(
             config,
@@ -128,13 +141,16 @@ class Learner:
         )
         self.progress = Progress(self.coordinator, config.learner.batch_groups)
         intake_heartbeat = Heartbeat("intake", limit_s=10.0)
-        self._intake = Intake(socket, self.coordinator, intake_heartbeat)
-        host, _ = parse_tcp(self.url)
+        self._intake = Intake(sockets, self.gate, self.coordinator, intake_heartbeat)
         self.publisher = Publisher(
-            self.coordinator, self._snapshots, config.weights, host, self._intake.wake
+            self.coordinator,
+            self._snapshots,
+            config.weights,
+            config.collective_address,
+            self._intake.wake,
         )
         registry = CollectorRegistry()
-        registry.register(StateCollector(self.coordinator, self.buffer, self.progress))
+        registry.register(StateCollector(self.coordinator, self.gate, self.buffer, self.progress))
         self._metrics = StepMetrics(registry)
         self._server = ObservabilityServer(
             registry,
@@ -148,6 +164,13 @@ class Learner:
         self.metrics_url = f"http://{self._server.address}/metrics"
         self.folder.write_control(self._server.command_url, self._server.token)
         self.folder.write_endpoints(self.url, self.metrics_url)
+
+    def _url_for_actors(self, bound: str) -> str:
+        """What an actor on this machine connects to; elsewhere a wildcard is of no use either."""
+        host, port = parse_tcp(bound)
+        if not is_wildcard(host):
+            return bound
+        return f"tcp://{self.config.collective_address or '127.0.0.1'}:{port}"
 
     # --- the run --------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from learner.buffer import ReplayBuffer
 from learner.coordinator import Coordinator
+from learner.gate import Gate
 from learner.progress import Progress
 from learner.publisher import PushReport
 from learner.trainer import StepResult
@@ -138,8 +139,11 @@ class StepMetrics:
 class StateCollector(Collector):
     """Metrics read off the run's state at every scrape."""
 
-    def __init__(self, coordinator: Coordinator, buffer: ReplayBuffer, progress: Progress) -> None:
+    def __init__(
+        self, coordinator: Coordinator, gate: Gate, buffer: ReplayBuffer, progress: Progress
+    ) -> None:
         self._coordinator = coordinator
+        self._gate = gate
         self._buffer = buffer
         self._progress = progress
 
@@ -175,6 +179,18 @@ class StateCollector(Collector):
             "gdpo_unknown_session_messages",
             "Messages of actors that were given up before",
             counters.unknown_session,
+        )
+        yield _by(
+            "gdpo_connections_refused",
+            "Connections that ended before they could send anything",
+            "cause",
+            self._gate.connections_refused,
+        )
+        yield _by(
+            "gdpo_messages_refused",
+            "Messages that were not decoded, because of the key they came with",
+            "cause",
+            self._gate.messages_refused,
         )
         yield _counter("gdpo_actors_lost", "Actors lost without goodbye", counters.actors_lost)
         yield _counter(

@@ -7,6 +7,7 @@ from typing import Any, Self, TextIO
 
 from learner.config import RunConfig
 from protocol.errors import ConfigError
+from protocol.keys import public_key_text
 
 
 class RunFolder:
@@ -36,6 +37,15 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
+
+    @property
+    def learner_key(self) -> Path:
+        """The learner's public key, for actors."""
+        return self.path / "learner.key"
+
+    def write_learner_key(self, public: str) -> None:
+        """In the format of `protocol.keys`."""
+        self.learner_key.write_text(public_key_text(public))
 
     def write_endpoints(self, learner: str, metrics: str) -> None:
         """Where the learner listens, for the launcher and for people."""

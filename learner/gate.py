@@ -30,6 +30,8 @@ log = logging.getLogger("learner")
 
 SAY_AGAIN_S = 60.0
 _MAX_SAID = 20
+# A flood of connections must not keep intake from its messages.
+_EVENTS_PER_TURN = 200
 _EXPLAINED = {
     "unknown_key": "its key is not in keys.allowed",
     "wrong_learner_key": "it has another learner's public key (--learner-key)",
@@ -85,7 +87,7 @@ class Gate:
 
     def watch(self) -> None:
         """Count the connections that came to nothing."""
-        while True:
+        for _ in range(_EVENTS_PER_TURN):
             try:
                 event, value = read_event(self._sockets.monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:

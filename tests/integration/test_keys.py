@@ -29,7 +29,7 @@ from tests.integration.processes import (
 
 pytestmark = pytest.mark.timeout(120)
 
-LONG_RUN = ("learner.steps=100000", "learner.actor_timeout_s=10")
+LONG_RUN = ("learner.steps=100000", "learner.actor_timeout_s=10", "weights.timeout_s=2")
 
 
 class Encrypted:
@@ -213,7 +213,7 @@ def test_without_a_listed_key_nothing_reaches_a_handler(encrypted: Encrypted):
 def test_an_actor_that_is_not_let_in_says_why(encrypted: Encrypted):
     system = encrypted.system
     encrypted.start()
-    quick = ("--connect-timeout", "5")
+    quick = ("--connect-timeout", "2")
     stranger = encrypted.actor("stranger", *quick)
     wrong = encrypted.actor("good", *quick, learner="stranger")
     plain = system.start_actor("plain", *quick)
@@ -231,7 +231,7 @@ def test_an_actor_that_is_not_let_in_says_why(encrypted: Encrypted):
 
 def test_an_actor_with_keys_does_not_join_a_learner_without(encrypted: Encrypted):
     encrypted.system.start_learner(*LONG_RUN)
-    actor = encrypted.actor("good", "--connect-timeout", "5")
+    actor = encrypted.actor("good", "--connect-timeout", "2")
     assert actor.wait(40) == 1
     assert "leave --key and --learner-key out" in actor.output
     assert encrypted.joined() == 0
@@ -249,9 +249,6 @@ def test_a_withdrawn_key_ends_its_actor_and_frees_its_leases(encrypted: Encrypte
     assert "its key has been withdrawn" in second.output
     encrypted.works_on(good)
 
-    again = encrypted.actor("second")
-    assert again.wait(40) == 1
-    assert "does not know this actor's key" in again.output
     encrypted.add("second")
     back = encrypted.actor("second")
     encrypted.works_on(back)
@@ -263,7 +260,7 @@ def test_a_silent_actor_with_a_withdrawn_key_is_forgotten_and_its_messages_count
 ):
     """Stopped, it neither sends anything nor hears that it is to go."""
     system = encrypted.system
-    encrypted.start("learner.actor_timeout_s=100", "weights.timeout_s=2")
+    encrypted.start("learner.actor_timeout_s=100")
     good, second = encrypted.actor("good"), encrypted.actor("second")
     for actor in (good, second):
         wait_for(lambda pid=actor.pid: (system.actor(pid) or {}).get("groups", 0) > 0, "groups")
@@ -299,13 +296,12 @@ def test_a_listed_key_does_not_get_at_another_ones_session(encrypted: Encrypted)
         with peer(system.url, "victim", thief_keys) as thief:
             thief.hello()
             wait_for(lambda: encrypted.refused("messages").get("foreign_session", 0), "the count")
-        assert encrypted.handled() == before
-        assert encrypted.joined() == joined
-        words = "(foreign_session): it uses the session of an actor with another key; "
-        assert words + thief_keys.own.public in system.learner.output
-        victim.hello()
-        wait_for(lambda: encrypted.joined() == joined + 1, "its owner's return")
-    encrypted.works_on(good)
+            encrypted.works_on(good)
+            assert thief.socket.poll(0) == 0
+    assert encrypted.handled() == before
+    assert encrypted.joined() == joined
+    words = "(foreign_session): it uses the session of an actor with another key; "
+    assert words + thief_keys.own.public in system.learner.output
 
 
 def test_open_to_other_machines_everything_goes_over_the_encrypted_socket(encrypted: Encrypted):

@@ -21,7 +21,7 @@ from protocol.keys import ActorKeys, KeyPair
 
 LINGER_MS = 1000
 QUEUED_MESSAGES = 1000
-RECEIVED_MESSAGES = 16
+RECEIVED_MESSAGES = 64
 """Queued for the learner from each actor, because groups are large and actors many: what does not
 fit stays in the actor's own queue. The learner takes them out at once."""
 HANDSHAKE_EVENTS = (
@@ -200,7 +200,12 @@ def _limit(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.RCVHWM, QUEUED_MESSAGES)
     socket.setsockopt(zmq.SNDTIMEO, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
     socket.setsockopt(zmq.IMMEDIATE, 0)
+    # Who vanishes is noticed by TCP. ZeroMQ's own heartbeats, of either side, abort the process if
+    # a peer goes away whose queue is full (libzmq issue 4364, open in 4.3.5).
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 2)
+    socket.setsockopt(zmq.TCP_MAXRT, 20_000)

@@ -6,6 +6,7 @@
 | roll out  | one lease each  | engine, rewards     | finished requests | one group each   |
 | weights   | announcements   | a newer version     | the learner       | `WeightsReady`   |
 | heartbeat | -               | its interval        | the clock         | `Status`         |
+| watch     | handshakes      | a reconnection      | the learner       | -, or it refuses |
 
 A lease ends in exactly one `GroupHeader` or `Failed`. Groups are kept until they are acknowledged
 and sent again if that takes too long; the learner knows a group that it already has.
@@ -46,6 +47,7 @@ from protocol.config import ActorConfig
 from protocol.errors import BadMessage, EngineError, PeerLost, Refused, brief
 from protocol.framing import Buffer
 from protocol.groups import pack_group
+from protocol.keys import ActorKeys
 from protocol.messages import (
     MAX_LEASES,
     PROTOCOL_VERSION,
@@ -82,6 +84,8 @@ class ActorOptions:
     metrics_port: int = 0
     metrics_host: str = "127.0.0.1"
     connect_timeout_s: float = 30.0
+    keys: ActorKeys | None = None
+    """None only for a learner on this machine."""
     allowed_modules: tuple[str, ...] = DEFAULT_MODULES
     folder: Path = field(default_factory=Path.cwd)
     """Reward modules that lie here may be imported too."""
@@ -102,7 +106,7 @@ class Actor:
         self._clock = clock
         self._session = uuid.uuid4().hex
         self._started = time.monotonic()
-        self._link = LearnerLink(options.learner, self._session)
+        self._link = LearnerLink(options.learner, self._session, options.keys)
         self._stopping = asyncio.Event()
         self._stop_cause = ""
         self._rollouts: dict[int, asyncio.Task[None]] = {}
@@ -171,6 +175,7 @@ class Actor:
                     self._tasks.create_task(self._receive()),
                     self._tasks.create_task(self._weights.run()),
                     self._tasks.create_task(self._send_status()),
+                    self._tasks.create_task(self._link.watch()),
                 ]
                 await self._stopping.wait()
                 await self._drain()

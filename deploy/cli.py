@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     actor.add_argument("--learner", required=True, metavar="tcp://HOST:PORT")
     actor.add_argument("--metrics-port", type=int, default=0, help="0 (default): any free port")
     actor.add_argument("--metrics-host", default="127.0.0.1")
+    actor.add_argument("--key", type=Path, metavar="FILE", help="this actor's .key_secret file")
+    actor.add_argument("--learner-key", type=Path, metavar="FILE", help="the learner's .key file")
     actor.add_argument("--connect-timeout", type=float, default=30.0, metavar="SECONDS")
     actor.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
     _add_allow_rewards(actor)
@@ -118,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
         help="train on it again, without any actor, and compare the losses",
     )
     journal.set_defaults(command=_journal)
+
+    keygen = commands.add_parser("keygen", help="make a key for a learner or an actor")
+    keygen.add_argument("path", type=Path, metavar="PATH", help="writes PATH.key, PATH.key_secret")
+    keygen.set_defaults(command=_keygen)
 
     plot = commands.add_parser("plot", help="draw the curves of a run or comparison again")
     plot.add_argument("run", type=Path, metavar="FOLDER")
@@ -182,7 +188,7 @@ def _add_child_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: Any) -> int:
-    from deploy.launcher import launch
+    from deploy.launcher import launch, require_actor_key
     from learner.runlog import RunFolder
 
     if options.resume:
@@ -190,6 +196,7 @@ def _run(options: Any) -> int:
     else:
         config = _config(options)
     _import_rewards(config, options)
+    require_actor_key(config)
     return launch(
         config,
         folder if options.resume else RunFolder.create(config),
@@ -218,6 +225,9 @@ def _learner(options: Any) -> int:
 
 
 def _actor(options: Any) -> int:
+    from protocol.keys import load_actor_keys
+
+    keys = load_actor_keys(options.key, options.learner_key)
     _start_logging()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from actors.app import ActorOptions
@@ -229,6 +239,7 @@ def _actor(options: Any) -> int:
             metrics_port=options.metrics_port,
             metrics_host=options.metrics_host,
             connect_timeout_s=options.connect_timeout,
+            keys=keys,
             allowed_modules=_allowed(options),
         ),
         threads=options.threads,
@@ -237,7 +248,9 @@ def _actor(options: Any) -> int:
 
 
 def _check(options: Any) -> int:
-    print(_load(options).to_toml(), end="")
+    config = _load(options)
+    config.load_keys()
+    print(config.to_toml(), end="")
     return 0
 
 
@@ -282,6 +295,21 @@ def _journal(options: Any) -> int:
     if options.replay:
         return 0 if replay_journal(options.run) else FAILURE
     print_journal(options.run)
+    return 0
+
+
+def _keygen(options: Any) -> int:
+    from protocol.keys import create_key
+
+    public, secret = create_key(options.path)
+    print(
+        f"{secret}: the secret key. It stays on this machine, readable by you only.\n"
+        f"  of a learner:  keys.secret={secret}\n"
+        f"  of an actor:   gdpo actor --key {secret} ...\n"
+        f"{public}: the public key, which the other side needs.\n"
+        f"  of a learner:  to every actor's machine: gdpo actor --learner-key {public.name} ...\n"
+        f"  of an actor:   into the learner's folder keys.allowed, at any time"
+    )
     return 0
 
 

@@ -24,7 +24,7 @@ from deploy.plot import plot_run
 from deploy.report import print_summary
 from learner.config import RunConfig
 from learner.runlog import RunFolder
-from protocol.errors import PeerLost, Refused, TrainingError
+from protocol.errors import ConfigError, PeerLost, Refused, TrainingError
 
 _ERROR = "gdpo: error: "
 STOP_TIMEOUT_S = 5.0
@@ -80,6 +80,15 @@ def launch(
     if launcher.failure:
         raise TrainingError(launcher.failure)
     return 0 if summary["completed"] else INTERRUPTED
+
+
+def require_actor_key(config: RunConfig) -> None:
+    """Raises `ConfigError` if actors that are started here could not connect."""
+    if config.load_keys() is not None and config.keys.actor is None:
+        raise ConfigError(
+            "keys.secret is set: then the actors that gdpo run starts need a key too; set "
+            "keys.actor to a .key_secret file, whose .key file is in keys.allowed"
+        )
 
 
 class Launcher:
@@ -242,6 +251,9 @@ class Launcher:
     def _start_actor(self, name: str, url: str) -> None:
         threads = self._config.launch.actor_threads
         command = ["actor", "--learner", url, "--threads", str(threads)]
+        if self._config.keys.actor is not None:
+            command += ["--key", str(Path(self._config.keys.actor).resolve())]
+            command += ["--learner-key", str(self._folder.learner_key.resolve())]
         for module in self._allowed_modules:
             command += ["--allow-rewards", module]
         self._actors[name] = self._start(name, command, threads)

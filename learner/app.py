@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from learner.checkpoints import Checkpoint, newest
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream, check_work, evaluation_work, load_rows
+from learner.gate import Gate
 from learner.history import JOURNAL_TIMEOUT_S, History, Resumed
 from learner.intake import Intake
 from learner.journal import Arrival
@@ -44,9 +46,10 @@ from learner.state import RunState
 from learner.trainer import StepResult
 from learner.work import WorkQueue, group_limits
 from protocol.errors import ConfigError, TrainingError, brief
+from protocol.keys import AllowList
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
-from protocol.sockets import bind_learner, parse_tcp
+from protocol.sockets import bind_learner, is_wildcard, parse_tcp
 
 log = logging.getLogger("learner")
 
@@ -89,6 +92,7 @@ class Learner:
     def _load(self, checkpoint: Checkpoint | None) -> None:
         """Model and data: everything that the user may have got wrong, before a port opens."""
         config = self.config
+        self._keys = config.load_keys()
         rows = load_rows(config.data.train, config.data.train_split)
         self._heldout = (
             load_rows(config.data.heldout, config.data.heldout_split) if config.data.heldout else []
@@ -162,20 +166,34 @@ class Learner:
         tokens = config.sampling.max_tokens * max(
             config.sampling.num_rollouts, config.eval.num_rollouts
         )
-        socket = bind_learner(self._context, config.learner.bind, max(1 << 20, 12 * tokens))
-        self.url = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        sockets = bind_learner(
+            self._context, config.learner.bind, max(1 << 20, 12 * tokens), self._keys
+        )
+        self.url = self._url_for_actors(sockets.url)
+        allowed = AllowList(Path(config.keys.allowed)) if config.keys.allowed else None
+        if self._keys is not None and allowed is not None:
+            self.folder.write_learner_key(self._keys.public)
+            log.info(
+                "encrypted, with the key %s; %d keys may connect", self._keys.public, len(allowed)
+            )
+        self.gate = Gate(sockets, allowed)
         intake_heartbeat = Heartbeat("intake", limit_s=10.0)
-        self._intake = Intake(socket, self.coordinator, intake_heartbeat)
+        self._intake = Intake(sockets, self.gate, self.coordinator, intake_heartbeat)
         if journal := self.history.journal:
             journal.start(self._stored, self.coordinator.fail)
             self.rewards.record = self._record_command
-        host, _ = parse_tcp(self.url)
         self.publisher = Publisher(
-            self.coordinator, self._snapshots, config.weights, host, self._intake.wake
+            self.coordinator,
+            self._snapshots,
+            config.weights,
+            config.collective_address,
+            self._intake.wake,
         )
         registry = CollectorRegistry()
         registry.register(
-            StateCollector(self.coordinator, self.buffer, self.progress, self.history.journal)
+            StateCollector(
+                self.coordinator, self.gate, self.buffer, self.progress, self.history.journal
+            )
         )
         self._metrics = StepMetrics(registry)
         self._server = ObservabilityServer(
@@ -190,6 +208,13 @@ class Learner:
         self.metrics_url = f"http://{self._server.address}/metrics"
         self.folder.write_control(self._server.command_url, self._server.token)
         self.folder.write_endpoints(self.url, self.metrics_url)
+
+    def _url_for_actors(self, bound: str) -> str:
+        """What an actor on this machine connects to; elsewhere a wildcard is of no use either."""
+        host, port = parse_tcp(bound)
+        if not is_wildcard(host):
+            return bound
+        return f"tcp://{self.config.collective_address or '127.0.0.1'}:{port}"
 
     # --- the run --------------------------------------------------------------------------------
 

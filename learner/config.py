@@ -3,6 +3,7 @@
 import difflib
 import tomllib
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -22,7 +23,8 @@ from pydantic import (
 from learner.pacing import Pacing, largest_group_bytes
 from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
 from protocol.errors import ConfigError
-from protocol.sockets import require_loopback
+from protocol.keys import AllowList, KeyPair, load_key
+from protocol.sockets import is_loopback, parse_tcp
 
 EstimatorName = Literal[
     "gdpo", "grpo", "grpo_no_std", "grpo_batch_norm", "dvao", "corr_grpo", "gd2po"
@@ -44,6 +46,11 @@ AggregationName = Literal["token_mean", "sequence_mean", "constant"]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _is_address(url: str) -> str:
+    parse_tcp(url)
+    return url
 
 
 class ModelConfig(StrictModel):
@@ -150,13 +157,37 @@ class WeightsConfig(StrictModel):
     timeout_s: PositiveFloat = 10.0
     """Deadline of a collective: joining it, each bucket, and each actor's confirmation."""
     bucket_bytes: PositiveInt = 32 << 20
+    collective: bool | None = None
+    """Broadcast by gloo, which neither encrypts nor authenticates: true says that the network is
+    private. None: only on loopback. Without it every actor pulls from the learner's socket."""
+    address: IPv4Address | None = None
+    """Of this machine, where actors reach the broadcast; None: that of learner.bind."""
+
+
+class KeysConfig(StrictModel):
+    """CURVE keys, made by `gdpo keygen`: who may connect to the learner, over an encrypted link."""
+
+    secret: str | None = None
+    """The learner's own key, a ``.key_secret`` file."""
+    allowed: str | None = None
+    """Folder of the actors' public keys, ``.key`` files; they may come and go while it runs."""
+    actor: str | None = None
+    """The ``.key_secret`` file of the actors that `gdpo run` starts."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.secret is None) != (self.allowed is None):
+            raise ValueError("set keys.secret and keys.allowed, or none of them")
+        if self.actor is not None and self.secret is None:
+            raise ValueError("keys.actor needs keys.secret and keys.allowed")
+        return self
 
 
 class LearnerConfig(StrictModel):
     """Training, and what the learner expects of its actors."""
 
-    bind: Annotated[str, AfterValidator(require_loopback)] = "tcp://127.0.0.1:5555"
-    """Where actors connect; port 0 takes any free one."""
+    bind: Annotated[str, AfterValidator(_is_address)] = "tcp://127.0.0.1:5555"
+    """Where actors connect; port 0 takes any free one. Beyond loopback it needs `keys`."""
     metrics_host: str = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 9400
     """Prometheus endpoint; 0 takes any free port."""
@@ -226,6 +257,7 @@ class RunConfig(StrictModel):
     buffer: BufferConfig = BufferConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     weights: WeightsConfig = WeightsConfig()
+    keys: KeysConfig = KeysConfig()
     eval: EvalConfig = EvalConfig()
     actor: ActorConfig = ActorConfig()
     launch: LaunchConfig = LaunchConfig()
@@ -270,6 +302,49 @@ class RunConfig(StrictModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _network_is_guarded(self) -> Self:
+        host, _ = parse_tcp(self.learner.bind)
+        if self.keys.secret is None and not is_loopback(host):
+            raise ValueError(
+                f"learner.bind = {self.learner.bind} is reachable from other machines, which needs "
+                "keys: make them with gdpo keygen, then set keys.secret and keys.allowed; without "
+                "keys use tcp://127.0.0.1:PORT"
+            )
+        address = self.collective_address
+        if address is not None and not is_loopback(address) and not _is_ipv4(address):
+            raise ValueError(
+                "weights.collective needs an IPv4 address of this machine, and learner.bind names "
+                "none: set weights.address"
+            )
+        return self
+
+    @property
+    def collective_address(self) -> str | None:
+        """Where the broadcast of weights listens; None if weights are pulled only."""
+        host, _ = parse_tcp(self.learner.bind)
+        address = str(self.weights.address or host)
+        wanted = self.weights.collective
+        if wanted is None:
+            wanted = is_loopback(host) and is_loopback(address)
+        return address if wanted else None
+
+    def load_keys(self) -> KeyPair | None:
+        """The learner's own key, None without; raises `ConfigError`, for the other files too."""
+        keys = self.keys
+        if keys.secret is None or keys.allowed is None:
+            return None
+        if not Path(keys.allowed).is_dir():
+            raise ConfigError(f"keys.allowed = {keys.allowed}: no such folder")
+        if keys.actor is not None:
+            actor = load_key(Path(keys.actor))
+            if not AllowList(Path(keys.allowed)).allows(actor.public):
+                raise ConfigError(
+                    f"the key of keys.actor = {keys.actor} is not in keys.allowed = "
+                    f"{keys.allowed}: copy its .key file there"
+                )
+        return load_key(Path(keys.secret))
+
     def pacing(self) -> Pacing:
         """How many leases may be out; raises `ConfigError` for limits that could never be kept."""
         return Pacing(
@@ -306,8 +381,8 @@ class RunConfig(StrictModel):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file and apply ``key.sub=value`` overrides; raises `ConfigError`.
 
-    The name defaults to the file's; paths of models and data that exist relative to the file are
-    made absolute, others are left for the hub.
+    The name defaults to the file's; paths of models, data and keys that exist relative to the file
+    are made absolute, others are left for the hub.
     """
     try:
         tree = tomllib.loads(path.read_text())
@@ -366,7 +441,11 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    for section, keys in (("model", ("path",)), ("data", ("train", "heldout"))):
+    for section, keys in (
+        ("model", ("path",)),
+        ("data", ("train", "heldout")),
+        ("keys", ("secret", "allowed", "actor")),
+    ):
         table = tree.get(section)
         for key in keys:
             if isinstance(table, dict) and isinstance(table.get(key), str):
@@ -376,6 +455,13 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
                     raise ConfigError(f"{section}.{key} = {table[key]!r}: {error}") from error
                 if candidate.exists():
                     table[key] = str(candidate.resolve())
+
+
+def _is_ipv4(host: str) -> bool:
+    try:
+        return not IPv4Address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def _explain(problem: dict[str, Any]) -> str:

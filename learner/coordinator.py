@@ -111,12 +111,14 @@ class Coordinator:
 
     # --- called by intake -----------------------------------------------------------------------
 
-    def handle(self, session: str, message: ToLearner, payloads: list[memoryview]) -> None:
-        """Take one message from the network; answers go to `outbox`."""
+    def handle(
+        self, session: str, message: ToLearner, payloads: list[memoryview], key: str = ""
+    ) -> None:
+        """Take one message from the network, sent with this key; answers go to `outbox`."""
         with self._lock:
             now = self._clock()
             if isinstance(message, Hello):
-                self._hello(session, message, now)
+                self._hello(session, message, now, key)
                 return
             actor = self._actors.get(session)
             if actor is None:
@@ -152,6 +154,19 @@ class Coordinator:
             self.counters.bad_messages += 1
             log.warning("bad message from %s: %s", session[:8], error)
             self._send(session, Error(code="bad_message", message=str(error)))
+
+    def key_of(self, session: str) -> str | None:
+        """The key that the session's actor joined with; None if there is no such actor."""
+        with self._lock:
+            actor = self._actors.get(session)
+            return None if actor is None else actor.key
+
+    def let_go(self, is_allowed: Callable[[str], bool]) -> None:
+        """Refuse the actors whose key is not allowed any more."""
+        with self._lock:
+            for actor in list(self._actors.values()):
+                if not is_allowed(actor.key):
+                    self._refuse(actor, "its key has been withdrawn")
 
     def unreachable(self, session: str) -> None:
         """The connection to an actor is gone, or its queue is full."""
@@ -301,7 +316,7 @@ class Coordinator:
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _hello(self, session: str, hello: Hello, now: float) -> None:
+    def _hello(self, session: str, hello: Hello, now: float, key: str) -> None:
         refusal = self._why_refused(session, hello)
         if refusal:
             log.warning("refused an actor on %s: %s", hello.host, refusal)
@@ -311,7 +326,8 @@ class Coordinator:
             self._forget(old, "said hello again", lost=False)
         self._num_joined += 1
         self._last_actor_at = now
-        actor = self._actors[session] = ActorState(session, hello, now, now, self._num_joined)
+        actor = ActorState(session, hello, now, now, self._num_joined, key)
+        self._actors[session] = actor
         log.info("actor %d joined: %s, pid %d", self._num_joined, hello.host, hello.pid)
         self._send(session, self._welcome, self._files)
         self._announce_latest(actor)

@@ -1,4 +1,7 @@
-"""The learner's socket thread: frames in, frames out; every decision is the coordinator's."""
+"""The learner's socket thread: frames in, frames out.
+
+Who may talk to the learner is the gate's decision, every other one the coordinator's.
+"""
 
 import contextlib
 import logging
@@ -9,10 +12,12 @@ from threading import Lock, Thread
 import zmq
 
 from learner.coordinator import Coordinator
+from learner.gate import Gate
 from protocol.errors import BadMessage, TrainingError
 from protocol.framing import decode_to_learner, encode
 from protocol.messages import Pong
 from protocol.observability import Heartbeat
+from protocol.sockets import LearnerSockets
 
 log = logging.getLogger("learner")
 
@@ -24,9 +29,15 @@ class Intake:
     """Runs until `close`; `wake` makes it look at the coordinator at once."""
 
     def __init__(
-        self, socket: zmq.Socket[bytes], coordinator: Coordinator, heartbeat: Heartbeat
+        self,
+        sockets: LearnerSockets,
+        gate: Gate,
+        coordinator: Coordinator,
+        heartbeat: Heartbeat,
     ) -> None:
-        self._socket = socket
+        self._sockets = sockets
+        self._socket = sockets.router
+        self._gate = gate
         self._coordinator = coordinator
         self._heartbeat = heartbeat
         # ZeroMQ sockets belong to one thread, a pipe does not.
@@ -64,21 +75,29 @@ class Intake:
             log.exception("intake died")
             self._coordinator.fail(TrainingError(f"intake died: {error}"))
         finally:
-            self._socket.close()
+            self._sockets.close()
 
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
+        poller.register(self._sockets.monitor, zmq.POLLIN)
+        if self._sockets.authenticator is not None:
+            poller.register(self._sockets.authenticator, zmq.POLLIN)
         next_tick = 0.0
         while not self._closing:
             ready = dict(poller.poll(int(TICK_S * 1000)))
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
                 next_tick = 0.0
+            if self._sockets.authenticator in ready:
+                self._gate.authenticate()
+            if self._sockets.monitor in ready:
+                self._gate.watch()
             if self._socket in ready:
                 self._receive()
             if time.monotonic() >= next_tick:
+                self._coordinator.let_go(self._gate.allows)
                 self._coordinator.tick()
                 self._heartbeat.beat()
                 next_tick = time.monotonic() + TICK_S
@@ -92,12 +111,15 @@ class Intake:
             except zmq.Again:
                 return
             session = identity.bytes.decode("ascii", "replace")
+            key = self._gate.sender(identity, self._coordinator.key_of(session))
+            if key is None:
+                continue
             try:
                 message, payloads = decode_to_learner([frame.buffer for frame in frames])
             except BadMessage as error:
                 self._coordinator.bad_message(session, error)
                 continue
-            self._coordinator.handle(session, message, payloads)
+            self._coordinator.handle(session, message, payloads, key)
 
     def _send(self) -> None:
         outbox = self._coordinator.outbox

@@ -32,7 +32,8 @@ def run_learner(
     learner = Learner(config, folder, resume=resume)
     try:
         with _stopped_by_signals(learner):
-            log.info("actors join with: gdpo actor --learner %s", learner.url)
+            keys = " --key ACTOR.key_secret --learner-key LEARNER.key" if config.keys.secret else ""
+            log.info("actors join with: gdpo actor --learner %s%s", learner.url, keys)
             log.info("metrics: %s", learner.metrics_url)
             log.info("run folder: %s", folder.path)
             on_start(learner)

@@ -21,6 +21,8 @@ class ActorState:
     joined_at: float
     last_heard: float
     number: int
+    key: str = ""
+    """Public key that it joined with; empty without keys."""
     version: int = -1
     route: str = ""
     status: Status | None = None

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from learner.buffer import ReplayBuffer
 from learner.coordinator import Coordinator
+from learner.gate import Gate
 from learner.journal import Journal
 from learner.progress import Progress
 from learner.publisher import PushReport
@@ -152,11 +153,13 @@ class StateCollector(Collector):
     def __init__(
         self,
         coordinator: Coordinator,
+        gate: Gate,
         buffer: ReplayBuffer,
         progress: Progress,
         journal: Journal | None,
     ) -> None:
         self._coordinator = coordinator
+        self._gate = gate
         self._buffer = buffer
         self._progress = progress
         self._journal = journal
@@ -202,6 +205,18 @@ class StateCollector(Collector):
             "Groups that a reward function failed on, as actors reported",
             "reward",
             counters.reward_failures,
+        )
+        yield _by(
+            "gdpo_connections_refused",
+            "Connections that ended before they could send anything",
+            "cause",
+            self._gate.connections_refused,
+        )
+        yield _by(
+            "gdpo_messages_refused",
+            "Messages that were not decoded, because of the key they came with",
+            "cause",
+            self._gate.messages_refused,
         )
         yield _counter("gdpo_actors_lost", "Actors lost without goodbye", counters.actors_lost)
         yield _counter(

@@ -50,21 +50,26 @@ class PushReport:
 
 
 class Publisher:
-    """Pushes the newest snapshot to every ready actor."""
+    """Pushes the newest snapshot to every ready actor.
+
+    By collective on ``address``; None: nothing listens there, and everybody pulls every version.
+    """
 
     def __init__(
         self,
         coordinator: Coordinator,
         snapshots: SnapshotStore,
         config: WeightsConfig,
-        address: str,
+        address: str | None,
         wake_intake: Callable[[], None],
     ) -> None:
         self._coordinator = coordinator
         self._snapshots = snapshots
         self._config = config
         self._wake_intake = wake_intake
-        self._collective = _Collective(address, timedelta(seconds=config.timeout_s))
+        self._collective = (
+            _Collective(address, timedelta(seconds=config.timeout_s)) if address else None
+        )
         self._changed = Condition()
         self._pending: Snapshot | None = None
         self._pushed = snapshots.latest.version
@@ -125,39 +130,24 @@ class Publisher:
         members = self._coordinator.ready_sessions(self._pushed)
         if not members:
             return None
-        started = time.monotonic()
-        self._collective.begin(members)
-        for rank, session in enumerate(members, start=1):
-            self._coordinator.announce(session, self._offer(snapshot, rank, len(members) + 1))
-        self._wake_intake()
-        joined = broadcast = started
-        try:
-            self._collective.join()
-            joined = time.monotonic()
-            self._collective.broadcast(snapshot, self._config.bucket_bytes)
-            broadcast = time.monotonic()
-            by_collective = True
-        except RuntimeError as error:
-            log.warning(
-                "push of version %d by collective failed, because an actor left or was late; the "
-                "others pull it",
-                snapshot.version,
-            )
-            log.debug("%s", brief(error))
-            by_collective = False
-            self._collective.end()
-            joined = broadcast = time.monotonic()
+        started = joined = broadcast = time.monotonic()
+        by_collective = False
+        if self._collective is None:
             self._announce_stream(members, snapshot)
+        else:
+            by_collective, joined = self._broadcast(self._collective, members, snapshot)
+            broadcast = time.monotonic()
         behind = self._coordinator.wait_for_version(
             members, snapshot.version, self._config.timeout_s
         )
         if behind:
             log.warning("%d actors are late with version %d", len(behind), snapshot.version)
-            self._collective.end()
-            self._announce_stream(behind, snapshot)
+            if self._collective is not None:
+                self._collective.end()
+                self._announce_stream(behind, snapshot)
         return PushReport(
             version=snapshot.version,
-            epoch=self._collective.epoch,
+            epoch=self._collective.epoch if self._collective else 0,
             members=len(members),
             by_collective=by_collective,
             join_seconds=joined - started,
@@ -166,13 +156,40 @@ class Publisher:
             behind=len(behind),
         )
 
-    def _offer(self, snapshot: Snapshot, rank: int, world_size: int) -> Weights:
+    def _broadcast(
+        self, collective: "_Collective", members: tuple[str, ...], snapshot: Snapshot
+    ) -> tuple[bool, float]:
+        """Whether it went well, and when all had joined; else the members are told to pull."""
+        collective.begin(members)
+        for rank, session in enumerate(members, start=1):
+            offer = self._offer(collective, snapshot, rank, len(members) + 1)
+            self._coordinator.announce(session, offer)
+        self._wake_intake()
+        try:
+            collective.join()
+            joined = time.monotonic()
+            collective.broadcast(snapshot, self._config.bucket_bytes)
+        except RuntimeError as error:
+            log.warning(
+                "push of version %d by collective failed, because an actor left or was late; the "
+                "others pull it",
+                snapshot.version,
+            )
+            log.debug("%s", brief(error))
+            collective.end()
+            self._announce_stream(members, snapshot)
+            return False, time.monotonic()
+        return True, joined
+
+    def _offer(
+        self, collective: "_Collective", snapshot: Snapshot, rank: int, world_size: int
+    ) -> Weights:
         return msgspec.structs.replace(
             snapshot.announcement(),
-            epoch=self._collective.epoch,
+            epoch=collective.epoch,
             rank=rank,
             world_size=world_size,
-            store_port=self._collective.store_port,
+            store_port=collective.store_port,
             bucket_bytes=self._config.bucket_bytes,
             timeout_s=self._config.timeout_s,
         )

@@ -38,6 +38,7 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         "actors_wanted": rates.actors_wanted if free else None,
         "actor_idle_share": rates.actor_idle_share,
         "learner_wait_share": rates.learner_wait_share,
+        **_refused(learner),
         "bottleneck": rates.bottleneck if done and live and free else None,
         "actors": [
             {
@@ -129,6 +130,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         "phase_seconds": learner.phase_seconds,
         "actors_lost": learner.coordinator.counters.actors_lost,
         "bad_messages": learner.coordinator.counters.bad_messages,
+        **_refused(learner),
         "weights": {
             "version": learner.trainer.version,
             "digest_mismatches": learner.coordinator.counters.digest_mismatches,
@@ -137,6 +139,14 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         "checkpoint": str(learner.folder.checkpoint.resolve())
         if learner.folder.checkpoint.exists()
         else None,
+    }
+
+
+def _refused(learner: "Learner") -> dict[str, Any]:
+    """What did not get past the gate, by cause."""
+    return {
+        "connections_refused": dict(learner.gate.connections_refused),
+        "messages_refused": dict(learner.gate.messages_refused),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self, TextIO
 
 from learner.config import RunConfig, load_config
 from protocol.errors import ConfigError
+from protocol.keys import public_key_text
 
 _FIXED = ("model.path", "model.dtype", "data", "seed", "sampling", "rewards", "buffer.durability")
 """What a run cannot be resumed without, as it was: groups and prompts depend on it."""
@@ -76,6 +77,15 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """The newest checkpoint's model, when the run has ended."""
         return self.path / "checkpoint"
+
+    @property
+    def learner_key(self) -> Path:
+        """The learner's public key, for actors."""
+        return self.path / "learner.key"
+
+    def write_learner_key(self, public: str) -> None:
+        """In the format of `protocol.keys`."""
+        self.learner_key.write_text(public_key_text(public))
 
     def take(self, config: RunConfig) -> None:
         """Be the one learner of this folder until `close`; raises `ConfigError`."""

@@ -127,7 +127,7 @@ def test_actors_wait_for_a_slow_learner(system: System):
 
 
 def test_a_learner_that_was_frozen_goes_on_with_its_actors(system: System):
-    """Longer than heartbeats and silences last: every connection is made anew."""
+    """Longer than any silence that is forgiven, with more messages waiting than a queue holds."""
     system.start_learner(*LONG_RUN)
     actors = [system.start_actor("one"), system.start_actor("two")]
     wait_for(lambda: system.status()["actors_live"] == 2, "both actors")

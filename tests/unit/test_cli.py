@@ -9,7 +9,7 @@ import pytest
 from deploy.cli import main
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "zmq", "pydantic", "rich")
-COMMANDS = ("run", "learner", "actor", "check", "eval", "compare", "set", "plot")
+COMMANDS = ("run", "learner", "actor", "check", "eval", "compare", "set", "keygen", "plot")
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:

@@ -261,6 +261,7 @@ class Actor:
                     self._weights.chunk(message, payloads)
                 case Welcome():
                     self._welcome_back(message)
+                    self._weights.start_over()
                 case Drain():
                     self._cancel_rollouts()
                     self.stop(message.cause)
@@ -396,7 +397,6 @@ class Actor:
             )
         self._rejoining_since = -math.inf
         self._let_go()
-        self._weights.start_over()
         log.info("joined again after a silence")
 
 

@@ -154,20 +154,18 @@ class Actor:
         try:
             welcome, files = await self._link.join(self._hello, self._options.connect_timeout_s)
             log.info("joined run %s; metrics on %s", welcome.run_id, server.address)
-            with tempfile.TemporaryDirectory(prefix="gdpo-actor-") as folder:
-                write_model_files(Path(folder), welcome.files, files)
-                await self._work(welcome, Path(folder))
+            await self._work(welcome, files)
         finally:
             self._link.close()
             server.close()
 
-    async def _work(self, welcome: Welcome, folder: Path) -> None:
+    async def _work(self, welcome: Welcome, files: list[memoryview]) -> None:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self.stop, signal.Signals(signum).name)
         goodbye = "error"
         try:
-            if not await self._built(welcome, folder):
+            if not await self._built(welcome, files):
                 goodbye = self._stop_cause
                 return
             async with asyncio.TaskGroup() as self._tasks:
@@ -198,17 +196,20 @@ class Actor:
             if self._engine is not None:
                 await self._engine.close()
 
-    async def _built(self, welcome: Welcome, folder: Path) -> bool:
+    async def _built(self, welcome: Welcome, files: list[memoryview]) -> bool:
         """Build all parts; False if told to stop meanwhile: engines take up to minutes."""
-        build = asyncio.create_task(self._build(welcome, folder))
-        stop = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait({build, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not build.done():
-            build.cancel()
-            return False
-        build.result()
-        return True
+        # Only while they are read, so that a killed actor leaves no copy behind.
+        with tempfile.TemporaryDirectory(prefix="gdpo-actor-") as folder:
+            write_model_files(Path(folder), welcome.files, files)
+            build = asyncio.create_task(self._build(welcome, Path(folder)))
+            stop = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait({build, stop}, return_when=asyncio.FIRST_COMPLETED)
+            stop.cancel()
+            if not build.done():
+                build.cancel()
+                return False
+            build.result()
+            return True
 
     async def _build(self, welcome: Welcome, folder: Path) -> None:
         """Rewards, tokenizer, engine and weights receiver, as the welcome says."""

@@ -14,7 +14,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any, Literal
 
 Direction = Literal["up", "down"]
@@ -33,6 +33,7 @@ class Proxy:
         self.attempts: list[float] = []
         """When somebody connected, answered or not."""
         self._resetting = False
+        self._down_until = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._flows = {"up": asyncio.Event(), "down": asyncio.Event()}
@@ -54,6 +55,12 @@ class Proxy:
         """
         self._call(lambda: self._cut(refuse == "after accepting"))
 
+    def cut_for(self, seconds: float) -> None:
+        """Cut; of cuts that overlap the last one to end restores the links."""
+        self._down_until = max(self._down_until, time.monotonic() + seconds)
+        self.cut()
+        Timer(seconds, self._restore_if_over).start()
+
     def freeze(self, *directions: Direction) -> None:
         """Forward nothing until `restore`: half-open links."""
         for direction in directions or ("up", "down"):
@@ -71,6 +78,10 @@ class Proxy:
         self._call(lambda: self._cut(False))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+
+    def _restore_if_over(self) -> None:
+        if time.monotonic() >= self._down_until:
+            self.restore()
 
     # --- on the proxy's thread ------------------------------------------------------------------
 

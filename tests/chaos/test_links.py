@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from actors.link import HELLO_RETRY_S
+from tests.chaos.incidents import spread
 from tests.chaos.proxy import Direction
-from tests.chaos.system import LEASE_TIMEOUT_S, Chaos, spread
+from tests.chaos.system import LEASE_TIMEOUT_S, Chaos
 from tests.integration.processes import wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]

@@ -137,8 +137,10 @@ def test_a_learner_that_pushes_to_a_frozen_actor(
 
 
 def test_an_actor_whose_learner_is_not_there(chaos: Chaos, shared_memory: Any, figures: Any):
-    actor = chaos.start_toy("actor", url="tcp://127.0.0.1:9")
-    wait_for(lambda: (Path(f"/proc/{actor.pid}/task")).exists(), "its start")
+    chaos.url = "tcp://127.0.0.1:9"
+    proxy = chaos.through_a_proxy()
+    actor = chaos.start_toy("actor")
+    wait_for(lambda: proxy.attempts, "it to say hello")
     since = term(actor)
     figures(gone_s=gone_after_s(actor, since, (BY_SIGNAL,)))
     assert_nothing_is_left(chaos, shared_memory)

@@ -65,6 +65,18 @@ def test_actors_join_die_and_drain_while_the_learner_trains(system: System):
     assert summary["weights"]["digest_mismatches"] == 0
 
 
+def test_a_killed_actor_leaves_no_files_behind(system: System, monkeypatch):
+    temporary = system.folder / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    system.start_learner(*LONG_RUN)
+    actor = system.start_actor("actor")
+    system.wait_for_step(2)
+    actor.signal(signal.SIGKILL)
+    actor.wait()
+    assert list(temporary.glob("gdpo-actor-*")) == []
+
+
 def test_prometheus_reads_learner_and_actors_while_they_train(system: System):
     system.start_learner(*LONG_RUN)
     system.start_actor("actor")

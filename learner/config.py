@@ -22,6 +22,7 @@ from pydantic import (
 from learner.pacing import Pacing, largest_group_bytes
 from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
 from protocol.errors import ConfigError
+from protocol.messages import MAX_COLLECTIVE_S, MAX_TEMPERATURE
 from protocol.sockets import require_loopback
 
 EstimatorName = Literal[
@@ -73,7 +74,7 @@ class EvalConfig(StrictModel):
 
     prompts: PositiveInt = 128
     num_rollouts: PositiveInt = 4
-    temperature: NonNegativeFloat = 1.0
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] = 1.0
     timeout_s: PositiveFloat = 600.0
 
 
@@ -133,7 +134,7 @@ class BufferConfig(StrictModel):
 class WeightsConfig(StrictModel):
     """The weight push."""
 
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 10.0
     """Deadline of a collective: joining it, each bucket, and each actor's confirmation."""
     bucket_bytes: PositiveInt = 32 << 20
 

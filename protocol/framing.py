@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 import msgpack
 import msgspec
 
-from protocol.errors import BadMessage
-from protocol.messages import Header, ToActor, ToLearner
+from protocol.errors import BadMessage, brief
+from protocol.messages import MAX_PAYLOADS, Header, ToActor, ToLearner
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-MAX_FRAMES = 64
+MAX_FRAMES = 1 + MAX_PAYLOADS
 MAX_HEADER_BYTES = 4 << 20
 """Of a message to an actor; a lease carries a data row."""
 MAX_HEADER_BYTES_TO_LEARNER = 128 << 10
@@ -70,7 +70,8 @@ def _decode_header(frame: Buffer, types: Any, max_bytes: int) -> Any:
         ValueError,
         OverflowError,
     ) as error:
-        raise BadMessage(f"not a valid message: {error}") from error
+        # It quotes the message: names of unknown fields, for example.
+        raise BadMessage(f"not a valid message: {brief(error)}") from error
 
 
 def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

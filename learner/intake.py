@@ -6,12 +6,13 @@ import os
 import time
 from threading import Lock, Thread
 
+import msgspec
 import zmq
 
 from learner.coordinator import Coordinator
 from protocol.errors import BadMessage, TrainingError
 from protocol.framing import decode_to_learner, encode
-from protocol.messages import Pong
+from protocol.messages import Hello, Pong
 from protocol.observability import Heartbeat
 
 log = logging.getLogger("learner")
@@ -91,19 +92,24 @@ class Intake:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            session = identity.bytes.decode("ascii", "replace")
+            # Any byte has a character there, so that an answer finds its way back.
+            session = identity.bytes.decode("latin-1")
             try:
                 message, payloads = decode_to_learner([frame.buffer for frame in frames])
             except BadMessage as error:
                 self._coordinator.bad_message(session, error)
                 continue
+            if isinstance(message, Hello):
+                # Whoever scrapes the actors' metrics must not be led to other machines.
+                address = frames[0].get("Peer-Address")
+                message = msgspec.structs.replace(message, metrics_host=address)
             self._coordinator.handle(session, message, payloads)
 
     def _send(self) -> None:
         outbox = self._coordinator.outbox
         while outbox:
             message = outbox.popleft()
-            frames = [message.session.encode(), *encode(message.header, message.payloads)]
+            frames = [message.session.encode("latin-1"), *encode(message.header, message.payloads)]
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:

@@ -38,7 +38,15 @@ from actors.rewards import DEFAULT_MODULES, RewardScorer
 from actors.rollout import RolloutWorker
 from actors.weights import WeightsReceiver
 from protocol.config import ActorConfig
-from protocol.errors import BadMessage, EngineError, PeerLost, Refused, RewardError, brief
+from protocol.errors import (
+    BadMessage,
+    EngineError,
+    PeerLost,
+    Refused,
+    RewardError,
+    brief,
+    one_line,
+)
 from protocol.framing import Buffer
 from protocol.groups import pack_group
 from protocol.messages import (
@@ -64,6 +72,8 @@ log = logging.getLogger("actor")
 DRAIN_TIMEOUT_S = 8.0
 RESEND_AFTER_S = 10.0
 MAX_LEASES = 65_536
+MAX_CAUSE = 1000
+"""Characters of why a lease failed: a longer message would be refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +203,10 @@ class Actor:
             config = ActorConfig.model_validate(welcome.actor)
         except ValidationError as error:
             raise BadMessage(f"the welcome's configuration is invalid: {error}") from error
+        try:
+            specs = layout(welcome.manifest)
+        except ValueError as error:
+            raise BadMessage(f"the welcome's weights are invalid: {brief(error)}") from error
         self._config = config
         self._welcome = welcome
         scorer = RewardScorer(
@@ -201,16 +215,20 @@ class Actor:
             folder=self._options.folder,
             timeout_s=config.reward_timeout_s,
         )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            # Whatever its parsers raise: the files came from the learner.
+            raise BadMessage(f"the welcome brings no tokenizer: {brief(error)}") from error
         engine = await start_engine(folder, config)
         self._worker = RolloutWorker(
             engine,
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+            tokenizer,
             scorer,
             max_prompt_tokens=config.sampling.max_prompt_tokens,
+            max_tokens=config.sampling.max_tokens,
         )
-        self._weights = WeightsReceiver(
-            self._link, engine, layout(welcome.manifest), config.learner_timeout_s
-        )
+        self._weights = WeightsReceiver(self._link, engine, specs, config.learner_timeout_s)
         self._engine = engine
 
     # --- loops ----------------------------------------------------------------------------------
@@ -221,13 +239,11 @@ class Actor:
             message, payloads = await self._link.receive()
             match message:
                 case Lease():
-                    task = self._tasks.create_task(self._roll_out(message))
-                    self._rollouts[message.lease] = task
-                    task.add_done_callback(partial(self._forget, message.lease))
+                    self._begin(message)
                 case Ack():
                     self._unacknowledged.pop(message.lease, None)
                     if message.verdict == "rejected":
-                        log.info("lease %d rejected: %s", message.lease, message.cause)
+                        log.info("lease %d rejected: %s", message.lease, one_line(message.cause))
                 case Weights():
                     self._weights.announce(message)
                 case WeightsChunk():
@@ -236,13 +252,22 @@ class Actor:
                     self._welcome_back(message)
                 case Drain():
                     self._cancel_rollouts()
-                    self.stop(message.cause)
+                    self.stop(one_line(message.cause))
                 case Error(code="unknown_session"):
                     await self._join_again()
                 case Error(code="refused"):
-                    raise Refused(f"the learner refuses this actor: {message.message}")
+                    raise Refused(f"the learner refuses this actor: {one_line(message.message)}")
                 case Error():
-                    log.warning("the learner: %s", message.message)
+                    log.warning("the learner: %s", one_line(message.message))
+
+    def _begin(self, lease: Lease) -> None:
+        """Roll out a lease beside the others, unless it is no lease that a learner would issue."""
+        if lease.lease in self._rollouts or len(self._rollouts) >= MAX_LEASES:
+            log.warning("lease %d is one too many; not taken", lease.lease)
+            return
+        task = self._tasks.create_task(self._roll_out(lease))
+        self._rollouts[lease.lease] = task
+        task.add_done_callback(partial(self._forget, lease.lease))
 
     async def _roll_out(self, lease: Lease) -> None:
         """Generate and score one lease; ends in a group or a failure, never in neither."""
@@ -250,10 +275,10 @@ class Actor:
             async with asyncio.timeout(lease.deadline_s):
                 group = await self._worker.roll_out(lease)
         except RewardError as error:
-            await self._give_up(lease, "reward", str(error))
+            await self._give_up(lease, "reward", one_line(str(error), MAX_CAUSE))
             return
         except UnusableRow as error:
-            await self._give_up(lease, "prompt", str(error))
+            await self._give_up(lease, "prompt", one_line(str(error), MAX_CAUSE))
             return
         except EngineError:
             # Engines may get the signal that stops this actor too.

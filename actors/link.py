@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import zmq
 import zmq.asyncio
 
-from protocol.errors import BadMessage, PeerLost, Refused
+from protocol.errors import BadMessage, PeerLost, Refused, one_line
 from protocol.framing import Buffer, decode_to_actor, encode
 from protocol.messages import Error, Header, Hello, ToActor, Welcome
 from protocol.sockets import connect_actor
@@ -44,7 +44,8 @@ class LearnerLink:
             if isinstance(message, Welcome):
                 return message, payloads
             if isinstance(message, Error):
-                raise Refused(f"the learner at {self.url} refuses this actor: {message.message}")
+                why = one_line(message.message)
+                raise Refused(f"the learner at {self.url} refuses this actor: {why}")
         raise PeerLost(
             f"no learner answers at {self.url} within {timeout_s:g} s; is it running, and is the "
             "address right?"

@@ -74,6 +74,7 @@ async def _evaluate(
         AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
         scorer,
         max_prompt_tokens=config.sampling.max_prompt_tokens,
+        max_tokens=config.sampling.max_tokens,
     )
     evaluation = Evaluation(works, version=0)
     book = LeaseBook(timeout_s=config.learner.lease_timeout_s)

@@ -59,16 +59,20 @@ def _decode_header(frame: Buffer, types: Any, max_bytes: int) -> Any:
     if memoryview(frame).nbytes > max_bytes:
         raise BadMessage(f"header frame exceeds {max_bytes} bytes")
     try:
+        # Stops at the first wrong value, before a header of empty lists becomes fifty times its
+        # size in memory. But it takes the second of two fields of one name, and any depth.
+        msgspec.msgpack.decode(frame, type=types)
         # Its limits on lengths default to the size of the frame, its depth is bounded too.
         untyped = msgpack.unpackb(
             frame, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys
         )
         return msgspec.convert(untyped, types, strict=True)
     except (
-        msgspec.ValidationError,
+        msgspec.MsgspecError,
         msgpack.exceptions.UnpackException,
         ValueError,
         OverflowError,
+        RecursionError,
     ) as error:
         # It quotes the message: names of unknown fields, for example.
         raise BadMessage(f"not a valid message: {brief(error)}") from error

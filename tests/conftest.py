@@ -19,3 +19,12 @@ def base_folder() -> Path:
 @pytest.fixture(scope="session")
 def recipe() -> Path:
     return EXAMPLES / "tool_calling_tiny.toml"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-frames", type=int, default=100_000, help="mutants that test_fuzz.py sends"
+    )
+    parser.addoption(
+        "--fuzz-seed", default="1", help="of the mutants: a number, or random; it is printed"
+    )

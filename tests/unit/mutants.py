@@ -29,20 +29,8 @@ _VALUES: tuple[Any, ...] = (
     False,
     *(0, 1, -1, 2, 5, 100, 65_535, 65_536, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**64 - 1, -(2**63)),
     *(0.0, -0.0, -1.0, 0.5, 1e12, 1e300, math.nan, math.inf, -math.inf),
-    *(
-        "",
-        "a",
-        "b",
-        "stop",
-        "length",
-        "stream",
-        "x" * 300,
-        "a\nb",
-        "\x1b[2J",
-        "\u202e",
-        "é",
-        "\x00",
-    ),
+    *("", "a", "b", "stop", "length", "stream", "x" * 300),
+    *("a\nb", "\x1b[2J", "\u202e", "é", "\x00", "../evil.json", "a/b.json", "b.json"),
     *(b"", b"\xff", [], {}, [1], ["stop", "stop"], {"a": 1}, [[["w"]]]),
     msgpack.ExtType(5, b"ab"),
     msgpack.Timestamp(1, 2),
@@ -121,6 +109,15 @@ class Mutants:
         index = self._random.randrange(1, len(frames))
         mutant = bytearray(frames[index])
         at = self._random.randrange(len(mutant) // 4 + 1) * 4
+        kind = self._random.random()
+        if kind < 0.2:
+            # A row once more: of version spans, for example.
+            mutant[at:at] = mutant[max(0, at - 12) : at]
+        if kind < 0.4 and len(mutant) >= 4:
+            at = min(at + 4 * self._random.randrange(3), len(mutant) // 4 * 4 - 4)
+            number = int.from_bytes(mutant[at : at + 4], "little") + self._random.choice((-1, 1))
+            mutant[at : at + 4] = (number % 2**32).to_bytes(4, "little")
+            return [*frames[:index], bytes(mutant), *frames[index + 1 :]]
         words = b"".join(self._random.choices(_WORDS, k=self._random.choice((1, 1, 1, 2, 0))))
         mutant[at : at + self._random.choice((len(words), len(words), 0, 4))] = words
         return [*frames[:index], bytes(mutant), *frames[index + 1 :]]
@@ -160,10 +157,10 @@ class Mutants:
             return [old] * self._random.choice((1, 2) if isinstance(old, list) else (1, 100, 2000))
         if kind < 0.3:
             return {"a": old}
-        if kind < 0.4 and isinstance(old, list) and old:
-            changed = list(old)
-            changed[self._random.randrange(len(old))] = self._value(None)
-            return changed
+        if kind < 0.6 and isinstance(old, list) and old:
+            at = self._random.randrange(len(old))
+            new = self._random.choice(([], [old[at]] * 2, [self._value(old[at])]))
+            return [*old[:at], *new, *old[at + 1 :]]
         if kind < 0.42:
             return "x" * self._random.choice((10_000, 200_000))
         if kind < 0.45:

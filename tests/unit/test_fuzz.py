@@ -31,7 +31,7 @@ from tests.unit.factories import REWARDS, VOCAB, Cluster, make_config, make_snap
 from tests.unit.mutants import Frames, Mutants, pack_tree
 from tests.unit.wire_examples import EXAMPLES, FRAMES, name_of
 
-SHARES = {"whole messages": 0.55, "groups": 0.2, "to an actor": 0.25}
+SHARES = {"whole messages": 0.6, "groups": 0.15, "to an actor": 0.25}
 """Of --fuzz-frames."""
 ROUND = 500
 """Mutants between two looks at the books."""
@@ -229,7 +229,6 @@ def assert_valid(group: Group, version: int) -> None:
 # ---- The learner -------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
 def test_no_mutant_of_any_message_harms_the_learner(fuzz):
     num_frames, random = fuzz("whole messages")
     learner = Learner()
@@ -253,7 +252,6 @@ def test_no_mutant_of_any_message_harms_the_learner(fuzz):
     assert learner.cluster.coordinator.counters.bad_messages > num_frames / 2
 
 
-@pytest.mark.timeout(120)
 def test_no_mutant_of_a_group_is_trained_on_unless_it_is_valid(fuzz):
     num_frames, random = fuzz("groups")
     learner = Learner()
@@ -276,7 +274,6 @@ def test_no_mutant_of_a_group_is_trained_on_unless_it_is_valid(fuzz):
 # ---- The actor ---------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
 def test_no_mutant_of_any_message_harms_an_actor(fuzz, tmp_path):
     num_frames, random = fuzz("to an actor")
     names = [name for name in FRAMES if name not in TO_LEARNER]

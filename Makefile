@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-demo test-vllm chaos lint format clean
+.PHONY: install demo test test-demo test-vllm chaos fuzz golden-frames lint format clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,15 @@ test-vllm: $(VLLM)/.installed
 # Real processes, killed, frozen and cut off. Figures are printed and appended to runs/chaos.jsonl.
 chaos: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m chaos -s tests/chaos $(CHAOS)
+
+# Another seed every time; it is printed, and --fuzz-seed repeats it.
+FUZZ_FRAMES := 3000000
+fuzz: install
+	$(BIN)/pytest tests/unit/test_fuzz.py --fuzz-frames $(FUZZ_FRAMES) --fuzz-seed random --timeout 0 -s
+
+# After a change of the protocol that is meant.
+golden-frames: install
+	$(BIN)/python -m tests.unit.wire_examples
 
 lint: install
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ from actors.rewards import RewardScorer
 from actors.rollout import RolloutWorker
 from actors.weights import WeightsReceiver
 from protocol.config import ActorConfig
-from protocol.errors import BadMessage, EngineError, PeerLost, Refused, brief
+from protocol.errors import BadMessage, EngineError, PeerLost, Refused, brief, one_line
 from protocol.framing import Buffer
 from protocol.groups import pack_group
 from protocol.keys import ActorKeys
@@ -74,6 +74,8 @@ DRAIN_TIMEOUT_S = 5.0
 """With the engine's end and the last messages it makes less than the ten seconds that whoever
 stops a process waits before it kills."""
 RESEND_AFTER_S = 10.0
+MAX_CAUSE = 1000
+"""Characters of why a lease failed: a longer message would be refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +219,10 @@ class Actor:
             config = ActorConfig.model_validate(welcome.actor)
         except ValidationError as error:
             raise BadMessage(f"the welcome's configuration is invalid: {error}") from error
+        try:
+            specs = layout(welcome.manifest)
+        except ValueError as error:
+            raise BadMessage(f"the welcome's weights are invalid: {brief(error)}") from error
         self._config = config
         self._welcome = welcome
         self._scorer = RewardScorer(
@@ -227,16 +233,20 @@ class Actor:
             processes=config.reward_processes,
         )
         await self._scorer.start()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            # Whatever its parsers raise: the files came from the learner.
+            raise BadMessage(f"the welcome brings no tokenizer: {brief(error)}") from error
         engine = await start_engine(folder, config)
         self._worker = RolloutWorker(
             engine,
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+            tokenizer,
             self._scorer,
             max_prompt_tokens=config.sampling.max_prompt_tokens,
+            max_tokens=config.sampling.max_tokens,
         )
-        self._weights = WeightsReceiver(
-            self._link, engine, layout(welcome.manifest), config.learner_timeout_s
-        )
+        self._weights = WeightsReceiver(self._link, engine, specs, config.learner_timeout_s)
         self._engine = engine
 
     # --- loops ----------------------------------------------------------------------------------
@@ -247,15 +257,13 @@ class Actor:
             message, payloads = await self._link.receive()
             match message:
                 case Lease():
-                    task = self._tasks.create_task(self._roll_out(message))
-                    self._rollouts[message.lease] = task
-                    task.add_done_callback(partial(self._forget, message.lease))
+                    self._begin(message)
                 case Pong():
                     self._heard = message.sequence
                 case Ack():
                     self._unacknowledged.pop(message.lease, None)
                     if message.verdict == "rejected":
-                        log.info("lease %d rejected: %s", message.lease, message.cause)
+                        log.info("lease %d rejected: %s", message.lease, one_line(message.cause))
                 case Weights():
                     self._weights.announce(message)
                 case WeightsChunk():
@@ -265,13 +273,22 @@ class Actor:
                     self._weights.start_over()
                 case Drain():
                     self._cancel_rollouts()
-                    self.stop(message.cause)
+                    self.stop(one_line(message.cause))
                 case Error(code="unknown_session"):
                     await self._join_again()
                 case Error(code="refused"):
-                    raise Refused(f"the learner refuses this actor: {message.message}")
+                    raise Refused(f"the learner refuses this actor: {one_line(message.message)}")
                 case Error():
-                    log.warning("the learner: %s", message.message)
+                    log.warning("the learner: %s", one_line(message.message))
+
+    def _begin(self, lease: Lease) -> None:
+        """Roll out a lease beside the others, unless it is no lease that a learner would issue."""
+        if lease.lease in self._rollouts or len(self._rollouts) >= MAX_LEASES:
+            log.warning("lease %d is one too many; not taken", lease.lease)
+            return
+        task = self._tasks.create_task(self._roll_out(lease))
+        self._rollouts[lease.lease] = task
+        task.add_done_callback(partial(self._forget, lease.lease))
 
     async def _roll_out(self, lease: Lease) -> None:
         """Generate and score one lease; ends in a group or a failure, never in neither."""
@@ -279,10 +296,11 @@ class Actor:
             async with asyncio.timeout(lease.deadline_s):
                 group = await self._worker.roll_out(lease)
         except RewardFailure as error:
-            await self._give_up(lease, "reward", str(error), error.reward)
+            cause = one_line(str(error), MAX_CAUSE)
+            await self._give_up(lease, "reward", cause, error.reward)
             return
         except UnusableRow as error:
-            await self._give_up(lease, "prompt", str(error))
+            await self._give_up(lease, "prompt", one_line(str(error), MAX_CAUSE))
             return
         except EngineError:
             # Engines may get the signal that stops this actor too.

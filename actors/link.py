@@ -10,7 +10,7 @@ from typing import NoReturn
 import zmq
 import zmq.asyncio
 
-from protocol.errors import BadMessage, PeerLost, Refused
+from protocol.errors import BadMessage, PeerLost, Refused, one_line
 from protocol.framing import Buffer, decode_to_actor, encode
 from protocol.keys import ActorKeys
 from protocol.messages import Error, Header, Hello, ToActor, Welcome
@@ -77,7 +77,8 @@ class LearnerLink:
             if isinstance(message, Welcome):
                 return message, payloads
             if isinstance(message, Error):
-                raise Refused(f"the learner at {self.url} refuses this actor: {message.message}")
+                why = one_line(message.message)
+                raise Refused(f"the learner at {self.url} refuses this actor: {why}")
 
     async def watch(self) -> NoReturn:
         """Follow the handshakes; raises `Refused` when one failed after which ZeroMQ gives up."""

@@ -16,16 +16,29 @@ class RolloutWorker:
     """Encodes a prompt, has it completed, decodes and scores the completions."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, scorer: RewardScorer, *, max_prompt_tokens: int
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        scorer: RewardScorer,
+        *,
+        max_prompt_tokens: int,
+        max_tokens: int,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._scorer = scorer
         self._max_prompt_tokens = max_prompt_tokens
+        self._max_tokens = max_tokens
 
     async def roll_out(self, lease: Lease) -> Group:
         """One group; raises `UnusableRow`, `RewardFailure` or `EngineError`."""
-        prompt_tokens = self._encode(lease.row["prompt"])
+        if lease.max_tokens > self._max_tokens:
+            # Engines set memory aside for the longest completion.
+            raise UnusableRow(
+                f"the lease is for {lease.max_tokens} tokens; sampling.max_tokens is "
+                f"{self._max_tokens}"
+            )
+        prompt_tokens = self._encode(lease.row.get("prompt"))
         started = time.monotonic()
         rollouts = await self._engine.generate(
             Request(
@@ -62,6 +75,9 @@ class RolloutWorker:
             if isinstance(prompt, str):
                 ids = self._tokenizer(prompt)["input_ids"]
             else:
+                # Lists of lists would be taken for several conversations.
+                if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
+                    raise ValueError("it is neither text nor a list of chat messages")
                 ids = self._tokenizer.apply_chat_template(
                     prompt, add_generation_prompt=True, return_dict=False
                 )

@@ -52,7 +52,11 @@ class WeightsReceiver:
         self._specs = specs
         self._timeout_s = timeout_s
         self._collective = _Collective(link.url)
-        self._buffer = engine.allocate(total_bytes(specs))
+        try:
+            self._buffer = engine.allocate(total_bytes(specs))
+        except (RuntimeError, MemoryError, OSError) as error:
+            size = total_bytes(specs)
+            raise EngineError(f"no {size} bytes to receive weights in: {brief(error)}") from error
         self._announcement: Weights | None = None
         self._announced = asyncio.Event()
         self._chunks: dict[int, asyncio.Future[memoryview | None]] = {}
@@ -200,6 +204,8 @@ class _Collective:
             raise
 
     def _join(self, announcement: Weights, timeout: timedelta) -> ProcessGroupGloo:
+        if not 1 <= announcement.rank < announcement.world_size:
+            raise ValueError(f"rank {announcement.rank} of {announcement.world_size}")
         if self._store is None:
             self._store = TCPStore(
                 self._host,

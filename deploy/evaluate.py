@@ -72,6 +72,7 @@ async def _evaluate(
                 AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
                 scorer,
                 max_prompt_tokens=config.sampling.max_prompt_tokens,
+                max_tokens=config.sampling.max_tokens,
             )
             return await _roll_out(worker, works, config)
         finally:

@@ -100,7 +100,7 @@ class Launcher:
         folder: RunFolder,
         cwd: Path,
         allowed_modules: Sequence[str],
-        resume_with: Sequence[str] | None,
+        resume_with: Sequence[str] | None = None,
     ) -> None:
         self._resume_with = resume_with
         self._allowed_modules = allowed_modules

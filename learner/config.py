@@ -24,6 +24,7 @@ from learner.pacing import Pacing, largest_group_bytes
 from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
 from protocol.errors import ConfigError
 from protocol.keys import AllowList, KeyPair, load_key
+from protocol.messages import MAX_COLLECTIVE_S, MAX_TEMPERATURE
 from protocol.sockets import is_loopback, parse_tcp
 
 EstimatorName = Literal[
@@ -80,7 +81,7 @@ class EvalConfig(StrictModel):
 
     prompts: PositiveInt = 128
     num_rollouts: PositiveInt = 4
-    temperature: NonNegativeFloat = 1.0
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] = 1.0
     timeout_s: PositiveFloat = 600.0
 
 
@@ -154,7 +155,7 @@ class CheckpointsConfig(StrictModel):
 class WeightsConfig(StrictModel):
     """The weight push."""
 
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 10.0
     """Deadline of a collective: joining it, each bucket, and each actor's confirmation."""
     bucket_bytes: PositiveInt = 32 << 20
     collective: bool | None = None

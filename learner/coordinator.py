@@ -28,7 +28,7 @@ from learner.selfcheck import CheckResult, SelfCheck
 from learner.snapshots import SnapshotStore
 from learner.state import LeaseState, OpenTickets
 from learner.work import MAX_ATTEMPTS, WorkQueue, group_limits
-from protocol.errors import AsyncGdpoError, BadMessage, TrainingError
+from protocol.errors import AsyncGdpoError, BadMessage, TrainingError, one_line
 from protocol.framing import Buffer
 from protocol.groups import Group, GroupLimits, unpack_group
 from protocol.leases import Held, LeaseBook, Work
@@ -58,6 +58,10 @@ from protocol.weights import CHUNK_BYTES
 log = logging.getLogger("learner")
 
 MAX_WRONG_DIGESTS = 3
+MAX_CHECKS_WAITING = 16
+"""Each keeps a snapshot of the weights, whatever becomes of its actor."""
+BAD_MESSAGES_LOGGED_S = 1.0
+"""A peer that sends nothing else must not fill the disk with log lines."""
 
 
 class Coordinator:
@@ -93,6 +97,8 @@ class Coordinator:
         self._clock = clock
         self._self_check = self_check
         self._checks = cycle(checks)
+        self._checks_waiting = 0
+        self._bad_message_logged_at = float("-inf")
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._actors: dict[str, ActorState] = {}
@@ -138,7 +144,7 @@ class Coordinator:
                 case WeightsReady():
                     self._weights_ready(actor, message)
                 case Goodbye():
-                    self._forget(actor, f"goodbye ({message.cause})", lost=False)
+                    self._forget(actor, f"goodbye ({one_line(message.cause)})", lost=False)
             self._issue(now)
 
     def stored(self, arrivals: Sequence[Arrival]) -> None:
@@ -152,7 +158,13 @@ class Coordinator:
         """Frames that were no message: counted, logged, answered."""
         with self._lock:
             self.counters.bad_messages += 1
-            log.warning("bad message from %s: %s", session[:8], error)
+            now = self._clock()
+            if now - self._bad_message_logged_at >= BAD_MESSAGES_LOGGED_S:
+                self._bad_message_logged_at = now
+                number = self.counters.bad_messages
+                log.warning(
+                    "bad message from %s: %s (number %d)", one_line(session[:8]), error, number
+                )
             self._send(session, Error(code="bad_message", message=str(error)))
 
     def key_of(self, session: str) -> str | None:
@@ -326,7 +338,7 @@ class Coordinator:
             self._forget(old, "said hello again", lost=False)
         self._num_joined += 1
         self._last_actor_at = now
-        actor = ActorState(session, hello, now, now, self._num_joined, key)
+        actor = ActorState(session, hello, now, now, now, self._num_joined, key)
         self._actors[session] = actor
         log.info("actor %d joined: %s, pid %d", self._num_joined, hello.host, hello.pid)
         self._send(session, self._welcome, self._files)
@@ -374,8 +386,8 @@ class Coordinator:
         actor.held -= 1
         actor.groups += 1
         if held.work.purpose != "check":
-            self.timings.append(("generate", group.generation_seconds))
-            self.timings.append(("score", group.reward_seconds))
+            self._took(actor, "generate", group.generation_seconds)
+            self._took(actor, "score", group.reward_seconds)
         self.leases.arrive(held)
         if held.work.purpose == "train" and self._journal is not None:
             self._journal.append(Arrival(held, group), header, payloads)
@@ -439,12 +451,13 @@ class Coordinator:
         held = self.leases.find(message.lease, actor.session)
         if held is None:
             return
-        log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, message.cause)
+        cause = one_line(message.cause)
+        log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, cause)
         if message.kind == "reward":
-            self._reward_failed(actor, held.work, message.reward, message.cause)
+            self._reward_failed(actor, held.work, message.reward, cause)
         self._end(held, "actor_failed")
         self._work.failed(held.work)
-        self._count_failure(actor, held.work, message.cause)
+        self._count_failure(actor, held.work, cause)
 
     def _weights_pull(self, actor: ActorState, pull: WeightsPull) -> None:
         chunk = self._snapshots.read(pull.version, pull.offset, min(pull.num_bytes, CHUNK_BYTES))
@@ -474,8 +487,8 @@ class Coordinator:
             return
         actor.wrong_digests = 0
         actor.version, actor.route = ready.version, ready.route
-        self.timings.append(("weights_receive", ready.receive_seconds))
-        self.timings.append(("weights_load", ready.load_seconds))
+        self._took(actor, "weights_receive", ready.receive_seconds)
+        self._took(actor, "weights_load", ready.load_seconds)
         if ready.route == "stream" and self._is_checked(actor):
             self._catch_up(actor)
         self._changed.notify_all()
@@ -494,18 +507,22 @@ class Coordinator:
         snapshot = actor.check_snapshot
         if actor.check != "due" or snapshot is None or snapshot.version != actor.version:
             return None
+        if self._checks_waiting >= MAX_CHECKS_WAITING:
+            return None
         actor.check = "out"
         return next(self._checks)
 
     def _submit_check(self, actor: ActorState, group: Group) -> None:
         assert self._self_check is not None and actor.check_snapshot is not None
         actor.check = "scoring"
+        self._checks_waiting += 1
         snapshots = {actor.check_snapshot.version: actor.check_snapshot}
         self._self_check.submit(group, snapshots, partial(self._checked, actor), self.fail)
 
     def _checked(self, actor: ActorState, result: CheckResult) -> None:
         """The verdict, on the thread of the check."""
         with self._lock:
+            self._checks_waiting -= 1
             if self._actors.get(actor.session) is not actor:
                 return
             if result.num_tokens == 0:
@@ -586,6 +603,10 @@ class Coordinator:
         self._refuse(actor, problem)
 
     # --- details --------------------------------------------------------------------------------
+
+    def _took(self, actor: ActorState, phase: str, seconds: float) -> None:
+        """Note a duration that an actor reports: not longer than it has been here."""
+        self.timings.append((phase, min(seconds, self._clock() - actor.first_heard)))
 
     def _refuse(self, actor: ActorState, problem: str) -> None:
         """An actor that can be of no use leaves."""

@@ -9,13 +9,14 @@ import os
 import time
 from threading import Lock, Thread
 
+import msgspec
 import zmq
 
 from learner.coordinator import Coordinator
 from learner.gate import Gate
 from protocol.errors import BadMessage, TrainingError
 from protocol.framing import decode_to_learner, encode
-from protocol.messages import Pong
+from protocol.messages import Hello, Pong
 from protocol.observability import Heartbeat
 from protocol.sockets import LearnerSockets
 
@@ -110,7 +111,8 @@ class Intake:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            session = identity.bytes.decode("ascii", "replace")
+            # Any byte has a character there, so that an answer finds its way back.
+            session = identity.bytes.decode("latin-1")
             key = self._gate.sender(identity, self._coordinator.key_of(session))
             if key is None:
                 continue
@@ -119,13 +121,17 @@ class Intake:
             except BadMessage as error:
                 self._coordinator.bad_message(session, error)
                 continue
+            if isinstance(message, Hello):
+                # Whoever scrapes the actors' metrics must not be led to other machines.
+                address = frames[0].get("Peer-Address")
+                message = msgspec.structs.replace(message, metrics_host=address)
             self._coordinator.handle(session, message, payloads, key)
 
     def _send(self) -> None:
         outbox = self._coordinator.outbox
         while outbox:
             message = outbox.popleft()
-            frames = [message.session.encode(), *encode(message.header, message.payloads)]
+            frames = [message.session.encode("latin-1"), *encode(message.header, message.payloads)]
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:

@@ -18,7 +18,9 @@ class ActorState:
 
     session: str
     hello: Hello
+    first_heard: float
     joined_at: float
+    """Also set back when its weights were wrong: the time that it has for them begins anew."""
     last_heard: float
     number: int
     key: str = ""

@@ -13,6 +13,8 @@ from learner.coordinator import Coordinator
 
 WINDOW_S = 15.0
 WINDOW_STEPS = 3
+_REMEMBERED_ACTORS = 10_000
+"""Those that left long before are summed up: an actor that comes and goes has a new session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,19 @@ class _Counters(NamedTuple):
     uptime: float
     idle: float
     stalled: float
+
+    def within(self, first: "_Counters", seconds: float) -> "_Counters":
+        """As far as it can be true: ``seconds`` after ``first`` no clock shows more than that."""
+        uptime, idle, stalled = (
+            min(max(value, start), start + seconds)
+            for value, start in zip(self[2:], first[2:], strict=True)
+        )
+        return self._replace(uptime=uptime, idle=idle, stalled=stalled)
+
+    def since(self, first: "_Counters") -> "_Counters":
+        """What counts of it: only time from ``first`` on, so that shares do not jump at a join."""
+        times = (last - start for last, start in zip(self[2:], first[2:], strict=True))
+        return _Counters(self.tokens, self.groups, *times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +87,10 @@ class Progress:
         self._clock = clock
         self._lock = Lock()
         self._samples: deque[_Sample] = deque()
-        self._first: dict[str, _Counters] = {}
+        self._first: dict[str, tuple[_Counters, float]] = {}
+        """By session: what an actor reported first, and when."""
         self._last: dict[str, _Counters] = {}
+        self._forgotten = _Counters(0, 0, 0.0, 0.0, 0.0)
         self.tokens_trained = 0
         self.tokens_generated_before = 0
         """For the learners before a resume."""
@@ -92,14 +109,14 @@ class Progress:
     def tokens_generated(self) -> int:
         """By all actors ever seen, also for evaluation and for groups that were not used."""
         with self._lock:
-            return self.tokens_generated_before + int(self._totals()["tokens"])
+            return self.tokens_generated_before + self._totals().tokens
 
     @property
     def stalled_share(self) -> float:
         """Of all actors' time since they were first heard: generation stood still for weights."""
         with self._lock:
             totals = self._totals()
-            return _share(totals["stalled"], totals["uptime"])
+            return _share(totals.stalled, totals.uptime)
 
     @property
     def wait_seconds(self) -> float:
@@ -127,10 +144,10 @@ class Progress:
         now, totals = self._clock(), self._totals()
         new = _Sample(
             now,
-            totals["tokens"],
-            totals["groups"],
-            totals["uptime"],
-            totals["idle"],
+            totals.tokens,
+            totals.groups,
+            totals.uptime,
+            totals.idle,
             self.tokens_trained,
             self.wait_seconds,
             self.steps,
@@ -145,9 +162,10 @@ class Progress:
             self._samples.popleft()
         return self._between(self._samples[0], new)
 
-    def _totals(self) -> dict[str, float]:
+    def _totals(self) -> _Counters:
         """Sums over all actors ever seen, as far as each one had got when it was last heard."""
-        for actor in self._coordinator.actors():
+        now, actors = self._clock(), self._coordinator.actors()
+        for actor in actors:
             if status := actor.status:
                 values = _Counters(
                     status.tokens_generated,
@@ -156,16 +174,19 @@ class Progress:
                     status.idle_seconds,
                     status.stall_seconds,
                 )
-                # Only time from now on counts, so that shares do not jump at a join.
-                self._first.setdefault(actor.session, values)
-                self._last[actor.session] = values
-        return {
-            "tokens": sum(c.tokens for c in self._last.values()),
-            "groups": sum(c.groups for c in self._last.values()),
-            "uptime": sum(c.uptime - self._first[s].uptime for s, c in self._last.items()),
-            "idle": sum(c.idle - self._first[s].idle for s, c in self._last.items()),
-            "stalled": sum(c.stalled - self._first[s].stalled for s, c in self._last.items()),
-        }
+                first, at = self._first.setdefault(actor.session, (values, now))
+                self._last[actor.session] = values.within(first, now - at)
+        if len(self._last) > _REMEMBERED_ACTORS:
+            self._forget({actor.session for actor in actors})
+        counted = (last.since(self._first[session][0]) for session, last in self._last.items())
+        return _sum([self._forgotten, *counted])
+
+    def _forget(self, live: set[str]) -> None:
+        """Sum up the older half of those that left."""
+        gone = [session for session in self._last if session not in live]
+        for session in gone[: (len(gone) + 1) // 2]:
+            first, _ = self._first.pop(session)
+            self._forgotten = _sum([self._forgotten, self._last.pop(session).since(first)])
 
     def _between(self, old: _Sample, new: _Sample) -> Rates:
         seconds = new.at - old.at
@@ -192,6 +213,10 @@ class Progress:
             return None
         demand = steps * self._batch_groups / busy_seconds
         return math.ceil(demand / (groups / actor_busy))
+
+
+def _sum(counters: list[_Counters]) -> _Counters:
+    return _Counters(*(sum(column) for column in zip(*counters, strict=True)))
 
 
 def _share(part: float, whole: float) -> float:

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from protocol.messages import MAX_LEASES
+from protocol.messages import MAX_LEASES, MAX_TEMPERATURE
 
 
 class StrictModel(BaseModel):
@@ -106,7 +106,7 @@ class SamplingConfig(StrictModel):
 
     num_rollouts: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Rollouts per prompt: the group size G."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(gt=0, le=MAX_TEMPERATURE)] = 1.0
     max_tokens: PositiveInt = 1024
     """Longest completion in tokens."""
     max_prompt_tokens: PositiveInt = 4096

@@ -54,4 +54,12 @@ class TrainingError(AsyncGdpoError):
 def brief(error: BaseException, limit: int = 300) -> str:
     """The first line of an error's text, not too long to be shown or sent; its type if empty."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    return one_line(line, limit)
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """A text that a peer wrote, fit for a log: short, and whatever does not print is escaped."""
+    shown = text if len(text) <= limit else text[: limit - 3] + "..."
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

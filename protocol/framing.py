@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 import msgpack
 import msgspec
 
-from protocol.errors import BadMessage
-from protocol.messages import Header, ToActor, ToLearner
+from protocol.errors import BadMessage, brief
+from protocol.messages import MAX_PAYLOADS, Header, ToActor, ToLearner
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-MAX_FRAMES = 64
+MAX_FRAMES = 1 + MAX_PAYLOADS
 MAX_HEADER_BYTES = 4 << 20
 """Of a message to an actor; a lease carries a data row."""
 MAX_HEADER_BYTES_TO_LEARNER = 128 << 10
@@ -59,18 +59,23 @@ def _decode_header(frame: Buffer, types: Any, max_bytes: int) -> Any:
     if memoryview(frame).nbytes > max_bytes:
         raise BadMessage(f"header frame exceeds {max_bytes} bytes")
     try:
+        # Stops at the first wrong value, before a header of empty lists becomes fifty times its
+        # size in memory. But it takes the second of two fields of one name, and any depth.
+        msgspec.msgpack.decode(frame, type=types)
         # Its limits on lengths default to the size of the frame, its depth is bounded too.
         untyped = msgpack.unpackb(
             frame, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys
         )
         return msgspec.convert(untyped, types, strict=True)
     except (
-        msgspec.ValidationError,
+        msgspec.MsgspecError,
         msgpack.exceptions.UnpackException,
         ValueError,
         OverflowError,
+        RecursionError,
     ) as error:
-        raise BadMessage(f"not a valid message: {error}") from error
+        # It quotes the message: names of unknown fields, for example.
+        raise BadMessage(f"not a valid message: {brief(error)}") from error
 
 
 def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

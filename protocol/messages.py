@@ -23,9 +23,29 @@ Purpose = Literal["check", "train", "eval"]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """A duration: neither negative nor NaN nor infinite."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Version = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+"""Of the policy: one step each, from 0. An int32 in the version spans of a group."""
+Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+Label = Annotated[
+    str,
+    msgspec.Meta(
+        max_length=255,
+        pattern=r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]*\Z",
+    ),
+]
+"""A name, shown in logs as it is: no control characters, which could forge lines of a log."""
+Session = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[!-~]*\Z")]
+"""ASCII without spaces, as it is a ZeroMQ routing id too."""
+MAX_PAYLOADS = 63
+"""Payload frames of one message."""
 Verdict = Literal["accepted", "duplicate", "rejected"]
 FinishReason = Literal["stop", "length"]
 
+
+MAX_TEMPERATURE = 1e6
+MAX_WORLD_SIZE = 65_536
+MAX_COLLECTIVE_S = 86_400.0
+"""The learner's configuration keeps to these; an actor believes nothing beyond them."""
 
 MODEL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """Configuration and tokenizer files that a welcome may bring: data, never code."""
@@ -36,7 +56,7 @@ class Header(
 ):
     """Base of all headers."""
 
-    sizes: tuple[int, ...] = ()
+    sizes: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_PAYLOADS)] = ()
     """Bytes of each payload frame that follows; filled in by `protocol.framing.encode`."""
 
 
@@ -46,23 +66,24 @@ class Header(
 class Hello(Header, tag="hello", frozen=True):
     """First message of a session; answered by `Welcome` or `Error`."""
 
-    protocol: int
-    session: str
+    protocol: Count
+    session: Session
     """Random per process start: ZeroMQ silently ignores the second of two peers with one id."""
-    run_id: str | None = None
+    run_id: Label | None = None
     """The run that the actor was built for, when it says hello again after a silence."""
-    model_digest: str | None = None
+    model_digest: Label | None = None
     """`Welcome.model_digest` that the actor was built from, likewise."""
-    host: str = ""
-    pid: int = 0
-    metrics_host: str = ""
-    metrics_port: int = 0
+    host: Label = ""
+    pid: Count = 0
+    metrics_host: Label = ""
+    """Not believed: the learner puts the address that the message came from in its place."""
+    metrics_port: Port = 0
 
 
 class GroupHeader(Header, tag="group", frozen=True):
     """A finished group; the arrays are the payload frames that `protocol.groups` lists."""
 
-    lease: int
+    lease: Count
     reward_names: tuple[str, ...]
     finish: tuple[FinishReason, ...]
     generation_seconds: Seconds
@@ -75,7 +96,7 @@ class GroupHeader(Header, tag="group", frozen=True):
 class Failed(Header, tag="failed", frozen=True):
     """The lease will not be fulfilled. A failed rollout is never a zero reward."""
 
-    lease: int
+    lease: Count
     kind: Literal["reward", "prompt", "deadline"]
     """What is at fault: a reward function, the data row, or the time that it took."""
     cause: str
@@ -86,14 +107,14 @@ class Failed(Header, tag="failed", frozen=True):
 class Status(Header, tag="status", frozen=True):
     """Heartbeat, sent while the engine makes progress or has nothing to do; see `Pong`."""
 
-    sequence: int
+    sequence: Count
     capacity: Annotated[int, msgspec.Meta(ge=0, le=MAX_LEASES)]
     """Leases the actor can hold at once; 0 until its engine has weights, and while draining."""
-    version: int
+    version: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
     """Policy version that the engine samples from; -1 before the first one."""
     leases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_LEASES)]
     """Leases that it works on, or whose group is not acknowledged yet."""
-    heard: int
+    heard: Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
     """Sequence of the last `Pong` that it got; -1 before the first. Messages keep their order, so a
     lease that was sent before that answer and is not listed was lost on the way."""
     tokens_generated: Count
@@ -109,7 +130,7 @@ class Status(Header, tag="status", frozen=True):
 class WeightsPull(Header, tag="weights_pull", frozen=True):
     """Ask for ``num_bytes`` of the packed weights of ``version`` from ``offset`` on."""
 
-    version: int
+    version: Version
     offset: Count
     num_bytes: Count
 
@@ -117,8 +138,8 @@ class WeightsPull(Header, tag="weights_pull", frozen=True):
 class WeightsReady(Header, tag="weights_ready", frozen=True):
     """The engine now samples from ``version``, and its parameters have this digest."""
 
-    version: int
-    digest: str
+    version: Version
+    digest: Label
     route: Literal["collective", "stream"]
     receive_seconds: Seconds
     load_seconds: Seconds
@@ -136,26 +157,26 @@ class Goodbye(Header, tag="goodbye", frozen=True):
 class Welcome(Header, tag="welcome", frozen=True):
     """Everything an actor needs. Payload frames: the files of the model folder, in order."""
 
-    run_id: str
+    run_id: Label
     actor: dict[str, Any]
     """The resolved `protocol.config.ActorConfig`."""
-    model_digest: str
-    files: tuple[str, ...]
+    model_digest: Label
+    files: tuple[Label, ...]
     """Names of config and tokenizer files (no weights); plain names, no folders."""
-    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]
+    manifest: tuple[tuple[Label, Label, tuple[Count, ...]], ...]
     """(name, dtype, shape) of every tensor, in the order in which weights are packed."""
 
 
 class Lease(Header, tag="lease", frozen=True):
     """One prompt row to be rolled out ``num_rollouts`` times."""
 
-    lease: int
+    lease: Count
     row: dict[str, Any]
     """The data set's columns; ``prompt`` is a string or a list of chat messages."""
-    prompt_id: str
+    prompt_id: Label
     seed: Count
     num_rollouts: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
-    temperature: Annotated[float, msgspec.Meta(ge=0)]
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=MAX_TEMPERATURE)]
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     purpose: Purpose
     deadline_s: Seconds
@@ -165,7 +186,7 @@ class Lease(Header, tag="lease", frozen=True):
 class Ack(Header, tag="ack", frozen=True):
     """The terminal answer to a group."""
 
-    lease: int
+    lease: Count
     verdict: Verdict
     cause: str = ""
 
@@ -173,30 +194,30 @@ class Ack(Header, tag="ack", frozen=True):
 class Weights(Header, tag="weights", frozen=True):
     """A new version exists. ``epoch`` None: pull it with `WeightsPull`."""
 
-    version: int
+    version: Version
     num_bytes: Count
-    digest: str
-    epoch: int | None = None
+    digest: Label
+    epoch: Count | None = None
     """The collective to receive it in; the fields below belong to it."""
-    rank: int = 0
-    world_size: int = 0
-    store_port: int = 0
+    rank: Count = 0
+    world_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_WORLD_SIZE)] = 0
+    store_port: Port = 0
     bucket_bytes: Count = 0
-    timeout_s: Seconds = 0.0
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_COLLECTIVE_S)] = 0.0
 
 
 class WeightsChunk(Header, tag="weights_chunk", frozen=True):
     """Payload frame: the bytes asked for by `WeightsPull`; none if the version is gone."""
 
-    version: int
+    version: Version
     offset: Count
 
 
 class Pong(Header, tag="pong", frozen=True):
     """Answer to `Status`: the learner lives."""
 
-    sequence: int
-    version: int
+    sequence: Count
+    version: Version
 
 
 class Drain(Header, tag="drain", frozen=True):

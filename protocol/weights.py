@@ -15,6 +15,10 @@ from protocol.framing import Buffer
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+MAX_DIMENSIONS = 16
+MAX_TOTAL_BYTES = 1 << 44
+"""16 TiB: a manifest that asks for more memory is no model's."""
+
 CHUNK_BYTES = 1 << 20
 """One `WeightsPull`: small enough that other messages are not held up behind it."""
 
@@ -31,9 +35,15 @@ class TensorSpec:
 
 
 def layout(manifest: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[TensorSpec]:
-    """Offsets of a manifest of (name, dtype, shape); raises ValueError for an unknown dtype."""
-    specs, offset = [], 0
+    """Offsets of a manifest of (name, dtype, shape); raises ValueError if there can be none."""
+    specs: list[TensorSpec] = []
+    names, offset = set(), 0
     for name, dtype, shape in manifest:
+        if name in names:
+            raise ValueError(f"{name} is there twice")
+        names.add(name)
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"{name}: {len(shape)} dimensions")
         if dtype not in DTYPE_BYTES:
             raise ValueError(f"{name}: cannot send weights of type {dtype}")
         num_bytes = DTYPE_BYTES[dtype]
@@ -43,6 +53,8 @@ def layout(manifest: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[TensorS
             num_bytes *= size
         specs.append(TensorSpec(name, dtype, tuple(shape), offset, num_bytes))
         offset += num_bytes
+    if offset > MAX_TOTAL_BYTES:
+        raise ValueError(f"{offset} bytes of weights")
     return specs
 
 

@@ -31,3 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--chaos-results", default="runs/chaos.jsonl", help="figures, a line of JSON per test"
     )
+    parser.addoption(
+        "--fuzz-frames", type=int, default=100_000, help="mutants that test_fuzz.py sends"
+    )
+    parser.addoption(
+        "--fuzz-seed", default="1", help="of the mutants: a number, or random; it is printed"
+    )

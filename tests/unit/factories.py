@@ -12,6 +12,7 @@ from learner.coordinator import Coordinator
 from learner.data import PromptStream
 from learner.snapshots import Snapshot, SnapshotStore, pack
 from learner.work import WorkQueue
+from protocol.errors import BadMessage
 from protocol.framing import Buffer, decode_to_learner, encode
 from protocol.groups import Group, Rollout, pack_group
 from protocol.leases import Work
@@ -181,6 +182,15 @@ class Cluster:
 
     def say(self, session: str, message: ToLearner, payloads: Sequence[Buffer] = ()) -> None:
         self.coordinator.handle(session, *decode_to_learner(encode(message, payloads)))
+
+    def receive(self, session: str, frames: Sequence[Buffer]) -> None:
+        """Any frames at all, as `learner.intake` takes them."""
+        try:
+            message, payloads = decode_to_learner(frames)
+        except BadMessage as error:
+            self.coordinator.bad_message(session, error)
+            return
+        self.coordinator.handle(session, message, payloads)
 
     def heard(self, session: str, kind: type[HeaderT]) -> list[HeaderT]:
         """Messages of one kind to an actor since this was last asked."""

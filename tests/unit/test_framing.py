@@ -13,68 +13,9 @@ from protocol import framing, messages
 from protocol.errors import BadMessage
 from protocol.framing import decode_to_actor, decode_to_learner, encode
 from protocol.messages import ToActor, ToLearner
+from tests.unit.wire_examples import DECODERS, EXAMPLES, STATUS, decoder_of
 
-LEASE = messages.Lease(
-    lease=3,
-    row={"prompt": [{"role": "user", "content": "hi"}], "answer": None, "level": 2.5},
-    prompt_id="train/0/1",
-    seed=2**63 - 1,
-    num_rollouts=4,
-    temperature=0.7,
-    max_tokens=16,
-    purpose="train",
-    deadline_s=60.0,
-)
-STATUS = messages.Status(
-    sequence=1,
-    capacity=16,
-    version=-1,
-    leases=(7, 2**40),
-    heard=0,
-    tokens_generated=10**12,
-    groups_generated=3,
-    idle_seconds=0.5,
-    stall_seconds=0.25,
-    uptime_seconds=9.0,
-)
-EXAMPLES = (
-    messages.Hello(protocol=1, session="a", run_id="r/1", model_digest="d", host="h", pid=7),
-    messages.GroupHeader(
-        lease=3,
-        reward_names=("format", "correctness"),
-        finish=("stop", "length"),
-        generation_seconds=1.5,
-        reward_seconds=0.0,
-    ),
-    messages.Failed(lease=3, kind="reward", cause="the reward raised", reward="format"),
-    STATUS,
-    messages.WeightsPull(version=2, offset=1 << 40, num_bytes=1 << 20),
-    messages.WeightsReady(
-        version=2, digest="d", route="collective", receive_seconds=0.5, load_seconds=0.1
-    ),
-    messages.Goodbye(cause="SIGTERM"),
-    messages.Welcome(
-        run_id="r/1",
-        actor={"engine": "auto", "rewards": [{"name": "format"}]},
-        model_digest="d",
-        files=("config.json",),
-        manifest=(("weight", "float32", (2, 3)), ("scalar", "bfloat16", ())),
-    ),
-    LEASE,
-    messages.Ack(lease=3, verdict="duplicate", cause="settled"),
-    messages.Weights(version=2, num_bytes=24, digest="d", epoch=1, rank=2, world_size=3),
-    messages.WeightsChunk(version=2, offset=0),
-    messages.Pong(sequence=1, version=2),
-    messages.Drain(cause="the run is complete"),
-    messages.Error(code="refused", message="no"),
-)
-DECODERS = ((ToLearner, decode_to_learner), (ToActor, decode_to_actor))
 PAYLOADS = (b"", b"1234", bytearray(8), memoryview(b"abc"))
-
-
-def decoder_of(example):
-    [decode] = [decode for types, decode in DECODERS if type(example) in get_args(types)]
-    return decode
 
 
 def tree(**changes):

@@ -94,3 +94,32 @@ def test_no_status_of_an_actor_stops_the_learner(name, seconds):
     cluster.clock.advance(5)
     progress.steps = 2
     progress.sample()
+
+
+def test_an_actor_whose_clock_runs_wild_does_not_spoil_the_shares():
+    cluster, progress = make_progress()
+    cluster.join("b")
+    progress.sample()
+    cluster.clock.advance(10)
+    cluster.status("a", uptime_seconds=10.0, idle_seconds=0.0)
+    cluster.status("b", uptime_seconds=1e12, idle_seconds=1e12, stall_seconds=1e12)
+    rates = progress.sample()
+    assert rates.actor_idle_share == pytest.approx(0.5)  # 10 of 20 s: b counts with its 10
+    assert progress.stalled_share == pytest.approx(0.5)
+    cluster.clock.advance(10)
+    cluster.status("a", uptime_seconds=20.0)
+    cluster.status("b")  # back to 0
+    assert 0 <= progress.sample().actor_idle_share <= 1
+
+
+def test_actors_that_come_and_go_are_remembered_in_bounded_memory(monkeypatch):
+    monkeypatch.setattr("learner.progress._REMEMBERED_ACTORS", 10)
+    cluster, progress = make_progress()
+    for number in range(100):
+        cluster.join(f"s{number}")
+        cluster.status(f"s{number}", tokens_generated=5)
+        progress.sample()
+        cluster.coordinator.unreachable(f"s{number}")
+    assert progress.tokens_generated == 500
+    assert len(progress._last) <= 11
+    assert progress._first.keys() == progress._last.keys()

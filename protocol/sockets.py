@@ -30,9 +30,11 @@ HANDSHAKE_EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-# Intervals between an actor's attempts to connect: each actor draws its own.
-RECONNECT_FIRST_MS = (100, 500)
-RECONNECT_LONGEST_MS = (2500, 5000)
+# Intervals between an actor's attempts to connect: each actor draws its own. They grow from the
+# first to the longest while nobody listens; where something accepts and hangs up (a proxy, say),
+# they stay at the first, which is why that is not shorter.
+RECONNECT_FIRST_MS = (500, 1500)
+RECONNECT_LONGEST_MS = (3000, 6000)
 
 # How the handshake of a connection can fail, as values of EVENT_HANDSHAKE_FAILED_PROTOCOL.
 WRONG_LEARNER_KEY = 0x11000001

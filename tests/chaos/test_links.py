@@ -104,6 +104,9 @@ def test_no_storm_when_a_fleet_comes_back(chaos: Chaos, figures: Callable[..., N
         **counted,
     )
     assert len(attempts) <= 2 * FLEET
+    # Spread over a second, not all at once; and no more often than that.
+    assert max(map(tenths.count, tenths)) <= FLEET / 2
+    assert max(during[second] for second in range(1, 30)) <= 1.5 * FLEET
 
 
 def working(chaos: Chaos, since: float) -> int:

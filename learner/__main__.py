@@ -1,4 +1,7 @@
-"""``python -m learner CONFIG [key.sub=value ...]``, also under torchrun; plain lines only."""
+"""``python -m learner CONFIG [key.sub=value ...]``, also under torchrun; plain lines only.
+
+``--resume FOLDER`` in the place of CONFIG goes on with a run.
+"""
 
 import logging
 import sys
@@ -10,16 +13,25 @@ from protocol.errors import AsyncGdpoError, ConfigError
 
 
 def main(arguments: list[str]) -> int:
+    resume = arguments[:1] == ["--resume"]
+    arguments = arguments[resume:]
     if not arguments or arguments[0].startswith("-"):
-        print("usage: python -m learner CONFIG [key.sub=value ...]", file=sys.stderr)
+        print(
+            "usage: python -m learner (CONFIG | --resume FOLDER) [key.sub=value ...]",
+            file=sys.stderr,
+        )
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        config = load_config(Path(arguments[0]), arguments[1:])
+        if resume:
+            folder, config = RunFolder.resume(Path(arguments[0]), arguments[1:])
+        else:
+            config = load_config(Path(arguments[0]), arguments[1:])
+            folder = RunFolder.create(config)
         # Only now torch: a mistake in the configuration is told at once.
         from learner.main import run_learner
 
-        summary = run_learner(config, RunFolder.create(config))
+        summary = run_learner(config, folder, resume=resume)
     except KeyboardInterrupt:
         return 130
     except AsyncGdpoError as error:

@@ -333,7 +333,7 @@ def _load(options: Any) -> Any:
 
 
 def _config(options: Any) -> Any:
-    from learner.config import load_config
+    from learner.config_file import load_config
 
     if options.config is None:
         raise ConfigError("give a CONFIG file, or --resume FOLDER")

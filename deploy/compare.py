@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deploy import FAILURE, INTERRUPTED
 from deploy.compare_plot import plot_comparison
 from deploy.compare_report import collect, print_comparison
-from learner.config import RunConfig, load_config
+from learner.config import RunConfig
+from learner.config_file import load_config
 from protocol.errors import ConfigError
 
 STOP_TIMEOUT_S = 20.0

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.http import post_json
-from learner.config import parse_override
+from learner.config_file import parse_override
 from protocol.errors import ConfigError, PeerLost, Refused
 
 TIMEOUT_S = 10.0

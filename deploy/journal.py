@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from learner.config import load_config
+from learner.config_file import load_config
 from learner.journal import JournalReader
 from learner.runlog import RunFolder
 from protocol.messages import GroupHeader

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from learner.config import load_config
+from learner.config_file import load_config
 from learner.runlog import RunFolder
 from protocol.errors import AsyncGdpoError, ConfigError
 

@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from learner.config import RunConfig, load_config
+from learner.config import RunConfig
+from learner.config_file import load_config
 from protocol.errors import ConfigError
 from protocol.keys import public_key_text
 

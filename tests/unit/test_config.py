@@ -7,7 +7,8 @@ from typing import Any, get_args
 import pytest
 
 import gdpo
-from learner.config import AggregationName, CorrectionName, EstimatorName, RunConfig, load_config
+from learner.config import AggregationName, CorrectionName, EstimatorName, RunConfig
+from learner.config_file import load_config
 from protocol.errors import ConfigError
 
 MINIMAL = """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from learner.config import load_config
+from learner.config_file import load_config
 from learner.runlog import RunFolder
 from protocol.errors import ConfigError
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.config import RunConfig, load_config
+from learner.config import RunConfig
+from learner.config_file import load_config
 from learner.policy import Policy, load_policy
 from learner.selfcheck import CheckResult, SelfCheck
 from learner.snapshots import Snapshot, pack

@@ -11,7 +11,8 @@ import gdpo
 from actors.batch_generator import BatchGenerator
 from actors.engine import Request
 from learner.batch import collate
-from learner.config import RunConfig, load_config
+from learner.config import RunConfig
+from learner.config_file import load_config
 from learner.policy import load_policy
 from learner.reward_settings import RewardSetting
 from learner.snapshots import pack

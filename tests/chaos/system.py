@@ -55,7 +55,7 @@ from pathlib import Path
 
 def _claim(name):
     try:
-        Path(name).rename(f"{name}.{os.getppid()}.{os.getpid()}.{time.monotonic()}")
+        Path(name).rename(f"{name}.{os.getpid()}.{time.monotonic()}")
     except FileNotFoundError:
         return False
     return True

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.system import ACTOR_TIMEOUT_S, MARGIN_S, At, Chaos
-from tests.integration.processes import wait_for
+from tests.integration.processes import ancestors, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
 
@@ -62,9 +62,9 @@ def test_a_reward_that_never_returns(chaos: Chaos, figures: Callable[..., None],
     (chaos.folder / prison).touch()
     prisons = lambda: list(chaos.folder.glob(f"{prison}.*"))  # noqa: E731
     wait_for(prisons, "a reward to be taken prisoner")
-    _, parent, own, seconds, fraction = prisons()[0].name.split(".")
+    _, prisoner, seconds, fraction = prisons()[0].name.split(".")
     at = float(f"{seconds}.{fraction}")
-    [victim] = [toy for toy in chaos.toys if toy.pid in (int(parent), int(own))]
+    [victim] = [toy for toy in chaos.toys if toy.pid in ancestors(int(prisoner))]
 
     failures = lambda: [  # noqa: E731
         e for e in chaos.events("failed", since=at) if e["cause"] == "actor_failed"

@@ -85,24 +85,23 @@ def test_a_learner_that_evaluates(chaos: Chaos, shared_memory: Any, figures: Any
 
 
 @pytest.mark.parametrize(
-    ("point", "call", "steps"),
+    ("point", "call", "steps", "code"),
     [
-        ("learner.step.inside", 7, 100),
-        ("learner.push.joined", 3, 100),
-        ("learner.save.half", 1, 3),
-        ("learner.leave", 1, 3),
+        ("learner.step.inside", 7, 100, INTERRUPTED),
+        ("learner.push.joined", 3, 100, INTERRUPTED),
+        # All steps are made, but the evaluation after them is not.
+        ("learner.save.half", 1, 3, INTERRUPTED),
+        ("learner.leave", 1, 3, 0),
     ],
 )
 def test_a_learner_in_the_middle_of_something(
-    chaos: Chaos, shared_memory: Any, figures: Any, point: str, call: int, steps: int
+    chaos: Chaos, shared_memory: Any, figures: Any, point: str, call: int, steps: int, code: int
 ):
     learner = chaos.start_learner(
         *DEFAULTS, f"learner.steps={steps}", crash=At(point, call, "term")
     )
     actor = chaos.start_toy("actor")
     since = chaos.expect_crash(learner).at
-    # A run that has made all its steps is complete, whatever comes while it saves.
-    code = 0 if steps == 3 else INTERRUPTED
     figures(
         point=point,
         learner_gone_s=gone_after_s(learner, since, (code,)),

@@ -163,6 +163,16 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
+def ancestors(pid: int) -> list[int]:
+    """Process ids from the parent up."""
+    found = []
+    while pid > 1:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        pid = int(fields[1])
+        found.append(pid)
+    return found
+
+
 def listening_addresses(pid: int) -> set[str]:
     """IP addresses on which a process accepts TCP connections."""
     targets = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}

@@ -1,6 +1,7 @@
 """``gdpo journal``: what the journal of a run holds, and whether training on it gives the same."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 from rich.console import Console
 
 from learner.config_file import load_config
-from learner.journal import JournalReader
+from learner.journal_reader import JournalReader
 from learner.runlog import RunFolder
+from protocol.errors import ConfigError, brief
 from protocol.messages import GroupHeader
 
 
@@ -67,7 +69,10 @@ def replay_journal(run: Path) -> bool:
 def _describe(ticket: int, header: GroupHeader, frames: list[memoryview]) -> str:
     _, lengths, _, _, spans, scores = frames
     versions = np.frombuffer(spans, "<i4").reshape(-1, 3)[:, 2]
-    means = np.nanmean(_scores(scores, header), axis=0)
+    with warnings.catch_warnings():
+        # A reward that applies to no rollout has no mean.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        means = np.nanmean(_scores(scores, header), axis=0)
     rewards = ", ".join(
         f"{name} {mean:.3f}" for name, mean in zip(header.reward_names, means, strict=True)
     )
@@ -84,5 +89,8 @@ def _scores(frame: memoryview, header: GroupHeader) -> Any:
 
 def _losses(path: Path) -> Iterator[tuple[int, float]]:
     for line in path.read_text().splitlines() if path.exists() else ():
-        entry = json.loads(line)
-        yield entry["step"], entry["loss"]
+        try:
+            entry = json.loads(line)
+            yield entry["step"], entry["loss"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged: {brief(error)}") from error

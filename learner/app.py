@@ -81,12 +81,13 @@ class Learner:
         self.completed = False
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
-        folder.take(config)
+        folder.take()
         checkpoint = newest(folder.checkpoints) if resume else None
         self._load(checkpoint)
         self._assemble()
         if resume:
             self._resume(checkpoint)
+        folder.go_on(config)
         self._connect()
 
     def _load(self, checkpoint: Checkpoint | None) -> None:
@@ -137,6 +138,7 @@ class Learner:
         limits = group_limits(self.config, self.policy.vocab_size)
         resumed = Resumed(self.config, checkpoint, self.history.journal, limits)
         self.before = self.folder.read_evaluation()
+        self.history.checkpoints.put_aside_after(resumed.version)
         self.folder.forget_steps_after(resumed.version)
         log.info("resuming %s from step %d", self.folder.path, resumed.version)
         if checkpoint is not None:
@@ -248,8 +250,12 @@ class Learner:
         self._leave()
         # Nothing changes the books any more.
         self._intake.close()
+        self.history.close()
         summary = summary_report(self)
-        self.folder.write_summary(summary)
+        try:
+            self.folder.write_summary(summary)
+        except TrainingError as error:
+            failure = failure or error
         if failure is not None:
             raise failure
         return summary
@@ -279,8 +285,9 @@ class Learner:
             if cut is None:
                 break
             step_started = time.monotonic()
-            setting = self.rewards.begin(self.trainer.version + 1)
+            # In this order: a command for the batch after it is in the journal behind it.
             self.history.begin(self.trainer.version + 1, cut)
+            setting = self.rewards.begin(self.trainer.version + 1)
             step = self.trainer.step(cut.groups, setting)
             # Nobody may see a version that a resumed run would not make again.
             self.history.wait()
@@ -305,12 +312,17 @@ class Learner:
         """The checkpoint of the last step, complete; none if there is no step, or half of one."""
         checkpoints = self.history.checkpoints
         version = self.trainer.version
-        checkpoints.finish()
-        if version and not self.trainer.in_step and version not in checkpoints.versions:
-            self._checkpoint_now()
+        try:
             checkpoints.finish()
-        if versions := checkpoints.versions:
-            self.folder.show_checkpoint(checkpoints.path(versions[-1]) / "model")
+            if version and not self.trainer.in_step and version not in checkpoints.versions:
+                # With a checkpoint of a batch that is not in the journal, a resumed run would train
+                # on its groups again.
+                self.history.wait()
+                self._checkpoint_now()
+                checkpoints.finish()
+        finally:
+            if versions := checkpoints.versions:
+                self.folder.show_checkpoint(checkpoints.path(versions[-1]) / "model")
 
     def _state(self) -> RunState:
         tickets, leases = self.coordinator.state()

@@ -118,10 +118,10 @@ class ReplayBuffer:
         return len(self._entries)
 
     @property
-    def tickets(self) -> tuple[int, ...]:
-        """Of the groups that are buffered."""
+    def unused_tickets(self) -> tuple[int, ...]:
+        """Of the groups that are buffered and were not trained on yet."""
         with self._changed:
-            return tuple(entry.ticket for entry in self._entries)
+            return tuple(entry.ticket for entry in self._entries if not entry.uses)
 
     def state(self) -> GroupState:
         """The books, as they were when the last batch was cut."""
@@ -132,12 +132,16 @@ class ReplayBuffer:
                 if not entry.uses:
                     evicted[cause] -= 1
                     tokens[cause] -= entry.group.num_tokens
-            buffered = sum(entry.group.num_tokens for entry in self._entries)
+            buffered = [entry.group.num_tokens for entry in self._entries if not entry.uses]
+            reusable = [entry.group.num_tokens for entry in self._entries if entry.uses]
             pending = sum(entry.group.num_tokens for entry, _ in self._evicted)
             return GroupState(
                 trained=books.trained - sum(1 for entry, _ in self._evicted if entry.uses),
-                ended_tokens=books.accepted_tokens - buffered - pending,
-                buffered_tokens=buffered,
+                ended_tokens=books.accepted_tokens - sum(buffered) - sum(reusable) - pending,
+                buffered=len(buffered),
+                buffered_tokens=sum(buffered),
+                reusable=len(reusable),
+                reusable_tokens=sum(reusable),
                 evicted=dict(+evicted),
                 evicted_tokens=dict(+tokens),
                 largest_staleness=self.largest_staleness,
@@ -154,20 +158,25 @@ class ReplayBuffer:
             evicted_tokens=Counter(state.evicted_tokens),
         )
 
-    def lose(self, num_groups: int, num_tokens: int) -> None:
-        """Groups that were buffered, but are not to be had any more."""
-        if num_groups:
-            self.books.accepted += num_groups
-            self.books.accepted_tokens += num_tokens
-            self.books.evicted["learner_lost"] += num_groups
-            self.books.evicted_tokens["learner_lost"] += num_tokens
+    def lose(self, state: GroupState) -> None:
+        """What was buffered in `state` is not to be had any more."""
+        self.books.accepted += state.buffered + state.reusable
+        self.books.accepted_tokens += state.buffered_tokens + state.reusable_tokens
+        self.books.trained += state.reusable
+        if state.buffered:
+            self.books.evicted["learner_lost"] += state.buffered
+            self.books.evicted_tokens["learner_lost"] += state.buffered_tokens
 
-    def add(self, group: Group, ticket: int, *, uses: int = 0) -> None:
+    def put_back(self, group: Group, ticket: int, uses: int) -> None:
+        """Store a group that was in the buffer before, whatever the bounds are now: the cuts that
+        follow are those that were made then."""
+        with self._changed:
+            self._accept(_Entry(group, ticket, uses))
+
+    def add(self, group: Group, ticket: int) -> None:
         """Store a group; when full, the oldest makes room. Leases are paced so that it never is."""
         with self._changed:
-            self.books.accepted += 1
-            self.books.accepted_tokens += group.num_tokens
-            self._insert(_Entry(group, ticket, uses))
+            self._accept(_Entry(group, ticket))
             while len(self._entries) > self._max_groups or self.size_bytes > self._max_bytes:
                 self._evict(self._entries[0], "overflow")
             self._changed.notify_all()
@@ -249,7 +258,9 @@ class ReplayBuffer:
             self._evict(entry, "stale")
         return len(self._entries)
 
-    def _insert(self, entry: _Entry) -> None:
+    def _accept(self, entry: _Entry) -> None:
+        self.books.accepted += 1
+        self.books.accepted_tokens += entry.group.num_tokens
         bisect.insort(self._entries, entry, key=lambda e: e.ticket)
         self.size_bytes += entry.group.size_bytes
         self.books.buffered += 1

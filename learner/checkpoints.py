@@ -34,6 +34,7 @@ from torch.distributed.checkpoint import (  # type: ignore[attr-defined]
 )
 
 from learner.policy import Policy
+from learner.runlog import how_to_go_on
 from learner.state import RunState
 from protocol.errors import ConfigError, TrainingError, brief
 
@@ -41,6 +42,7 @@ log = logging.getLogger("learner")
 
 _NAME = re.compile(r"step-(\d{8})")
 _PARTIAL = ".partial"
+_DAMAGED = ".damaged"
 _DIGEST_BYTES = 16
 
 Tensors = dict[str, torch.Tensor]
@@ -96,6 +98,18 @@ class Checkpoints:
         """Of the complete ones, oldest first."""
         return sorted(version for version, _ in _complete(self.folder))
 
+    def put_aside_after(self, version: int) -> None:
+        """Rename what is newer: it is damaged, or the run would not go on from ``version``. It
+        must not count as one to go on from. Raises `ConfigError`."""
+        for found, path in list(_complete(self.folder)):
+            if found > version:
+                aside = path.with_name(f"{path.name}{_DAMAGED}")
+                try:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+                except OSError as error:
+                    raise ConfigError(f"cannot rename {path}: {error.strerror}") from error
+
     def path(self, version: int) -> Path:
         return self.folder / f"step-{version:08}"
 
@@ -134,19 +148,17 @@ class Checkpoints:
             _save_tensors(partial / "trainer", contents.trainer)
             (partial / "state.json").write_bytes(msgspec.json.encode(contents.state))
             _write_manifest(partial)
-            if target.exists():
-                # Of a history that a resume from an older one has left behind.
-                shutil.rmtree(target)
             partial.rename(target)
             _flush(self.folder)
             for version in self.versions[: -self._keep]:
-                shutil.rmtree(self.path(version))
+                _remove(self.path(version))
         except Exception as error:
             # Disks and serialisers fail in many ways; none of them may pass for a checkpoint.
             shutil.rmtree(partial, ignore_errors=True)
             last = f"step {self.versions[-1]}" if self.versions else "none"
             self._failure = TrainingError(
-                f"cannot write the checkpoint {target}: {_reason(error)}; the last good one: {last}"
+                f"cannot write the checkpoint {target}: {_reason(error)}; the last good one: "
+                f"{last}; {how_to_go_on(self.folder.parent)}"
             )
             return
         self._on_written()
@@ -230,6 +242,13 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
 
 
+def _remove(folder: Path) -> None:
+    """At once, for whoever looks for complete ones."""
+    partial = folder.with_name(folder.name + _PARTIAL)
+    folder.rename(partial)
+    shutil.rmtree(partial)
+
+
 def _write_manifest(folder: Path) -> None:
     entries = {}
     for path in _files(folder):
@@ -238,7 +257,8 @@ def _write_manifest(folder: Path) -> None:
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps({"files": entries}, indent=1))
     _flush(manifest)
-    _flush(folder)
+    for path in (*folder.rglob("*/"), folder):
+        _flush(path)
 
 
 def _verify(folder: Path) -> None:

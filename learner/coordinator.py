@@ -308,7 +308,7 @@ class Coordinator:
                 next_ticket=self._work.next_ticket,
                 leased=tuple(work.ticket for work in self.leases.open_works("train")),
                 waiting=tuple(work.ticket for work in self._work.retries),
-                buffered=self._buffer.tickets,
+                buffered=self._buffer.unused_tickets,
             )
             books = {
                 purpose: LeaseState(b.received, dict(b.failed), b.outstanding)

@@ -23,7 +23,8 @@ from learner.buffer import Cut, ReplayBuffer
 from learner.checkpoints import Checkpoint, Checkpoints
 from learner.config import RunConfig
 from learner.data import PromptStream
-from learner.journal import Journal, JournalReader, RecordedCut, Stored
+from learner.journal import Journal, Stored
+from learner.journal_reader import JournalReader, RecordedCut
 from learner.policy import Policy
 from learner.reward_settings import RewardSetting, RewardSettings
 from learner.runlog import RunFolder
@@ -74,7 +75,8 @@ class History:
 
     def is_due(self, version: int) -> bool:
         """Whether it is time for a checkpoint. One that is still being written is waited for only
-        when the journal is full."""
+        when the journal is full. Raises `TrainingError` if the one before could not be written."""
+        self.checkpoints.raise_if_failed()
         if self.journal is not None and self.journal.is_full:
             return True
         every = self._config.checkpoints.every_steps
@@ -127,20 +129,25 @@ class Resumed:
         """Cut the journal's batches again and ``train`` on them, then fill the buffer.
 
         ``finished`` is told the tickets of groups that nobody needs after a step. Raises
-        `ConfigError` if the journal and the checkpoint do not belong together.
+        `ConfigError` if the journal and the checkpoint do not belong together, or the run is to end
+        before where it is.
         """
+        cuts = self.journal.cuts() if self.journal is not None else []
+        before = [cut for cut in cuts if cut.step <= self.version]
+        after = [cut for cut in cuts if cut.step > self.version]
+        reached, steps = self.version + len(after), self.config.learner.steps
+        if reached > steps:
+            raise ConfigError(
+                f"learner.steps = {steps}, but the run is at step {reached} already; give more"
+            )
         if self.state is not None:
             buffer.restore(self.state.groups)
             rewards.restore(self.state.rewards, self.version)
         if self.journal is None:
             if self.state is not None:
-                lost = len(self.state.tickets.buffered)
-                buffer.lose(lost, self.state.groups.buffered_tokens)
+                buffer.lose(self.state.groups)
             return
-        cuts = self.journal.cuts()
-        before = [cut for cut in cuts if cut.step <= self.version]
-        after = [cut for cut in cuts if cut.step > self.version]
-        expected = range(self.version + 1, self.version + 1 + len(after))
+        expected = range(self.version + 1, reached + 1)
         if [cut.step for cut in after] != list(expected):
             raise ConfigError(
                 f"{self.journal.path} has no record of the steps after {self.version}: checkpoint "
@@ -154,10 +161,10 @@ class Resumed:
         commands = deque(self.journal.commands())
 
         def fetch(ticket: int) -> None:
-            """Into the buffer, which is bounded: only when its turn comes."""
+            """Into memory, only when its turn comes."""
             if ticket in alive:
                 del alive[ticket]
-                buffer.add(self._group(ticket), ticket, uses=uses[ticket])
+                buffer.put_back(self._group(ticket), ticket, uses[ticket])
 
         def command_up_to(step: int) -> None:
             while commands and commands[0].from_step <= step:
@@ -175,7 +182,7 @@ class Resumed:
             finished(cut.step, again.finished)
             train(again, setting)
             buffer.step_done()
-        command_up_to(self.config.learner.steps)
+        command_up_to(steps)
         for ticket in list(alive):
             fetch(ticket)
 
@@ -185,11 +192,10 @@ class Resumed:
         """Lease again what did not come in, go on in the stream, and carry the books on."""
         tickets = self.state.tickets if self.state else OpenTickets()
         stored = set(self.journal.tickets()) if self.journal else set()
-        # Without a journal, what was in the buffer is lost too.
-        lost = () if self.journal else tickets.buffered
         stream.next_ticket = tickets.next_ticket
         stream.skip(ticket for ticket in stored if ticket >= tickets.next_ticket)
-        for ticket in sorted({*tickets.leased, *tickets.waiting, *lost} - stored):
+        # What was in the buffer is in the journal, if there is one.
+        for ticket in sorted({*tickets.leased, *tickets.waiting, *tickets.buffered} - stored):
             work.retries.append(stream.work(ticket))
         if self.state is not None:
             for purpose, books in self.state.leases.items():

@@ -13,20 +13,20 @@ was written since, the same batches are cut and trained on again, in the same or
 import json
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from threading import Condition, Event, Thread
-from typing import Any, Self
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from learner.buffer import Cut
-from protocol.errors import ConfigError, TrainingError
-from protocol.framing import Buffer, decode_to_learner, encode
-from protocol.groups import Group, GroupLimits, unpack_group
+from learner.journal_reader import BUSY_TIMEOUT_S, FORMAT, JournalReader
+from learner.runlog import how_to_go_on
+from protocol.errors import ConfigError, TrainingError, brief
+from protocol.framing import Buffer, encode
+from protocol.groups import Group
 from protocol.leases import Held
 from protocol.messages import GroupHeader
 
@@ -43,8 +43,6 @@ CREATE TABLE IF NOT EXISTS commands (
     number INTEGER PRIMARY KEY, from_step INTEGER NOT NULL, updates TEXT NOT NULL
 );
 """
-_FORMAT = 1
-BUSY_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +51,6 @@ class Arrival:
 
     held: Held
     group: Group
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedCut:
-    """One training batch."""
-
-    step: int
-    tickets: tuple[int, ...]
-    evicted: tuple[tuple[int, str], ...]
-    """(ticket, cause) since the cut before."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedCommand:
-    """A change to the rewards that came while training ran."""
-
-    number: int
-    from_step: int
-    updates: Any
 
 
 class Stored:
@@ -100,70 +79,6 @@ class _Entry:
     stored: Stored
 
 
-class JournalReader:
-    """What is written in a journal, also in one that a learner is writing to."""
-
-    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
-        """Raises `ConfigError` if it is of another version."""
-        self.path = path
-        self._database = database
-        found = database.execute("PRAGMA user_version").fetchone()[0]
-        if found != _FORMAT:
-            raise ConfigError(
-                f"{path} is no journal of this version (format {found}, not {_FORMAT})"
-            )
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """For reading only; raises `ConfigError`."""
-        if not path.is_file():
-            raise ConfigError(f"no journal at {path}")
-        try:
-            uri = f"{path.resolve().as_uri()}?mode=ro"
-            return cls(path, sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S))
-        except sqlite3.Error as error:
-            raise ConfigError(f"cannot read the journal {path}: {error}") from error
-
-    def tickets(self) -> tuple[int, ...]:
-        """Of all groups, in order."""
-        rows = self._database.execute("SELECT ticket FROM groups ORDER BY ticket")
-        return tuple(ticket for (ticket,) in rows)
-
-    def group(self, ticket: int, limits: GroupLimits) -> Group:
-        """One group; raises `BadMessage` if it does not agree with ``limits``."""
-        row = self._database.execute(
-            "SELECT header, payload FROM groups WHERE ticket = ?", (ticket,)
-        ).fetchone()
-        header, frames = _frames(*row)
-        return unpack_group(header, frames, limits)
-
-    def headers(self) -> Iterator[tuple[int, GroupHeader, list[memoryview]]]:
-        """(ticket, header, payload frames) of all groups, in order of their tickets."""
-        for ticket, header, payload in self._database.execute(
-            "SELECT ticket, header, payload FROM groups ORDER BY ticket"
-        ):
-            yield (ticket, *_frames(header, payload))
-
-    def cuts(self) -> list[RecordedCut]:
-        """All batches, in order."""
-        rows = self._database.execute("SELECT step, tickets, evicted FROM cuts ORDER BY step")
-        return [
-            RecordedCut(
-                step,
-                tuple(np.frombuffer(tickets, dtype="<i8").tolist()),
-                tuple((ticket, cause) for ticket, cause in json.loads(evicted)),
-            )
-            for step, tickets, evicted in rows
-        ]
-
-    def commands(self) -> list[RecordedCommand]:
-        rows = self._database.execute("SELECT number, from_step, updates FROM commands")
-        return [RecordedCommand(number, step, json.loads(text)) for number, step, text in rows]
-
-    def close(self) -> None:
-        self._database.close()
-
-
 class Journal(JournalReader):
     """The writing end; read what is there before you `start` it."""
 
@@ -179,7 +94,7 @@ class Journal(JournalReader):
             database.execute("PRAGMA synchronous = FULL")
             if database.execute("PRAGMA user_version").fetchone()[0] == 0:
                 database.executescript(_SCHEMA)
-                database.execute(f"PRAGMA user_version = {_FORMAT}")
+                database.execute(f"PRAGMA user_version = {FORMAT}")
             super().__init__(path, database)
             self.size_bytes = self._measure()
             """Of what it holds; what is deleted leaves room in the file."""
@@ -246,6 +161,8 @@ class Journal(JournalReader):
         with self._changed:
             if self._failure is not None:
                 stored.settle(self._failure)
+            elif self._closing:
+                stored.settle(TrainingError(f"the journal {self.path} is closed"))
             else:
                 self._waiting.append(_Entry(statements, arrival, stored))
                 self._changed.notify_all()
@@ -256,17 +173,26 @@ class Journal(JournalReader):
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 entries, self._waiting = self._waiting, []
-            if not entries:
+            if not entries or not self._store(entries):
                 return
-            try:
-                self._write(entries)
-            except sqlite3.Error as error:
-                self._fail(entries, error)
-                return
+
+    def _store(self, entries: list[_Entry]) -> bool:
+        """Write and tell; False if that is not possible."""
+        try:
+            self._write(entries)
             if arrivals := [entry.arrival for entry in entries if entry.arrival]:
                 self._on_stored(arrivals)
-            for entry in entries:
-                entry.stored.settle(None)
+        except sqlite3.Error as error:
+            self._fail(entries, str(error))
+            return False
+        except Exception as error:
+            # Without this thread nothing is acknowledged and nothing trained.
+            log.exception("the journal's thread died")
+            self._fail(entries, brief(error))
+            return False
+        for entry in entries:
+            entry.stored.settle(None)
+        return True
 
     def _write(self, entries: list[_Entry]) -> None:
         """All of them or none."""
@@ -277,10 +203,10 @@ class Journal(JournalReader):
         self._database.execute("COMMIT")
         self.size_bytes = self._measure()
 
-    def _fail(self, entries: list[_Entry], error: sqlite3.Error) -> None:
+    def _fail(self, entries: list[_Entry], problem: str) -> None:
         failure = TrainingError(
-            f"cannot write the journal {self.path}: {error}. Nothing that was acknowledged is "
-            f"lost: put that right and go on with: gdpo learner --resume {self.path.parent}"
+            f"cannot write the journal {self.path}: {problem}. Nothing that was acknowledged is "
+            f"lost: {how_to_go_on(self.path.parent)}"
         )
         with self._changed:
             self._failure = failure
@@ -296,13 +222,3 @@ class Journal(JournalReader):
             for name in ("page_count", "freelist_count", "page_size")
         )
         return int((pages - free) * size)
-
-
-def _frames(header: bytes, payload: bytes) -> tuple[GroupHeader, list[memoryview]]:
-    """A stored group as it came from the network."""
-    sizes = msgspec.msgpack.decode(header)["sizes"]
-    stops = np.cumsum([0, *sizes]).tolist()
-    frames = [payload[start:stop] for start, stop in pairwise(stops)]
-    message, payloads = decode_to_learner([header, *frames])
-    assert isinstance(message, GroupHeader)
-    return message, payloads

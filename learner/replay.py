@@ -7,7 +7,7 @@ from learner.buffer import Cut, ReplayBuffer
 from learner.checkpoints import Checkpoint, load_tensors, oldest
 from learner.config import RunConfig
 from learner.history import Resumed
-from learner.journal import JournalReader
+from learner.journal_reader import JournalReader
 from learner.policy import Policy, load_model, load_policy
 from learner.reward_settings import RewardSetting, RewardSettings
 from learner.runlog import RunFolder

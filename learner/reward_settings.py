@@ -90,7 +90,7 @@ class RewardSettings:
             {reward.name: reward.weight for reward in rewards},
             {reward.name: reward.when for reward in rewards},
         )
-        self._step = 0
+        self._step = self._followed = 0
         self.num_commands = 0
         self.record: Callable[[int, Any], None] = lambda from_step, updates: None
         """Called with each command before it is applied: it puts it where it is not lost."""
@@ -99,12 +99,13 @@ class RewardSettings:
     def state(self) -> RewardState:
         with self._lock:
             changes = tuple(asdict(change) for change in self.changes)
-            return RewardState(self._current.as_json(), changes, self.num_commands)
+            return RewardState(self._current.as_json(), self._followed, changes, self.num_commands)
 
     def restore(self, state: RewardState, step: int) -> None:
         """Be as after ``step``, when `state` was taken."""
         self._step, self.num_commands = step, state.commands
-        self._schedule = [entry for entry in self._schedule if entry[0] > step]
+        self._followed = state.followed
+        self._schedule = [entry for entry in self._schedule if entry[0] > state.followed]
         self._current = RewardSetting.from_json(state.setting)
         self.changes = [RewardChange(**change) for change in state.changes]
 
@@ -128,8 +129,9 @@ class RewardSettings:
             step = self._step + 1
             if step > self._last_step:
                 raise ConfigError("the last batch is in training: none is left to change")
-            self.record(step, updates)
-            self.num_commands += 1
+            if updates:
+                self.record(step, updates)
+                self.num_commands += 1
             # What is scheduled for that step comes first, or it would undo the command.
             self._follow_schedule(step)
             setting = self._current
@@ -139,6 +141,7 @@ class RewardSettings:
             return {"from_step": step, "rewards": setting.as_json()}
 
     def _follow_schedule(self, step: int) -> None:
+        self._followed = step
         setting = self._current
         while self._schedule and self._schedule[0][0] <= step:
             _, name, update = self._schedule.pop(0)

@@ -4,24 +4,43 @@ import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self, TextIO
 
 from learner.config import RunConfig
 from learner.config_file import load_config
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, TrainingError
 from protocol.keys import public_key_text
 
-_FIXED = ("model.path", "model.dtype", "data", "seed", "sampling", "rewards", "buffer.durability")
-"""What a run cannot be resumed without, as it was: groups and prompts depend on it."""
+_FIXED = (
+    "model.path",
+    "model.dtype",
+    "data",
+    "seed",
+    "sampling",
+    "rewards",
+    "buffer.durability",
+    "buffer.max_uses",
+)
+"""What a run cannot be resumed without, as it was: its groups, prompts and batches depend on it."""
+
+
+def how_to_go_on(run: Path) -> str:
+    """The end of an error text about something outside of the run."""
+    return f"put that right and go on with: gdpo learner --resume {run}"
 
 
 class RunFolder:
-    """``runs/NAME/``, new for every run: an earlier one of the same name is never touched."""
+    """``runs/NAME/``, new for every run: an earlier one of the same name is never touched.
+
+    What writes raises `TrainingError` if it cannot, because the disk is full or read-only.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metrics: TextIO | None = None
+        self._metrics: BinaryIO | None = None
         self._lock: TextIO | None = None
 
     @classmethod
@@ -37,8 +56,8 @@ class RunFolder:
             except OSError as error:
                 raise ConfigError(f"cannot write {path}: {error.strerror}") from error
             folder = cls(path)
-            (path / "config.toml").write_text(config.to_toml())
-            folder._write("run.json", {"run_id": f"{path.name}/{uuid.uuid4().hex[:8]}"})
+            folder._write("config.toml", config.to_toml())
+            folder._write_json("run.json", {"run_id": f"{path.name}/{uuid.uuid4().hex[:8]}"})
             return folder
         raise ConfigError(f"{base} and its 9,999 successors exist; choose another name")
 
@@ -88,7 +107,7 @@ class RunFolder:
         """In the format of `protocol.keys`."""
         self.learner_key.write_text(public_key_text(public))
 
-    def take(self, config: RunConfig) -> None:
+    def take(self) -> None:
         """Be the one learner of this folder until `close`; raises `ConfigError`."""
         try:
             self._lock = (self.path / "lock").open("w")
@@ -98,21 +117,27 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
         # Of a learner that was killed.
-        for name in ("endpoints.json", "control.json", "summary.json"):
-            (self.path / name).unlink(missing_ok=True)
-        (self.path / "config.toml").write_text(config.to_toml())
+        for name in ("endpoints.json", "control.json"):
+            with self._writing(name):
+                (self.path / name).unlink(missing_ok=True)
+
+    def go_on(self, config: RunConfig) -> None:
+        """From now on the run is this one: not before its learner has found nothing wrong."""
+        self._write("config.toml", config.to_toml())
+        with self._writing("summary.json"):
+            (self.path / "summary.json").unlink(missing_ok=True)
 
     def write_endpoints(self, learner: str, metrics: str) -> None:
         """Where the learner listens, for the launcher and for people."""
-        self._write("endpoints.json", {"learner": learner, "metrics": metrics})
+        self._write_json("endpoints.json", {"learner": learner, "metrics": metrics})
 
     def write_control(self, url: str, token: str) -> None:
         """How to command the learner, for its user only."""
-        self._write("control.json", {"url": url, "token": token}, mode=0o600)
+        self._write_json("control.json", {"url": url, "token": token}, mode=0o600)
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         """What the policy could before training: a resumed run cannot find out."""
-        self._write("evaluation_before.json", evaluation)
+        self._write_json("evaluation_before.json", evaluation)
 
     def read_evaluation(self) -> dict[str, Any] | None:
         try:
@@ -124,10 +149,18 @@ class RunFolder:
 
     def append_step(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, on disk at once."""
-        if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        with self._writing("metrics.jsonl"):
+            if self._metrics is None:
+                self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
+            size = self._metrics.seek(0, os.SEEK_END)
+            rest = (json.dumps(line) + "\n").encode()
+            try:
+                while rest:
+                    rest = rest[self._metrics.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    self._metrics.truncate(size)
+                raise
 
     def forget_steps_after(self, step: int) -> None:
         """Leave out of metrics.jsonl what is going to be trained again."""
@@ -142,38 +175,50 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 # The end of what a killed learner was writing.
                 continue
-        partial = path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        partial.rename(path)
+        self._write("metrics.jsonl", "".join(kept))
 
     def show_checkpoint(self, model: Path) -> None:
         """Point ``checkpoint`` at the newest one's model."""
-        partial = self.path / "checkpoint.partial"
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(os.path.relpath(model, self.path))
-        partial.rename(self.checkpoint)
+        with self._writing("checkpoint"):
+            partial = self.path / "checkpoint.partial"
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(os.path.relpath(model, self.path))
+            partial.rename(self.checkpoint)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write("summary.json", summary)
+        self._write_json("summary.json", summary)
 
     def close(self) -> None:
-        (self.path / "control.json").unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.path / "control.json").unlink(missing_ok=True)
         if self._metrics is not None:
             self._metrics.close()
         if self._lock is not None:
             self._lock.close()
 
-    def _write(self, name: str, content: dict[str, Any], mode: int = 0o644) -> None:
+    def _write_json(self, name: str, content: dict[str, Any], mode: int = 0o644) -> None:
+        self._write(name, json.dumps(content, indent=2) + "\n", mode)
+
+    def _write(self, name: str, content: str, mode: int = 0o644) -> None:
         """Complete or not at all: readers never see half a file."""
-        partial = self.path / f"{name}.partial"
-        partial.unlink(missing_ok=True)
-        partial.touch(mode=mode)
-        with partial.open("w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.path / name)
+        with self._writing(name):
+            partial = self.path / f"{name}.partial"
+            partial.unlink(missing_ok=True)
+            partial.touch(mode=mode)
+            with partial.open("w") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self.path / name)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {self.path / name}: {error.strerror}; {how_to_go_on(self.path)}"
+            ) from error
 
 
 def _at(config: RunConfig, key: str) -> Any:
@@ -181,6 +226,6 @@ def _at(config: RunConfig, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     if key == "rewards":
-        # Their weights and conditions may change while a run goes on anyway.
-        return [(reward.name, reward.function) for reward in value]
+        # What a failure of theirs means has no influence on groups that came in.
+        return [reward.model_copy(update={"on_failure": "error"}) for reward in value]
     return value

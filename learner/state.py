@@ -28,12 +28,17 @@ class LeaseState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GroupState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`learner.buffer.BufferBooks`, less what is buffered."""
+    """`learner.buffer.BufferBooks`, with what is buffered set apart."""
 
     trained: int = 0
     ended_tokens: int = 0
     """Completion tokens of the groups that were trained or evicted."""
+    buffered: int = 0
+    """Groups that were not trained on yet."""
     buffered_tokens: int = 0
+    reusable: int = 0
+    """Groups that are buffered to be trained on again."""
+    reusable_tokens: int = 0
     evicted: dict[str, int] = {}
     evicted_tokens: dict[str, int] = {}
     largest_staleness: int = 0
@@ -43,6 +48,8 @@ class RewardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where `learner.reward_settings.RewardSettings` is."""
 
     setting: dict[str, dict[str, Any]]
+    followed: int
+    """Step up to which the schedule is contained: one ahead if a command came."""
     changes: tuple[dict[str, Any], ...]
     commands: int
     """Number of the last command that is contained."""

@@ -21,7 +21,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from protocol.errors import ConfigError
+from protocol.errors import AsyncGdpoError, ConfigError
 
 MAX_COMMAND_BYTES = 1 << 16
 
@@ -147,6 +147,8 @@ def _handler(
                 self._reply_json(command(json.loads(self.rfile.read(int(size)))), ok=True)
             except (ConfigError, ValueError, RecursionError) as error:
                 self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            except AsyncGdpoError as error:
+                self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
 
         def _refuse(self, status: HTTPStatus, why: str) -> None:
             self.close_connection = True

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from learner.checkpoints import newest
-from learner.journal import JournalReader
+from learner.journal_reader import JournalReader
 from tests.chaos.audit import of
 from tests.chaos.record import read
 from tests.chaos.system import At, Chaos

@@ -32,12 +32,15 @@ QUICK = (
 class Process:
     """A `gdpo` command; its output is in ``log``."""
 
-    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, *arguments: str, within: tuple[str, ...] = ()
+    ) -> None:
+        """``within`` is a command that runs it, in a namespace for example."""
         self.log = folder / f"{name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("wb") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "deploy", *arguments],
+                [*within, sys.executable, "-m", "deploy", *arguments],
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -70,12 +73,14 @@ class Process:
 class System:
     """One learner started by hand and its actors, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, within: tuple[str, ...] = ()) -> None:
+        """``within`` is a command that runs each process, in a namespace for example."""
         self.folder = folder
+        self._within = within
         self._processes: list[Process] = []
 
     def gdpo(self, name: str, *arguments: str) -> Process:
-        process = Process(self.folder, name, *arguments)
+        process = Process(self.folder, name, *arguments, within=self._within)
         self._processes.append(process)
         return process
 

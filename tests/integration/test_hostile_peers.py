@@ -10,6 +10,7 @@ from random import Random
 import pytest
 import zmq
 
+from learner.gate import Gate
 from learner.intake import Intake
 from protocol.framing import Buffer, decode_to_actor, encode
 from protocol.messages import Ack, Error, Header, Hello, Lease, WeightsReady, Welcome
@@ -33,11 +34,11 @@ class Learner:
     def __init__(self, context: zmq.Context) -> None:
         self.cluster = Cluster(make_config(learner={"steps": 10**9}))
         bound = bind_learner(context, "tcp://127.0.0.1:0", MAX_FRAME_BYTES)
-        self.url = bound.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.url = bound.url
         self.coordinator = self.cluster.coordinator
         self.coordinator.open_training()
         self.heartbeat = Heartbeat("intake", limit_s=10.0)
-        self.intake = Intake(bound, self.coordinator, self.heartbeat)
+        self.intake = Intake(bound, Gate(bound, None), self.coordinator, self.heartbeat)
 
     @property
     def num_bad(self) -> int:

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from learner.journal import JournalReader
+from learner.journal_reader import JournalReader
 from tests.integration.processes import (
     QUICK,
     RECIPE,

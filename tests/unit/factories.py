@@ -10,6 +10,7 @@ from learner.buffer import ReplayBuffer
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream
+from learner.journal import Journal
 from learner.snapshots import Snapshot, SnapshotStore, pack
 from learner.work import WorkQueue
 from protocol.errors import BadMessage
@@ -155,25 +156,29 @@ def make_buffer(config: RunConfig) -> ReplayBuffer:
 class Cluster:
     """A real coordinator between fake actors, which speak to it in encoded messages."""
 
-    def __init__(self, config: RunConfig | None = None, num_rows: int = 6) -> None:
+    def __init__(
+        self, config: RunConfig | None = None, num_rows: int = 6, journal: Journal | None = None
+    ) -> None:
         self.config = config or make_config()
         self.clock = FakeClock()
         self.buffer = make_buffer(self.config)
         self.snapshots = SnapshotStore(make_snapshot(0), self.clock)
+        rows = [{"prompt": f"p{i}"} for i in range(num_rows)]
+        self.stream = PromptStream(rows, self.config)
+        self.work = WorkQueue(self.stream)
         self.coordinator = Coordinator(
             self.config,
             welcome=Welcome(
                 run_id="test/1", actor={}, model_digest="m1", files=("tokenizer.json",), manifest=()
             ),
             files=(b"{}",),
-            work=WorkQueue(
-                PromptStream([{"prompt": f"p{i}"} for i in range(num_rows)], self.config)
-            ),
+            work=self.work,
             buffer=self.buffer,
             pacing=self.config.pacing(),
             snapshots=self.snapshots,
             vocab_size=VOCAB,
             clock=self.clock,
+            journal=journal,
         )
         self.version = 0
         self._inboxes: dict[str, list[tuple[Header, tuple[Buffer, ...]]]] = {}

@@ -63,7 +63,8 @@ async def test_actors_that_lose_a_learner_do_not_come_back_in_step():
         socket.close(linger=0)
     context.term()
     assert len(intervals) == 8
-    assert all(100 <= first <= 500 and 2500 <= longest <= 5000 for first, longest in intervals)
+    # Spread over a second, whichever of them it is.
+    assert all(500 <= first <= 1500 and 3000 <= longest <= 6000 for first, longest in intervals)
 
 
 @pytest.mark.parametrize("url", ["tcp://10.1.2.3:5555", "tcp://*:5555", "tcp://learner:5555"])

@@ -29,6 +29,7 @@ import msgspec
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import (  # type: ignore[attr-defined]
+    CheckpointException,
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
@@ -198,7 +199,7 @@ def _opened(version: int, path: Path) -> Checkpoint:
 
 def load_tensors(checkpoint: Checkpoint, tensors: Tensors) -> None:
     """Fill ``tensors`` in place with what `Checkpoints.begin` was given for the trainer."""
-    with _alone():
+    with _alone(), _plain_errors():
         dcp.load(  # type: ignore[attr-defined]
             dict(tensors),
             storage_reader=HuggingFaceStorageReader(str(checkpoint.path / "trainer")),
@@ -207,9 +208,18 @@ def load_tensors(checkpoint: Checkpoint, tensors: Tensors) -> None:
 
 
 def _save_tensors(folder: Path, tensors: Tensors) -> None:
-    with _alone():
+    with _alone(), _plain_errors():
         writer = HuggingFaceStorageWriter(str(folder))
         dcp.save(dict(tensors), storage_writer=writer, no_dist=True)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """torch.distributed.checkpoint wraps whatever happens into something that is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 @contextmanager

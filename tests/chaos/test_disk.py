@@ -259,9 +259,9 @@ def test_a_run_that_ended_in_order_can_be_read_on_a_read_only_disk(run):
 
 
 def test_guarantee_1_a_journal_that_fails_before_the_checkpoint_does_not_train_groups_twice(run):
-    """The learner's files may have 2 MB each: the journal's log needs 4, a checkpoint's half."""
+    """The learner's files may have 3 MB each: the journal's log needs 4, a checkpoint's 2.3."""
     learner, actor = begin(run)
-    resource.prlimit(learner.pid, resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
+    resource.prlimit(learner.pid, resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
     error = error_of(learner)
     assert f"cannot write the journal {run.own}/journal.sqlite" in error
     assert GO_ON + str(run.own) in error

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -277,6 +278,21 @@ def test_one_that_cannot_be_written_is_told_with_the_last_good_one(saved, monkey
     assert saved.written == [1, 1]
     assert newest(saved.checkpoints.folder).version == 2
     assert not list(saved.checkpoints.folder.glob("*.partial"))
+
+
+def test_an_error_inside_of_torch_is_no_less_of_an_error(saved, folder):
+    """It comes as no `Exception`, which a handler of those would miss."""
+    saved.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The model fits, in float32; the optimiser's state of twice its size does not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match="step-00000003: File too large; the last good one"):
+            saved.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert newest(folder).version == 2
+    assert not list(folder.glob("*.partial"))
 
 
 # ---- What is damaged ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ own.
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -240,7 +241,13 @@ class _Process:
 
     @property
     def is_alive(self) -> bool:
-        return self._process.returncode is None and not self._reader.at_eof()
+        """Between two calls nothing comes from it: what can be read then is its end, which the
+        event loop may not have seen yet."""
+        if self._process.returncode is not None or self._reader.at_eof():
+            return False
+        channel = select.poll()
+        channel.register(self._writer.get_extra_info("socket"), select.POLLIN)
+        return not channel.poll(0)
 
     async def ask(self, request: Load | Call) -> Reply:
         """Raises EOFError or OSError if the process ends, `MsgspecError` for what is no reply."""

@@ -13,7 +13,16 @@ import zmq
 from learner.gate import Gate
 from learner.intake import Intake
 from protocol.framing import Buffer, decode_to_actor, encode
-from protocol.messages import Ack, Error, Header, Hello, Lease, WeightsReady, Welcome
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Error,
+    Header,
+    Hello,
+    Lease,
+    WeightsReady,
+    Welcome,
+)
 from protocol.observability import Heartbeat
 from protocol.sockets import bind_learner, parse_tcp
 from tests.integration.processes import resident_bytes, wait_for
@@ -76,7 +85,7 @@ class Peer:
 
     def join(self, **hello) -> None:
         """Hello, weights and room for one lease."""
-        self.say(Hello(protocol=1, session=self.session, **hello))
+        self.say(Hello(protocol=PROTOCOL_VERSION, session=self.session, **hello))
         self.hear(Welcome)
         digest = make_snapshot(0).digest
         self.say(
@@ -137,7 +146,7 @@ def test_ten_thousand_hostile_messages_leave_no_trace(context, learner, good):
 
     def wait_until_handled() -> None:
         # Messages of one peer stay in order: this is refused after all others were handled.
-        hostile.say(Hello(protocol=1, session="somebody-else"))
+        hostile.say(Hello(protocol=PROTOCOL_VERSION, session="somebody-else"))
         while "somebody-else" not in getattr(hostile.hear(Error), "message", ""):
             pass
 
@@ -166,7 +175,7 @@ def test_ten_thousand_hostile_messages_leave_no_trace(context, learner, good):
 def test_a_frame_over_the_limit_disconnects_its_peer_and_nobody_else(context, learner, good):
     hostile = Peer(context, learner.url, b"hostile")
     monitor = hostile.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-    hostile.say(Hello(protocol=1, session="hostile"))
+    hostile.say(Hello(protocol=PROTOCOL_VERSION, session="hostile"))
     hostile.hear(Welcome)
     hostile.send([bytes(MAX_FRAME_BYTES + 1)])
     assert monitor.poll(10_000), "still connected"
@@ -195,7 +204,7 @@ def test_a_peer_with_any_routing_id_gets_its_answers(context, learner):
         peer.send([b"nonsense"])
         assert peer.hear(Error).code == "bad_message"
         # But no other name may be told from it, so it does not become an actor.
-        peer.say(Hello(protocol=1, session="a"))
+        peer.say(Hello(protocol=PROTOCOL_VERSION, session="a"))
         assert peer.hear(Error).code == "refused"
     assert learner.coordinator.num_live == 0
 

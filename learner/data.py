@@ -1,7 +1,6 @@
 """Prompts: loading a data set, and the endless seeded stream of work made from it."""
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +87,10 @@ class PromptStream:
         self.rows = rows
         self.next_ticket = 0
         self._config = config
-        self._done: set[int] = set()
         self._epoch = -1
         self._order: list[int] = []
 
-    def skip(self, tickets: Iterable[int]) -> None:
-        """Leave these out when their turn comes."""
-        self._done.update(tickets)
-
     def next(self) -> Work:
-        while self.next_ticket in self._done:
-            self._done.remove(self.next_ticket)
-            self.next_ticket += 1
         self.next_ticket += 1
         return self.work(self.next_ticket - 1)
 

@@ -192,10 +192,12 @@ class Resumed:
         """Lease again what did not come in, go on in the stream, and carry the books on."""
         tickets = self.state.tickets if self.state else OpenTickets()
         stored = set(self.journal.tickets()) if self.journal else set()
-        stream.next_ticket = tickets.next_ticket
-        stream.skip(ticket for ticket in stored if ticket >= tickets.next_ticket)
+        # Tickets are leased in order: what is before one that came in was leased too.
+        stream.next_ticket = max(tickets.next_ticket, max(stored, default=-1) + 1)
+        since = range(tickets.next_ticket, stream.next_ticket)
         # What was in the buffer is in the journal, if there is one.
-        for ticket in sorted({*tickets.leased, *tickets.waiting, *tickets.buffered} - stored):
+        open_tickets = {*tickets.leased, *tickets.waiting, *tickets.buffered, *since}
+        for ticket in sorted(open_tickets - stored):
             work.retries.append(stream.work(ticket))
         if self.state is not None:
             for purpose, books in self.state.leases.items():

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from learner import history
+from learner.app import Learner
 from learner.buffer import Cut
 from learner.checkpoints import Checkpoint
 from learner.config import RunConfig
@@ -29,7 +31,7 @@ from learner.runlog import RunFolder
 from learner.state import RunState
 from learner.work import group_limits
 from protocol.config import RewardConfig
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, TrainingError
 from protocol.messages import Ack, Failed, Lease
 from tests.unit.factories import REWARDS, VOCAB, Cluster, make_config, make_snapshot
 
@@ -371,6 +373,9 @@ CHECKPOINT = [("checkpoint", "a", 0)]
 @settings(max_examples=60, deadline=None)
 @example(events=[*batches(1), ("command", "a", 3), *CHECKPOINT, ("kill", "a", 0), *batches(1)])
 @example(events=[*batches(3), *CHECKPOINT, *batches(3), *CHECKPOINT, *batches(2), ("kill", "a", 1)])
+@example(
+    events=[*batches(4), ("kill", "a", 0), *CHECKPOINT, *batches(2), *CHECKPOINT, ("kill", "a", 1)]
+)
 @given(events=HISTORIES)
 def test_guarantees_1_2_3_and_7_hold_wherever_a_learner_with_a_journal_is_killed(events, max_uses):
     with tempfile.TemporaryDirectory() as name:
@@ -456,3 +461,17 @@ def test_a_journal_of_another_run_is_refused(folder: Path):
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(ConfigError, match="checkpoint and journal are not of one run"):
         Life(run)
+
+
+def test_no_checkpoint_is_made_of_a_batch_that_is_not_in_the_journal(folder: Path):
+    """A run that went on from it would train on the groups of that batch again."""
+    run = Run(folder, run_config())
+    life = Life(run, resume=False)
+    for name, session, number in batches(1)[:-1]:
+        getattr(life, name)(session, number)
+    learner = Learner.__new__(Learner)
+    learner.history, learner.folder = life.history, RunFolder(folder)
+    learner.trainer = SimpleNamespace(version=1, in_step=False)
+    with mock.patch.object(history, "JOURNAL_TIMEOUT_S", 0.01), pytest.raises(TrainingError):
+        learner._save()
+    assert life.history.checkpoints.versions == []

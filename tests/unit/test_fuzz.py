@@ -25,7 +25,7 @@ from protocol.config import ActorConfig
 from protocol.errors import BadMessage, TrainingError
 from protocol.framing import decode_to_actor, encode
 from protocol.groups import Group
-from protocol.messages import Ack, Failed, Header, Hello, Welcome
+from protocol.messages import PROTOCOL_VERSION, Ack, Failed, Header, Hello, Welcome
 from protocol.weights import layout
 from tests.unit.factories import REWARDS, VOCAB, Cluster, make_config, make_snapshot
 from tests.unit.mutants import Frames, Mutants, pack_tree
@@ -243,7 +243,7 @@ def test_no_mutant_of_any_message_harms_the_learner(fuzz):
                 (
                     encode(*learner.cluster.group_message(lease)),
                     encode(Failed(lease=lease, kind="prompt", cause="x\n")),
-                    encode(Hello(protocol=1, session=session)),
+                    encode(Hello(protocol=PROTOCOL_VERSION, session=session)),
                 )
             )
         learner.receive(session, mutants.next(frames))

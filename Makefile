@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-demo test-vllm chaos fuzz golden-frames lint format clean
+.PHONY: install demo test test-slow test-demo test-vllm chaos fuzz golden-frames lint format clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ demo: install
 
 test: install
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+# Keys, resume, rewards that misbehave, comparisons: with whole runs of real processes.
+test-slow: install
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 test-demo: install
 	$(BIN)/pytest -m demo

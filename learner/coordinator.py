@@ -590,6 +590,9 @@ class Coordinator:
 
     def _count_failure(self, actor: ActorState, work: Work, cause: str) -> None:
         """Let an actor go from which nothing but failures comes; the last such one ends the run."""
+        if work.attempts:
+            # The row is known to be difficult. Such rows come before new ones, many in a row.
+            return
         actor.failures += 1
         if actor.failures < max(MAX_ATTEMPTS, self._config.learner.batch_groups):
             return

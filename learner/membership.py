@@ -29,7 +29,7 @@ class ActorState:
     route: str = ""
     status: Status | None = None
     failures: int = 0
-    """Groups that failed in a row."""
+    """Rows in a row that failed when they were tried first."""
     wrong_digests: int = 0
     """In a row."""
     held: int = 0

@@ -27,7 +27,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 LONG_RUN = ("learner.steps=100000", "learner.actor_timeout_s=10", "weights.timeout_s=2")
 

@@ -33,10 +33,11 @@ def test_a_row_that_fails_is_tried_again_before_others_and_left_out_in_the_end()
 
 def test_too_many_failures_in_a_row_end_training_with_the_last_cause():
     cluster = joined("a", capacity=1, batch_groups=4)
-    for lease in range(1, 4):
+    # Every row is tried three times, and counts once: leases 1, 4, 7 and 10.
+    for lease in range(1, 10):
         fail(cluster, "a", lease)
     cluster.coordinator.raise_if_failed()
-    fail(cluster, "a", 4)
+    fail(cluster, "a", 10)
     with pytest.raises(
         TrainingError, match=r"4 groups failed in a row.*the reward raised KeyError"
     ):

@@ -241,7 +241,7 @@ def test_a_journal_that_does_not_write_in_time_is_an_error(path):
 
 
 KILLED = """
-import os, sys
+import os, sys, threading
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.unit.test_journal import Writer
@@ -259,6 +259,7 @@ def on_stored(arrivals):
 writer.journal.start(on_stored, lambda error: os._exit(1))
 for ticket in range(10_000):
     writer.append(ticket)
+threading.Event().wait()
 """
 
 

@@ -65,8 +65,10 @@ class History:
             self._last_cut = self.journal.cut(step, cut)
 
     def note_finished(self, step: int, tickets: tuple[int, ...]) -> None:
-        with self._lock:
-            self._finished.append((step, tickets))
+        """For `_prune`; without a journal nothing is pruned, and the list would only grow."""
+        if self.journal is not None:
+            with self._lock:
+                self._finished.append((step, tickets))
 
     def wait(self) -> None:
         """Until what `begin` was told is on disk; raises `TrainingError` if it cannot be."""

@@ -143,16 +143,6 @@ def make_snapshot(version: int) -> Snapshot:
     return pack(version, *make_model(float(version)))
 
 
-def make_buffer(config: RunConfig) -> ReplayBuffer:
-    return ReplayBuffer(
-        max_groups=config.buffer.max_groups,
-        max_bytes=config.buffer.max_bytes,
-        max_staleness=config.learner.max_staleness,
-        max_uses=config.buffer.max_uses,
-        sampling=config.buffer.sampling,
-    )
-
-
 class Cluster:
     """A real coordinator between fake actors, which speak to it in encoded messages."""
 
@@ -161,7 +151,7 @@ class Cluster:
     ) -> None:
         self.config = config or make_config()
         self.clock = FakeClock()
-        self.buffer = make_buffer(self.config)
+        self.buffer = ReplayBuffer.of(self.config)
         self.snapshots = SnapshotStore(make_snapshot(0), self.clock)
         rows = [{"prompt": f"p{i}"} for i in range(num_rows)]
         self.stream = PromptStream(rows, self.config)

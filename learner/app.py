@@ -41,7 +41,7 @@ from learner.report import evaluation_report, status_report, step_line, summary_
 from learner.reward_settings import RewardSetting, RewardSettings
 from learner.runlog import RunFolder
 from learner.selfcheck import SelfCheck
-from learner.snapshots import SnapshotStore, pack
+from learner.snapshots import Snapshot, SnapshotStore, pack
 from learner.state import RunState
 from learner.trainer import StepResult
 from learner.work import WorkQueue, group_limits
@@ -109,7 +109,7 @@ class Learner:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
         self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
-        self._snapshots = SnapshotStore(pack(0, self.policy.model, self.policy.specs))
+        self._snapshots = SnapshotStore(self._packed())
         self._work = WorkQueue(self._stream)
         self.coordinator = Coordinator(
             config,
@@ -151,7 +151,8 @@ class Learner:
         resumed.replay(self.buffer, self.rewards, self._train_again, self.history.note_finished)
         resumed.restore_work(self._stream, self._work, self.coordinator.leases, self.buffer)
         self.coordinator.advance(self.trainer.version)
-        self._snapshots.publish(pack(self.trainer.version, self.policy.model, self.policy.specs))
+        if self.trainer.version > resumed.version:
+            self._snapshots.publish(self._packed())
 
     def _train_again(self, cut: Cut, setting: RewardSetting) -> None:
         started = time.monotonic()
@@ -292,7 +293,7 @@ class Learner:
             # Nobody may see a version that a resumed run would not make again.
             self.history.wait()
             self.coordinator.advance(step.version)
-            self._publish(step.version)
+            self._publish()
             self._intake.wake()
             self.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
@@ -353,9 +354,13 @@ class Learner:
         assert self.history.journal is not None
         self.history.journal.command(from_step, updates).wait(JOURNAL_TIMEOUT_S)
 
-    def _publish(self, version: int) -> None:
+    def _packed(self) -> Snapshot:
+        """The weights of the trainer's version."""
+        return pack(self.trainer.version, self.policy.model, self.policy.specs)
+
+    def _publish(self) -> None:
         started = time.monotonic()
-        self.publisher.publish(pack(version, self.policy.model, self.policy.specs))
+        self.publisher.publish(self._packed())
         self._metrics.packed(time.monotonic() - started)
 
     def _next_batch(self) -> Cut | None:

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from learner.buffer import Cut, ReplayBuffer
 from learner.checkpoints import Checkpoint, newest
+from learner.chunks import Answer, ChunkSource
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream, check_work, evaluation_work, load_rows
@@ -39,10 +40,12 @@ from learner.publisher import Publisher
 from learner.replay import load_trainer
 from learner.report import evaluation_report, status_report, step_line, summary_report
 from learner.reward_settings import RewardSetting, RewardSettings
+from learner.routes import place_of
 from learner.runlog import RunFolder
 from learner.selfcheck import SelfCheck
 from learner.snapshots import Snapshot, SnapshotStore, pack
 from learner.state import RunState
+from learner.stream import WeightsStream
 from learner.trainer import StepResult
 from learner.work import WorkQueue, group_limits
 from protocol.errors import ConfigError, TrainingError, brief
@@ -50,6 +53,7 @@ from protocol.keys import AllowList
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
 from protocol.sockets import bind_learner, is_wildcard, parse_tcp
+from protocol.weights import item_bytes, total_bytes
 
 log = logging.getLogger("learner")
 
@@ -101,6 +105,7 @@ class Learner:
         self._stream = PromptStream(rows, config)
         self._heartbeat = Heartbeat("trainer", limit_s=120.0)
         self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
+        self._place = place_of(config, next(self.policy.model.parameters()).device)
         self.rewards = RewardSettings(config.rewards, config.learner.steps)
         self.history = History(self.folder, config, self.policy)
         self.buffer = ReplayBuffer.of(config)
@@ -109,7 +114,15 @@ class Learner:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
         self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
-        self._snapshots = SnapshotStore(self._packed())
+        self._pool = SnapshotPool(total_bytes(self.policy.specs))
+        self._snapshots = SnapshotStore(self._packed(), self.policy.specs)
+        self.weights_stream = WeightsStream(
+            ChunkSource(
+                self._snapshots,
+                width=item_bytes(self.policy.specs),
+                compress=config.weights.compress,
+            )
+        )
         self._work = WorkQueue(self._stream)
         self.coordinator = Coordinator(
             config,
@@ -128,6 +141,7 @@ class Learner:
             vocab_size=self.policy.vocab_size,
             journal=self.history.journal,
             clock=time.monotonic,
+            on_pull=self.weights_stream.pull,
             self_check=self._self_check,
             checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
         )
@@ -185,17 +199,25 @@ class Learner:
         if journal := self.history.journal:
             journal.start(self._stored, self.coordinator.fail)
             self.rewards.record = self._record_command
+        self.weights_stream.start(self._answer_pull, self.coordinator.fail)
         self.publisher = Publisher(
             self.coordinator,
             self._snapshots,
+            self.weights_stream,
             config.weights,
+            self._place,
             config.collective_address,
             self._intake.wake,
         )
         registry = CollectorRegistry()
         registry.register(
             StateCollector(
-                self.coordinator, self.gate, self.buffer, self.progress, self.history.journal
+                self.coordinator,
+                self.gate,
+                self.buffer,
+                self.progress,
+                self.history.journal,
+                self.weights_stream,
             )
         )
         self._metrics = StepMetrics(registry)
@@ -268,6 +290,7 @@ class Learner:
     def close(self) -> None:
         """Threads and ports; after `run`."""
         self.publisher.close()
+        self.weights_stream.close()
         self._intake.close()
         self.history.close()
         if self._self_check is not None:
@@ -360,8 +383,13 @@ class Learner:
 
     def _publish(self) -> None:
         started = time.monotonic()
-        self.publisher.publish(self._packed())
-        self._metrics.packed(time.monotonic() - started)
+        snapshot = self._packed()
+        self.publisher.publish(snapshot, time.monotonic() - started)
+
+    def _answer_pull(self, session: str, answer: Answer) -> None:
+        """On the weights stream's thread."""
+        self.coordinator.answer_pull(session, answer)
+        self._intake.wake()
 
     def _next_batch(self) -> Cut | None:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
@@ -408,7 +436,7 @@ class Learner:
             if self.interrupted:
                 return None
             # The time runs while there is somebody to evaluate.
-            if not self.coordinator.ready_sessions():
+            if not self.coordinator.ready_actors():
                 deadline = math.inf
             elif deadline == math.inf:
                 deadline = time.monotonic() + self.config.eval.timeout_s

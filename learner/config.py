@@ -21,6 +21,7 @@ from protocol.errors import ConfigError
 from protocol.keys import AllowList, KeyPair, load_key
 from protocol.messages import MAX_COLLECTIVE_S, MAX_TEMPERATURE
 from protocol.sockets import is_loopback, parse_tcp
+from protocol.weights import CHUNK_BYTES
 
 EstimatorName = Literal[
     "gdpo", "grpo", "grpo_no_std", "grpo_batch_norm", "dvao", "corr_grpo", "gd2po"
@@ -150,12 +151,19 @@ class CheckpointsConfig(StrictModel):
 class WeightsConfig(StrictModel):
     """The weight push."""
 
+    backend: Literal["auto", "nccl", "gloo", "shared", "stream"] = "auto"
+    """``nccl`` and ``gloo`` broadcast, without encryption or authentication: naming one says that
+    the network is private. ``shared`` is for actors on this machine; with ``stream`` every actor
+    pulls from the learner's socket. ``auto``: on loopback NCCL or gloo, beyond it ``stream``."""
     timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 10.0
-    """Deadline of a collective: joining it, each bucket, and each actor's confirmation."""
-    bucket_bytes: PositiveInt = 32 << 20
-    collective: bool | None = None
-    """Broadcast by gloo, which neither encrypts nor authenticates: true says that the network is
-    private. None: only on loopback. Without it every actor pulls from the learner's socket."""
+    """Longest wait of a push without progress: for actors to meet, for a bucket, for a
+    confirmation."""
+    push_timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 60.0
+    """Longest push; actors that are later catch up by themselves."""
+    bucket_bytes: Annotated[int, Field(gt=0, multiple_of=CHUNK_BYTES)] = 16 << 20
+    """Weights in one broadcast call; whole MiB."""
+    compress: bool = False
+    """Compress weights that are pulled in full (differences always are): for slow links."""
     address: IPv4Address | None = None
     """Of this machine, where actors reach the broadcast; None: that of learner.bind."""
 
@@ -310,18 +318,18 @@ class RunConfig(StrictModel):
         address = self.collective_address
         if address is not None and not is_loopback(address) and not _is_ipv4(address):
             raise ValueError(
-                "weights.collective needs an IPv4 address of this machine, and learner.bind names "
-                "none: set weights.address"
+                f'weights.backend = "{self.weights.backend}" needs an IPv4 address of this machine, '
+                "and learner.bind names none: set weights.address"
             )
         return self
 
     @property
     def collective_address(self) -> str | None:
-        """Where the broadcast of weights listens; None if weights are pulled only."""
+        """Where the broadcast of weights listens; None if there is none."""
         host, _ = parse_tcp(self.learner.bind)
         address = str(self.weights.address or host)
-        wanted = self.weights.collective
-        if wanted is None:
+        wanted = self.weights.backend in ("nccl", "gloo")
+        if self.weights.backend == "auto":
             wanted = is_loopback(host) and is_loopback(address)
         return address if wanted else None
 

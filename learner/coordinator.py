@@ -19,13 +19,14 @@ from itertools import cycle
 from threading import Condition, RLock
 
 from learner.buffer import ReplayBuffer
+from learner.chunks import Answer
 from learner.config import RunConfig
 from learner.evaluation import Evaluation
 from learner.journal import Arrival, Journal
 from learner.membership import ActorState, Outgoing, WireCounters
 from learner.pacing import Pacing
 from learner.selfcheck import CheckResult, SelfCheck
-from learner.snapshots import SnapshotStore
+from learner.snapshots import Snapshot, SnapshotStore
 from learner.state import LeaseState, OpenTickets
 from learner.work import MAX_ATTEMPTS, WorkQueue, group_limits
 from protocol.errors import AsyncGdpoError, BadMessage, TrainingError, one_line
@@ -48,12 +49,11 @@ from protocol.messages import (
     ToLearner,
     Verdict,
     Weights,
-    WeightsChunk,
     WeightsPull,
     WeightsReady,
     Welcome,
 )
-from protocol.weights import CHUNK_BYTES
+from protocol.weights import differing
 
 log = logging.getLogger("learner")
 
@@ -80,10 +80,12 @@ class Coordinator:
         vocab_size: int,
         clock: Callable[[], float],
         journal: Journal | None = None,
+        on_pull: Callable[[str, WeightsPull], None],
         self_check: SelfCheck | None = None,
         checks: Sequence[Work] = (),
     ) -> None:
         """Groups to train on are accepted when ``journal`` has stored them; without one, at once.
+        ``on_pull`` takes an actor's pull, which is answered through `answer_pull`.
         ``checks`` are the works by which ``self_check`` judges new actors; None for no check.
         """
         self._config = config
@@ -95,6 +97,7 @@ class Coordinator:
         self._snapshots = snapshots
         self._any_group = group_limits(config, vocab_size)
         self._clock = clock
+        self._on_pull = on_pull
         self._self_check = self_check
         self._checks = cycle(checks)
         self._checks_waiting = 0
@@ -140,9 +143,9 @@ class Coordinator:
                 case Status():
                     self._status(actor, message)
                 case WeightsPull():
-                    self._weights_pull(actor, message)
+                    self._on_pull(session, message)
                 case WeightsReady():
-                    self._weights_ready(actor, message)
+                    self._weights_ready(actor, message, payloads)
                 case Goodbye():
                     self._forget(actor, f"goodbye ({one_line(message.cause)})", lost=False)
             self._issue(now)
@@ -266,38 +269,61 @@ class Coordinator:
 
     # --- called by the publisher's thread -------------------------------------------------------
 
-    def ready_sessions(self, version: int = 0) -> tuple[str, ...]:
-        """Actors that may get work and sample from ``version`` or later.
+    def ready_actors(self, version: int = 0) -> list[ActorState]:
+        """Actors that may get work and sample from ``version`` or later (copies).
 
         One that is being checked keeps the version that it is checked with.
         """
         with self._lock:
-            return tuple(
-                session
-                for session, actor in self._actors.items()
+            return [
+                replace(actor)
+                for actor in self._actors.values()
                 if actor.version >= version and self._is_checked(actor)
-            )
+            ]
 
-    def announce(self, session: str, weights: Weights) -> None:
+    def announce(self, session: str, weights: Weights, snapshot: Snapshot) -> None:
+        """Offer a snapshot to an actor that lives."""
         with self._lock:
             if session in self._actors:
-                self._send(session, weights)
+                self._send(session, weights, (snapshot.digests,))
 
-    def wait_for_version(
-        self, sessions: Iterable[str], version: int, timeout_s: float
-    ) -> tuple[str, ...]:
-        """Sessions among those given that live, but have not confirmed ``version`` in time.
-
-        Nobody needs weights any more once the run is over.
-        """
-
-        def behind() -> tuple[str, ...]:
+    def behind(self, sessions: Iterable[str], version: int) -> dict[str, int]:
+        """Which of these actors live, but have not confirmed ``version``; with their numbers."""
+        with self._lock:
             actors = (self._actors.get(session) for session in sessions)
-            return tuple(a.session for a in actors if a is not None and a.version < version)
+            return {a.session: a.number for a in actors if a is not None and a.version < version}
 
+    def gone(self, sessions: Iterable[str]) -> tuple[str, ...]:
+        """Which of these actors do not live any more."""
+        with self._lock:
+            return tuple(session for session in sessions if session not in self._actors)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the run is over, so that nobody needs weights any more."""
+        return self._draining
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for what depends on actors, or on who calls `notify`; whether it came in time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._draining or not behind(), timeout_s)
-            return () if self._draining else behind()
+            return self._changed.wait_for(condition, max(0.0, timeout_s))
+
+    def notify(self) -> None:
+        """Something that somebody waits for has changed."""
+        with self._changed:
+            self._changed.notify_all()
+
+    # --- called by the weights stream's thread --------------------------------------------------
+
+    def answer_pull(self, session: str, answer: Answer) -> None:
+        """Send a chunk; whose version is gone is told of the newest."""
+        with self._lock:
+            actor = self._actors.get(session)
+            if actor is None:
+                return
+            self._send(session, answer.header, answer.payloads)
+            if not answer.payloads:
+                self._announce_latest(actor)
 
     # --- views ----------------------------------------------------------------------------------
 
@@ -459,24 +485,25 @@ class Coordinator:
         self._work.failed(held.work)
         self._count_failure(actor, held.work, cause)
 
-    def _weights_pull(self, actor: ActorState, pull: WeightsPull) -> None:
-        chunk = self._snapshots.read(pull.version, pull.offset, min(pull.num_bytes, CHUNK_BYTES))
-        reply = WeightsChunk(version=pull.version, offset=pull.offset)
-        self._send(actor.session, reply, (chunk,) if chunk is not None else ())
-        if chunk is None:
-            self._announce_latest(actor)
-
     def _announce_latest(self, actor: ActorState) -> None:
         """Have an actor pull the newest version; a new one is going to be checked with it."""
         latest = self._snapshots.latest
         if not self._is_checked(actor):
             actor.check_snapshot = latest
-        self._send(actor.session, latest.announcement())
+        self._send(actor.session, latest.announcement("stream"), (latest.digests,))
 
-    def _weights_ready(self, actor: ActorState, ready: WeightsReady) -> None:
+    def _weights_ready(
+        self, actor: ActorState, ready: WeightsReady, payloads: list[memoryview]
+    ) -> None:
         if ready.digest != self._snapshots.digest(ready.version):
             self.counters.digest_mismatches += 1
-            log.error("actor %d holds other weights than version %d", actor.number, ready.version)
+            wrong = self._wrong_tensors(ready.version, bytes(payloads[0]) if payloads else b"")
+            log.error(
+                "actor %d holds other weights than version %d: %s",
+                actor.number,
+                ready.version,
+                wrong,
+            )
             actor.version, actor.joined_at = -1, self._clock()
             actor.wrong_digests += 1
             if actor.wrong_digests < MAX_WRONG_DIGESTS:
@@ -492,6 +519,15 @@ class Coordinator:
         if ready.route == "stream" and self._is_checked(actor):
             self._catch_up(actor)
         self._changed.notify_all()
+
+    def _wrong_tensors(self, version: int, digests: bytes) -> str:
+        """Which parameters have other digests than they should."""
+        ours = self._snapshots.digests(version)
+        if ours is None or len(ours) != len(digests):
+            return "no digests of single tensors to compare"
+        names = differing(self._snapshots.specs, ours, digests)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return one_line(", ".join(names[:3]) + more)
 
     def _catch_up(self, actor: ActorState) -> None:
         """Pushes go only to those that have the version before."""

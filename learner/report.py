@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from learner.evaluation import Evaluation
 from learner.trainer import StepResult
 
+from protocol.weights import total_bytes
+
 if TYPE_CHECKING:
     from learner.app import Learner
 
@@ -40,6 +42,7 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         "learner_wait_share": rates.learner_wait_share,
         **_refused(learner),
         "bottleneck": rates.bottleneck if done and live and free else None,
+        "weights": weights_report(learner),
         "actors": [
             {
                 "number": actor.number,
@@ -54,6 +57,23 @@ def status_report(learner: "Learner") -> dict[str, Any]:
             }
             for actor in learner.coordinator.actors()
         ],
+    }
+
+
+def weights_report(learner: "Learner") -> dict[str, Any]:
+    """Epochs, the last pushes, and what pulling costs."""
+    publisher, stream = learner.publisher, learner.weights_stream
+    return {
+        "backend": publisher.backend,
+        "push_every": learner.config.weights.push_every,
+        "pushes": publisher.pushes,
+        "num_bytes": total_bytes(learner.policy.specs),
+        "stream_share": stream.share,
+        "stream_bytes": stream.sent_bytes,
+        "stream_plain_bytes": stream.plain_bytes,
+        "epochs": [asdict(epoch) for epoch in publisher.epochs],
+        "last_pushes": [asdict(push) for push in tuple(publisher.history)],
+        "evictions": dict(publisher.evictions),
     }
 
 
@@ -135,6 +155,9 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             "version": learner.trainer.version,
             "digest_mismatches": learner.coordinator.counters.digest_mismatches,
             "actors_stalled_share": learner.progress.stalled_share,
+            "pushes": learner.publisher.pushes,
+            "evictions": dict(learner.publisher.evictions),
+            "stream_share": learner.weights_stream.share,
         },
         "checkpoint": str(learner.folder.checkpoint.resolve())
         if learner.folder.checkpoint.exists()

@@ -1,0 +1,79 @@
+"""The actor's part in a broadcast: its own process receives while the engine generates.
+
+    group ──► staging ──► receive buffer       two staging buckets: one is being filled while
+         └──► staging ──┘                      a second thread copies the other one
+
+A collective cannot be interrupted. One that is given up goes on until its deadline, in a thread
+that nobody waits for, and what still arrives ends in its staging buckets.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from protocol.messages import Weights
+from protocol.sockets import address_towards, parse_tcp
+from protocol.weights import CHUNK_BYTES
+from transfer.collective import Backend, Group, create_backend, join_store
+
+Sink = Callable[[int, torch.Tensor], None]
+"""Takes (offset, bytes) of the packed weights."""
+
+
+class Collective:
+    """This actor's membership in the current epoch, of one learner."""
+
+    def __init__(self, learner_url: str, device: torch.device) -> None:
+        """``device`` is the one that the NCCL backend receives on."""
+        self._host, port = parse_tcp(learner_url)
+        self._own_address = address_towards(self._host, port)
+        self._device = device
+        self._backend: Backend | None = None
+        self._group: Group | None = None
+        self._epoch: int | None = None
+
+    def receive(self, offer: Weights, sink: Sink) -> None:
+        """Receive what is offered; blocks, up to the offer's deadline for each of its parts.
+
+        Whatever is raised ends the membership: this object is of no more use then.
+        """
+        if not 1 <= offer.rank < offer.world_size:
+            raise ValueError(f"rank {offer.rank} of {offer.world_size}")
+        if offer.bucket_bytes < 1 or offer.bucket_bytes % CHUNK_BYTES:
+            raise ValueError(f"buckets of {offer.bucket_bytes} bytes")
+        if offer.epoch != self._epoch or self._group is None or self._backend is None:
+            self._backend, self._group = self._meet(offer)
+            self._epoch = offer.epoch
+        _receive(self._group, self._backend.device, offer, sink)
+
+    def abort(self) -> None:
+        """Give up what is going on in another thread."""
+        if self._group is not None:
+            self._group.abort()
+
+    def _meet(self, offer: Weights) -> tuple[Backend, Group]:
+        assert offer.epoch is not None
+        backend = create_backend(
+            offer.backend, own_address=self._own_address, device=self._device
+        )
+        store = join_store(self._host, offer.store_port, offer.timeout_s)
+        group = backend.meet(store, offer.epoch, offer.rank, offer.world_size, offer.timeout_s)
+        return backend, group
+
+
+def _receive(group: Group, device: torch.device, offer: Weights, sink: Sink) -> None:
+    size = min(offer.bucket_bytes, offer.num_bytes)
+    staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    written: list[Future[None] | None] = [None, None]
+    with ThreadPoolExecutor(1, thread_name_prefix="weights") as writer:
+        for number, offset in enumerate(range(0, offer.num_bytes, offer.bucket_bytes)):
+            before = written[number % 2]
+            if before is not None:
+                before.result()
+            bucket = staging[number % 2][: offer.num_bytes - offset]
+            group.broadcast(bucket)
+            written[number % 2] = writer.submit(sink, offset, bucket)
+        for last in written:
+            if last is not None:
+                last.result()

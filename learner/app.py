@@ -35,6 +35,7 @@ from learner.history import JOURNAL_TIMEOUT_S, History, Resumed
 from learner.intake import Intake
 from learner.journal import Arrival
 from learner.metrics import StateCollector, StepMetrics
+from learner.packing import MemoryPool, pack
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.replay import load_trainer
@@ -43,7 +44,7 @@ from learner.reward_settings import RewardSetting, RewardSettings
 from learner.routes import place_of
 from learner.runlog import RunFolder
 from learner.selfcheck import SelfCheck
-from learner.snapshots import Snapshot, SnapshotStore, pack
+from learner.snapshots import Snapshot, SnapshotStore
 from learner.state import RunState
 from learner.stream import WeightsStream
 from learner.trainer import StepResult
@@ -114,8 +115,11 @@ class Learner:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
         self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
-        self._pool = SnapshotPool(total_bytes(self.policy.specs))
-        self._snapshots = SnapshotStore(self._packed(), self.policy.specs)
+        self._memory = MemoryPool(
+            total_bytes(self.policy.specs),
+            pinned=any(parameter.is_cuda for parameter in self.policy.model.parameters()),
+        )
+        self._snapshots = SnapshotStore(self._packed())
         self.weights_stream = WeightsStream(
             ChunkSource(
                 self._snapshots,
@@ -379,7 +383,7 @@ class Learner:
 
     def _packed(self) -> Snapshot:
         """The weights of the trainer's version."""
-        return pack(self.trainer.version, self.policy.model, self.policy.specs)
+        return pack(self.trainer.version, self.policy.model, self.policy.specs, self._memory)
 
     def _publish(self) -> None:
         started = time.monotonic()

@@ -53,7 +53,6 @@ from protocol.messages import (
     WeightsReady,
     Welcome,
 )
-from protocol.weights import differing
 
 log = logging.getLogger("learner")
 
@@ -497,12 +496,13 @@ class Coordinator:
     ) -> None:
         if ready.digest != self._snapshots.digest(ready.version):
             self.counters.digest_mismatches += 1
-            wrong = self._wrong_tensors(ready.version, bytes(payloads[0]) if payloads else b"")
+            digests = bytes(payloads[0]) if payloads else b""
+            wrong = self._snapshots.wrong_tensors(ready.version, digests)
             log.error(
                 "actor %d holds other weights than version %d: %s",
                 actor.number,
                 ready.version,
-                wrong,
+                _names(wrong),
             )
             actor.version, actor.joined_at = -1, self._clock()
             actor.wrong_digests += 1
@@ -519,15 +519,6 @@ class Coordinator:
         if ready.route == "stream" and self._is_checked(actor):
             self._catch_up(actor)
         self._changed.notify_all()
-
-    def _wrong_tensors(self, version: int, digests: bytes) -> str:
-        """Which parameters have other digests than they should."""
-        ours = self._snapshots.digests(version)
-        if ours is None or len(ours) != len(digests):
-            return "no digests of single tensors to compare"
-        names = differing(self._snapshots.specs, ours, digests)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return one_line(", ".join(names[:3]) + more)
 
     def _catch_up(self, actor: ActorState) -> None:
         """Pushes go only to those that have the version before."""
@@ -552,8 +543,9 @@ class Coordinator:
         assert self._self_check is not None and actor.check_snapshot is not None
         actor.check = "scoring"
         self._checks_waiting += 1
-        snapshots = {actor.check_snapshot.version: actor.check_snapshot}
-        self._self_check.submit(group, snapshots, partial(self._checked, actor), self.fail)
+        self._self_check.submit(
+            group, actor.check_snapshot, partial(self._checked, actor), self.fail
+        )
 
     def _checked(self, actor: ActorState, result: CheckResult) -> None:
         """The verdict, on the thread of the check."""
@@ -666,3 +658,10 @@ class Coordinator:
 
     def _send(self, session: str, header: Header, payloads: tuple[Buffer, ...] = ()) -> None:
         self.outbox.append(Outgoing(session, header, payloads))
+
+
+def _names(tensors: list[str]) -> str:
+    if not tensors:
+        return "it does not say which tensors"
+    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+    return one_line(", ".join(tensors[:3]) + more)

@@ -80,7 +80,8 @@ class Probation:
 
     def failed(self, session: str) -> None:
         count = self._failures[session] = self._failures.get(session, 0) + 1
-        self._out[session] = min(2 ** (count - 1) - 1, MAX_PUSHES_OUT)
+        # One more, because the push that follows counts it down first.
+        self._out[session] = min(2 ** (count - 1), MAX_PUSHES_OUT + 1)
 
     def passed(self, session: str) -> None:
         self._failures.pop(session, None)

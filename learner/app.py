@@ -74,6 +74,8 @@ class Learner:
         self.last_step: StepResult | None = None
         self.lag0_difference: float | None = None
         self.training_seconds = 0.0
+        self.num_pushes = 0
+        """Versions that this process offered to actors, besides the one that it began with."""
         self.phase_seconds: dict[str, float] = {}
         """Mean duration of each phase of a group and of a weight push."""
         self.interrupted = ""
@@ -111,6 +113,7 @@ class Learner:
         self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
         self._snapshots = SnapshotStore(self._packed())
         self._work = WorkQueue(self._stream)
+        self._pacing = config.pacing()
         self.coordinator = Coordinator(
             config,
             welcome=Welcome(
@@ -123,7 +126,7 @@ class Learner:
             files=tuple(self.policy.files.values()),
             work=self._work,
             buffer=self.buffer,
-            pacing=config.pacing(),
+            pacing=self._pacing,
             snapshots=self._snapshots,
             vocab_size=self.policy.vocab_size,
             journal=self.history.journal,
@@ -293,7 +296,8 @@ class Learner:
             # Nobody may see a version that a resumed run would not make again.
             self.history.wait()
             self.coordinator.advance(step.version)
-            self._publish()
+            if self._pacing.is_pushed(step.version):
+                self._publish()
             self._intake.wake()
             self.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
@@ -361,6 +365,7 @@ class Learner:
     def _publish(self) -> None:
         started = time.monotonic()
         self.publisher.publish(self._packed())
+        self.num_pushes += 1
         self._metrics.packed(time.monotonic() - started)
 
     def _next_batch(self) -> Cut | None:
@@ -393,7 +398,10 @@ class Learner:
             return None
 
     def _evaluate(self, phase: str) -> dict[str, Any] | None:
-        """Roll the held-out prompts out under the current version; None if stopped or no data."""
+        """Roll the held-out prompts out under the current version; None if stopped or no data.
+
+        Actors get this version: it is the first one, the last one, or where a resume led to.
+        """
         if not self._heldout or self.interrupted:
             return None
         self.phase = phase

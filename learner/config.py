@@ -152,6 +152,15 @@ class WeightsConfig(StrictModel):
 
     timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 10.0
     """Deadline of a collective: joining it, each bucket, and each actor's confirmation."""
+    push_every: PositiveInt = 1
+    """Training batches between two pushes; the last version is pushed in any case.
+
+    A push overlaps the next training steps by itself, at 1 too: it has a thread of its own, and
+    actors go on generating. More than 1 saves the time of packing, sending and loading, and costs
+    staleness: actors are up to push_every - 1 versions behind when a push begins. So
+    learner.max_staleness must be at least push_every + buffer.max_uses - 2; at exactly that nothing
+    is leased while a push goes on.
+    """
     bucket_bytes: PositiveInt = 32 << 20
     collective: bool | None = None
     """Broadcast by gloo, which neither encrypts nor authenticates: true says that the network is
@@ -357,6 +366,7 @@ class RunConfig(StrictModel):
             ),
             max_uses=self.buffer.max_uses,
             lag=self.buffer.lag,
+            push_every=self.weights.push_every,
         )
 
     def for_actors(self) -> ActorConfig:

@@ -133,6 +133,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         **_refused(learner),
         "weights": {
             "version": learner.trainer.version,
+            "pushes": learner.num_pushes,
             "digest_mismatches": learner.coordinator.counters.digest_mismatches,
             "actors_stalled_share": learner.progress.stalled_share,
         },

@@ -54,9 +54,7 @@ class Collective:
 
     def _meet(self, offer: Weights) -> tuple[Backend, Group]:
         assert offer.epoch is not None
-        backend = create_backend(
-            offer.backend, own_address=self._own_address, device=self._device
-        )
+        backend = create_backend(offer.backend, own_address=self._own_address, device=self._device)
         store = join_store(self._host, offer.store_port, offer.timeout_s)
         group = backend.meet(store, offer.epoch, offer.rank, offer.world_size, offer.timeout_s)
         return backend, group

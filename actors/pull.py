@@ -47,6 +47,7 @@ class Pull:
         self._timeout_s = timeout_s
         self._todo = deque(target.missing(version))
         self._answers: dict[int, asyncio.Future[tuple[WeightsChunk, list[memoryview]]]] = {}
+
     def answer(self, message: WeightsChunk, payloads: list[memoryview]) -> None:
         """A chunk arrived."""
         future = self._answers.get(message.chunk)
@@ -112,9 +113,7 @@ class Pull:
         buffers = [b for b in (self._loaded, self._target) if b.held(chunk) is not None]
         return max(buffers, key=lambda b: b.held(chunk) or 0, default=None)
 
-    async def _ask(
-        self, chunk: int, base: int | None
-    ) -> tuple[WeightsChunk, list[memoryview]]:
+    async def _ask(self, chunk: int, base: int | None) -> tuple[WeightsChunk, list[memoryview]]:
         """The answer for a chunk, asked for again while the link is down; raises `PeerLost`."""
         deadline = time.monotonic() + self._timeout_s
         while time.monotonic() < deadline:

@@ -8,7 +8,7 @@ from threading import Lock
 
 import torch
 
-from protocol.weights import CHUNK_BYTES, TensorSpec, packed_digests, total_bytes
+from protocol.weights import CHUNK_BYTES, TensorSpec, num_chunks, packed_digests, total_bytes
 
 
 class Superseded(Exception):
@@ -25,11 +25,11 @@ class ReceiveBuffer:
     def __init__(self, memory: torch.Tensor, specs: list[TensorSpec]) -> None:
         """``memory`` is uint8 [num_bytes] on the CPU."""
         self.memory = memory
-        self._bytes = memoryview(memory.numpy())
+        self._bytes = memory.numpy().data
         self._specs = specs
         self._lock = Lock()
         self._turn = 0
-        self._held: list[int | None] = [None] * -(-total_bytes(specs) // CHUNK_BYTES)
+        self._held: list[int | None] = [None] * num_chunks(total_bytes(specs))
 
     def begin(self) -> int:
         """A new turn; it ends the one before."""

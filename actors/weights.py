@@ -6,9 +6,9 @@
                           ▲                                          │
                           └── what another route left missing, or damaged ◄──┘
 
-The engine keeps generating while bytes arrive; only loading stops it. A tensor whose digest is wrong
-is never loaded, so the engine always holds one complete version. Announcements are not queued: the
-newest one wins, and a transfer that it interrupts leaves the chunks that it got.
+The engine keeps generating while bytes arrive; only loading stops it. A tensor whose digest is
+wrong is never loaded, so the engine always holds one complete version. Announcements are not
+queued: the newest one wins, and a transfer that it interrupts leaves the chunks that it got.
 """
 
 import asyncio
@@ -199,13 +199,14 @@ class WeightsReceiver:
             item_bytes(self._specs),
             self._timeout_s,
         )
+        gone = False
         try:
             await self._pull.run()
         except* Gone:
-            return False
+            gone = True
         finally:
             self._pull = None
-        return True
+        return not gone
 
     def _new_collective(self) -> None:
         self._collective.abort()

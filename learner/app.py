@@ -128,6 +128,7 @@ class Learner:
             )
         )
         self._work = WorkQueue(self._stream)
+        self._pacing = config.pacing()
         self.coordinator = Coordinator(
             config,
             welcome=Welcome(
@@ -140,7 +141,7 @@ class Learner:
             files=tuple(self.policy.files.values()),
             work=self._work,
             buffer=self.buffer,
-            pacing=config.pacing(),
+            pacing=self._pacing,
             snapshots=self._snapshots,
             vocab_size=self.policy.vocab_size,
             journal=self.history.journal,
@@ -275,6 +276,7 @@ class Learner:
             self.completed = False
             self.interrupted = self.interrupted or brief(error)
         self._leave()
+        self._note_weights()
         # Nothing changes the books any more.
         self._intake.close()
         self.history.close()
@@ -320,7 +322,8 @@ class Learner:
             # Nobody may see a version that a resumed run would not make again.
             self.history.wait()
             self.coordinator.advance(step.version)
-            self._publish()
+            if self._pacing.is_pushed(step.version):
+                self._publish()
             self._intake.wake()
             self.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
@@ -425,7 +428,10 @@ class Learner:
             return None
 
     def _evaluate(self, phase: str) -> dict[str, Any] | None:
-        """Roll the held-out prompts out under the current version; None if stopped or no data."""
+        """Roll the held-out prompts out under the current version; None if stopped or no data.
+
+        Actors get this version: it is the first one, the last one, or where a resume led to.
+        """
         if not self._heldout or self.interrupted:
             return None
         self.phase = phase
@@ -459,11 +465,15 @@ class Learner:
         self._note(step)
         self.progress.sample()
         self._metrics.step(step, seconds)
+        self._note_weights()
+        self.folder.append_step(step_line(self, step, seconds))
+
+    def _note_weights(self) -> None:
+        """What pushes and actors have reported since this was last called."""
         self._metrics.actor_phases(self.coordinator.timings)
         for report in self.publisher.take_reports():
             self._metrics.push(report)
         self.phase_seconds = self._metrics.mean_seconds
-        self.folder.append_step(step_line(self, step, seconds))
 
     def _note(self, step: StepResult) -> None:
         self.last_step = step

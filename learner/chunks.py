@@ -85,9 +85,7 @@ class ChunkSource:
                 header = msgspec.structs.replace(header, base=pull.base)
                 return Answer(header, tuple(patches), data.nbytes)
         encoding, payload = chunk_codec.encode_full(data, self.width, compress=self.compress)
-        return Answer(
-            msgspec.structs.replace(header, encoding=encoding), (payload,), data.nbytes
-        )
+        return Answer(msgspec.structs.replace(header, encoding=encoding), (payload,), data.nbytes)
 
     def work(self) -> bool:
         """Make one patch that nobody has asked for yet; False if there is none to make.

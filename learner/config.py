@@ -160,6 +160,15 @@ class WeightsConfig(StrictModel):
     confirmation."""
     push_timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 60.0
     """Longest push; actors that are later catch up by themselves."""
+    push_every: PositiveInt = 1
+    """Training batches between two pushes; the last version is pushed in any case.
+
+    A push overlaps the next training steps by itself, at 1 too: it has a thread of its own, and
+    actors go on generating. More than 1 saves the time of packing, sending and loading, and costs
+    staleness: actors are up to push_every - 1 versions behind when a push begins. So
+    learner.max_staleness must be at least push_every + buffer.max_uses - 2; at exactly that nothing
+    is leased while a push goes on.
+    """
     bucket_bytes: Annotated[int, Field(gt=0, multiple_of=CHUNK_BYTES)] = 16 << 20
     """Weights in one broadcast call; whole MiB."""
     compress: bool = False
@@ -318,8 +327,8 @@ class RunConfig(StrictModel):
         address = self.collective_address
         if address is not None and not is_loopback(address) and not _is_ipv4(address):
             raise ValueError(
-                f'weights.backend = "{self.weights.backend}" needs an IPv4 address of this machine, '
-                "and learner.bind names none: set weights.address"
+                f'weights.backend = "{self.weights.backend}" needs an IPv4 address of this '
+                "machine, and learner.bind names none: set weights.address"
             )
         return self
 
@@ -365,6 +374,7 @@ class RunConfig(StrictModel):
             ),
             max_uses=self.buffer.max_uses,
             lag=self.buffer.lag,
+            push_every=self.weights.push_every,
         )
 
     def for_actors(self) -> ActorConfig:

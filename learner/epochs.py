@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from threading import Thread
 
 import msgspec
-import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from learner.snapshots import Snapshot
@@ -88,9 +87,7 @@ class Epochs:
         self.end(_change(before, members))
         if members:
             self._number += 1
-            record = EpochRecord(
-                self._number, self._backend.name, list(members.values()), version
-            )
+            record = EpochRecord(self._number, self._backend.name, list(members.values()), version)
             self._epoch = _Epoch(members, record)
             self.records.append(record)
         return tuple(session for session in members if session not in before)
@@ -101,7 +98,7 @@ class Epochs:
         members = self._epoch.members
         return {
             session: msgspec.structs.replace(
-                snapshot.announcement(),
+                snapshot.announcement("collective"),
                 epoch=self._number,
                 backend=self._backend.name,
                 rank=rank,

@@ -78,9 +78,7 @@ class StepMetrics:
         self._push_seconds = Histogram(
             "gdpo_weight_push_seconds", "Phases of a weight push", ("phase",), registry=registry
         )
-        self._pushes = Counter(
-            "gdpo_weight_pushes", "Weight pushes", registry=registry
-        )
+        self._pushes = Counter("gdpo_weight_pushes", "Weight pushes", registry=registry)
         self._epoch = gauge("gdpo_weight_epoch", "Current epoch of the collective")
         self._members = gauge(
             "gdpo_weight_push_actors", "Actors of the last push, by route", ("route",)

@@ -100,6 +100,7 @@ class Publisher:
         self.history: deque[PushReport] = deque(maxlen=PUSHES_REMEMBERED)
         """The newest last."""
         self.pushes = 0
+        """Versions offered, those included that nobody was there to take, or that were replaced."""
         self.evictions: Counter[str] = Counter()
         """From epochs, by cause."""
         self._thread = Thread(target=self._run, name="publisher", daemon=True)
@@ -118,6 +119,7 @@ class Publisher:
         """Push ``snapshot``; one that still waits for an earlier push is replaced by it."""
         self._snapshots.publish(snapshot)
         with self._changed:
+            self.pushes += 1
             self._pending = (snapshot, pack_seconds)
             self._changed.notify_all()
 
@@ -159,7 +161,6 @@ class Publisher:
             self._pushed = snapshot.version
 
     def _note(self, report: PushReport) -> None:
-        self.pushes += 1
         self.evictions.update(report.evicted.values())
         self.history.append(report)
         with self._changed:

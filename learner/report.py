@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from learner.evaluation import Evaluation
 from learner.trainer import StepResult
-
 from protocol.weights import total_bytes
 
 if TYPE_CHECKING:

@@ -31,10 +31,8 @@ def place_of(config: RunConfig, device: torch.device) -> Place:
     gpu = gpu_identity(device) if nccl_available() else ""
     backend: str = config.weights.backend
     if backend == "auto":
-        if config.collective_address is None:
-            backend = "stream"
-        else:
-            backend = "nccl" if gpu else "gloo"
+        broadcasts = "nccl" if gpu else "gloo"
+        backend = broadcasts if config.collective_address is not None else "stream"
     if backend == "nccl" and not gpu:
         raise ConfigError(
             f'weights.backend = "nccl" needs the model on a GPU and a torch with NCCL; it is on '

@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 
 from protocol.messages import Route, Weights
-from protocol.weights import TensorSpec, differing
+from protocol.weights import TensorSpec
 
 STILL_PULLED_S = 10.0
 _REMEMBERED_DIGESTS = 10_000
@@ -84,10 +84,15 @@ class SnapshotStore:
         """Digest of a version; None if it was never published, or very long ago."""
         return self._digests.get(version)
 
-    def digests(self, version: int) -> bytes | None:
-        """Digests of all parameters of a version that is kept or one of the last few; else None."""
-        kept = self._kept.get(version)
-        return kept.digests if kept is not None else self._tensor_digests.get(version)
+    def wrong_tensors(self, version: int, digests: bytes) -> list[str]:
+        """Names of the parameters of a version that should have other digests.
+
+        None if the version is not one of the last few, or the digests are not as many.
+        """
+        ours = self._tensor_digests.get(version)
+        if ours is None or len(ours) != len(digests):
+            return []
+        return differing(self._latest.specs, ours, digests)
 
     def _remember(self, snapshot: Snapshot) -> None:
         self._digests[snapshot.version] = snapshot.digest

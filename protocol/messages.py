@@ -34,6 +34,8 @@ Label = Annotated[
     ),
 ]
 """A name, shown in logs as it is: no control characters, which could forge lines of a log."""
+SharedMemory = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^(/proc/[0-9]+/fd/[0-9]+)?\Z")]
+"""An open file of another process of this machine."""
 Session = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[!-~]*\Z")]
 """ASCII without spaces, as it is a ZeroMQ routing id too."""
 MAX_PAYLOADS = 63
@@ -211,7 +213,9 @@ class Weights(Header, tag="weights", frozen=True):
     version: Version
     num_bytes: Count
     digest: Label
-    shared: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^(/proc/[0-9]+/fd/[0-9]+)?\Z")] = ""
+    shared: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^(/proc/[0-9]+/fd/[0-9]+)?\Z")] = (
+        ""
+    )
     """File that holds the packed weights, until they are replaced by another version's."""
     epoch: Count | None = None
     """The collective to receive it in; the fields below belong to it."""

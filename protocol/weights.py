@@ -11,7 +11,7 @@ there they are computed from the memory that the engine loaded from, after it ha
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -28,7 +28,7 @@ DIGEST_BYTES = 16
 """Of one parameter."""
 
 CHUNK_BYTES = 1 << 20
-"""One `WeightsPull`: small enough that other messages are not held up behind it."""
+"""What is pulled at once: so little that other messages are not held up behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,11 @@ def _each(digests: bytes, expected: int) -> list[bytes]:
     return [digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)]
 
 
-def chunks(num_bytes: int, size: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """(offset, length) pairs that cover ``num_bytes``."""
-    for offset in range(0, num_bytes, size):
-        yield offset, min(size, num_bytes - offset)
+def num_chunks(num_bytes: int) -> int:
+    """Chunks of `CHUNK_BYTES`, the last one possibly shorter."""
+    return -(-num_bytes // CHUNK_BYTES)
+
+
+def item_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Size of one number, for differences: that of the smallest type among the parameters."""
+    return min((DTYPE_BYTES[spec.dtype] for spec in specs), default=1)

@@ -1,5 +1,8 @@
 import torch
+
 from protocol.weights import TensorSpec
+
+
 def view(packed: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     raw = packed[spec.offset : spec.offset + spec.num_bytes]
     dtype = getattr(torch, spec.dtype)

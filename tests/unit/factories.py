@@ -162,6 +162,7 @@ class Cluster:
         rows = [{"prompt": f"p{i}"} for i in range(num_rows)]
         self.stream = PromptStream(rows, self.config)
         self.work = WorkQueue(self.stream)
+        self.pacing = self.config.pacing()
         self.coordinator = Coordinator(
             self.config,
             welcome=Welcome(
@@ -170,7 +171,7 @@ class Cluster:
             files=(b"{}",),
             work=self.work,
             buffer=self.buffer,
-            pacing=self.config.pacing(),
+            pacing=self.pacing,
             snapshots=self.snapshots,
             vocab_size=VOCAB,
             clock=self.clock,
@@ -260,7 +261,8 @@ class Cluster:
             return False
         self.version += 1
         self.coordinator.advance(self.version)
-        self.snapshots.publish(make_snapshot(self.version))
+        if self.pacing.is_pushed(self.version):
+            self.snapshots.publish(make_snapshot(self.version))
         return True
 
 

@@ -9,6 +9,7 @@ from threading import Lock
 import torch
 
 from protocol.messages import Route, Weights
+from protocol.weights import TensorSpec, differing
 from protocol.weights import TensorSpec
 
 STILL_PULLED_S = 10.0

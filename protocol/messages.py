@@ -213,9 +213,7 @@ class Weights(Header, tag="weights", frozen=True):
     version: Version
     num_bytes: Count
     digest: Label
-    shared: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^(/proc/[0-9]+/fd/[0-9]+)?\Z")] = (
-        ""
-    )
+    shared: SharedMemory = ""
     """File that holds the packed weights, until they are replaced by another version's."""
     epoch: Count | None = None
     """The collective to receive it in; the fields below belong to it."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from learner.buffer import ReplayBuffer
+from learner.chunks import ChunkSource
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream
@@ -27,6 +28,7 @@ from protocol.messages import (
     Lease,
     Status,
     ToLearner,
+    WeightsPull,
     WeightsReady,
     Welcome,
 )
@@ -159,6 +161,7 @@ class Cluster:
         self.clock = FakeClock()
         self.buffer = ReplayBuffer.of(self.config)
         self.snapshots = SnapshotStore(make_snapshot(0), self.clock)
+        self.chunks = ChunkSource(self.snapshots, width=4)
         rows = [{"prompt": f"p{i}"} for i in range(num_rows)]
         self.stream = PromptStream(rows, self.config)
         self.work = WorkQueue(self.stream)
@@ -176,6 +179,7 @@ class Cluster:
             vocab_size=VOCAB,
             clock=self.clock,
             journal=journal,
+            on_pull=self.answer,
         )
         self.version = 0
         self._inboxes: dict[str, list[tuple[Header, tuple[Buffer, ...]]]] = {}
@@ -219,11 +223,15 @@ class Cluster:
     def weights_ready(
         self, session: str, version: int = 0, digest: str | None = None, route: Any = "stream"
     ) -> None:
-        digest = make_snapshot(version).digest if digest is None else digest
+        snapshot = make_snapshot(version)
         message = WeightsReady(
-            version=version, digest=digest, route=route, receive_seconds=0, load_seconds=0
+            version=version,
+            digest=snapshot.digest if digest is None else digest,
+            route=route,
+            receive_seconds=0,
+            load_seconds=0,
         )
-        self.say(session, message)
+        self.say(session, message, [snapshot.digests])
 
     def join(self, session: str, capacity: int = 4) -> None:
         """Hello, the current weights, and room for ``capacity`` leases."""
@@ -245,6 +253,14 @@ class Cluster:
         return pack_group(make_group(lease, **{"version": self.version, **group}))
 
     # --- what the learner does ------------------------------------------------------------------
+
+    def answer(self, session: str, pull: WeightsPull) -> None:
+        """At once; a real learner has a thread for it."""
+        self.coordinator.answer_pull(session, self.chunks.answer(pull))
+
+    def ready(self, version: int = 0) -> list[str]:
+        """Sessions that may get work and sample from ``version`` or later."""
+        return [actor.session for actor in self.coordinator.ready_actors(version)]
 
     def open_training(self) -> None:
         self.coordinator.open_training()

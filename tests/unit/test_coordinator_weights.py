@@ -45,7 +45,7 @@ def test_a_pull_of_a_version_that_is_gone_is_answered_with_the_newest():
     cluster.say("a", WeightsPull(version=0, offset=0, num_bytes=8))
     [(_, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
     assert payloads == ()
-    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement()]
+    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement("stream")]
 
 
 def test_an_actor_with_other_weights_than_announced_is_fed_again():
@@ -54,8 +54,8 @@ def test_an_actor_with_other_weights_than_announced_is_fed_again():
     cluster.heard("a", Weights)
     cluster.weights_ready("a", digest="wrong")
     cluster.status("a")
-    assert cluster.heard("a", Weights) == [make_snapshot(0).announcement()]
-    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.heard("a", Weights) == [make_snapshot(0).announcement("stream")]
+    assert cluster.ready() == []
     assert cluster.leases("a") == []
     assert cluster.coordinator.counters.digest_mismatches == 1
     cluster.weights_ready("a")
@@ -66,7 +66,7 @@ def test_an_actor_that_got_a_later_version_wrong_is_not_ready_any_more():
     cluster = joined("a")
     cluster.snapshots.publish(make_snapshot(1))
     cluster.weights_ready("a", version=1, digest="wrong", route="collective")
-    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.ready() == []
 
 
 def test_an_actor_that_worked_for_long_has_time_to_get_weights_right_again():
@@ -79,7 +79,7 @@ def test_an_actor_that_worked_for_long_has_time_to_get_weights_right_again():
     cluster.pass_time(1)
     assert cluster.coordinator.num_live == 1
     cluster.weights_ready("a", version=1)
-    assert cluster.coordinator.ready_sessions() == ("a",)
+    assert cluster.ready() == ["a"]
 
 
 def test_weights_that_nobody_published_make_no_actor_ready():
@@ -87,7 +87,7 @@ def test_weights_that_nobody_published_make_no_actor_ready():
     cluster.hello("a")
     cluster.status("a")
     cluster.weights_ready("a", version=7, digest="anything")
-    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.ready() == []
     assert cluster.leases("a") == []
 
 
@@ -97,13 +97,13 @@ def test_an_actor_that_pulled_an_old_version_is_told_of_the_newest():
     cluster.snapshots.publish(make_snapshot(1))
     cluster.heard("a", Weights)
     cluster.weights_ready("a", version=0)
-    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement()]
+    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement("stream")]
 
 
 def test_waiting_for_a_version_names_the_actors_that_are_behind():
     cluster = joined("a", "b")
     cluster.hello("loading")
-    assert cluster.coordinator.ready_sessions() == ("a", "b")
+    assert cluster.ready() == ["a", "b"]
     cluster.snapshots.publish(make_snapshot(1))
     cluster.weights_ready("a", version=1)
     assert cluster.coordinator.wait_for_version(("a", "b"), 1, timeout_s=0.02) == ("b",)
@@ -117,7 +117,7 @@ def test_waiting_for_a_version_names_the_actors_that_are_behind():
 def test_announcements_go_to_live_actors_only():
     cluster = joined("a")
     cluster.heard("a", Weights)
-    offer = msgspec.structs.replace(make_snapshot(1).announcement(), epoch=1, rank=1)
+    offer = msgspec.structs.replace(make_snapshot(1).announcement("stream"), epoch=1, rank=1)
     cluster.coordinator.announce("a", offer)
     cluster.coordinator.announce("gone", offer)
     assert cluster.heard("a", Weights) == [offer]

@@ -65,7 +65,7 @@ class Learner:
     """Answers pulls on the event loop, and keeps what it was sent."""
 
     def __init__(self) -> None:
-        self.snapshots = SnapshotStore(make_snapshot(0), SPECS)
+        self.snapshots = SnapshotStore(make_snapshot(0))
         self.source = ChunkSource(self.snapshots, width=2)
         self.receiver: WeightsReceiver | None = None
         self.pulls: list[WeightsPull] = []

@@ -79,6 +79,11 @@ class Epochs:
         """Of the current epoch, or of the last one."""
         return self._number
 
+    @property
+    def lasts(self) -> bool:
+        """Whether there is an epoch now."""
+        return self._epoch is not None
+
     def enter(self, members: dict[str, int], version: int) -> tuple[str, ...]:
         """Be in an epoch of exactly these; returns those that were not in the one before."""
         before = self._epoch.members if self._epoch else {}

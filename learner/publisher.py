@@ -177,15 +177,13 @@ class Publisher:
         for session, route in routes.items():
             if route != "collective":
                 self._coordinator.announce(session, snapshot.announcement(route), snapshot)
+        self._wake_intake()
         members = {a.session: a.number for a in actors if routes[a.session] == "collective"}
         if self._epochs is not None:
             self._broadcast(self._epochs, snapshot, members, deadline, report)
-        self._wake_intake()
-        broadcast = time.monotonic()
-        behind = self._confirmations(routes, snapshot.version, deadline)
-        if behind:
-            self._leave_behind(snapshot, behind, members, report)
-        report.phases["confirm"] = time.monotonic() - broadcast
+        sent = time.monotonic()
+        self._confirmations(snapshot, routes, members, deadline, report)
+        report.phases["confirm"] = time.monotonic() - sent
         report.seconds = time.monotonic() - started
         return report
 
@@ -223,57 +221,66 @@ class Publisher:
             self._coordinator.announce(session, offer, snapshot)
         self._wake_intake()
         broadcast = epochs.broadcast(snapshot, self._coordinator.notify)
-        gone = self._follow(broadcast, members, deadline)
+        self._coordinator.wait_until(
+            lambda: broadcast.done or self._should_leave(members), deadline - time.monotonic()
+        )
         report.phases |= {"join": broadcast.join_seconds, "broadcast": broadcast.send_seconds}
-        if broadcast.done and not broadcast.error and not gone:
+        if self._coordinator.gone(members):
+            self._leave_those_who_are_gone(epochs, snapshot, members, report)
+        elif broadcast.done and not broadcast.error:
             for session in members:
                 self._probation.passed(session)
-            return
-        report.evicted = {members[session]: "gone" for session in gone}
-        cause = self._why(broadcast, [members[session] for session in gone])
-        log.warning(
-            "broadcast of version %d failed (%s); the actors pull it", snapshot.version, cause
-        )
-        log.debug("%s", broadcast.error)
-        epochs.end(cause)
-        if not gone:
+        elif not self._coordinator.draining:
+            log.debug("%s", broadcast.error)
             # Who did it cannot be seen from here. Most likely who made the epoch a new one.
             for session in newcomers or members:
                 self._probation.failed(session)
+            self._end_epoch(epochs, snapshot, members, "an actor late or unreachable")
+
+    def _should_leave(self, members: dict[str, int]) -> bool:
+        return self._coordinator.draining or bool(self._coordinator.gone(members))
+
+    def _leave_those_who_are_gone(
+        self, epochs: Epochs, snapshot: Snapshot, members: dict[str, int], report: PushReport
+    ) -> None:
+        """The others may wait for them until the deadline of the collective."""
+        gone = [members[session] for session in self._coordinator.gone(members)]
+        report.evicted |= dict.fromkeys(gone, "gone")
+        self._end_epoch(epochs, snapshot, members, _each(gone, "gone"))
+
+    def _end_epoch(
+        self, epochs: Epochs, snapshot: Snapshot, members: Iterable[str], cause: str
+    ) -> None:
+        log.warning("epoch %d ended with version %d: %s", epochs.number, snapshot.version, cause)
+        epochs.end(cause)
         self._have_pulled(snapshot, self._coordinator.behind(members, snapshot.version))
 
-    def _follow(
-        self, broadcast: Broadcast, members: dict[str, int], deadline: float
-    ) -> tuple[str, ...]:
-        """Wait until it is done, a member is gone, or the time is over; returns who is gone."""
-        coordinator = self._coordinator
-        coordinator.wait_until(
-            lambda: broadcast.done or coordinator.draining or bool(coordinator.gone(members)),
-            deadline - time.monotonic(),
-        )
-        return coordinator.gone(members)
-
-    def _why(self, broadcast: Broadcast, gone: list[int]) -> str:
-        if gone:
-            return ", ".join(f"actor {number} gone" for number in gone)
-        return "an actor late or unreachable" if broadcast.done else "deadline"
-
     def _confirmations(
-        self, sessions: Iterable[str], version: int, deadline: float
-    ) -> dict[str, int]:
-        """Wait for all, as long as there is progress; returns who is behind in the end."""
-        coordinator = self._coordinator
-        behind = coordinator.behind(sessions, version)
+        self,
+        snapshot: Snapshot,
+        routes: dict[str, Route],
+        members: dict[str, int],
+        deadline: float,
+        report: PushReport,
+    ) -> None:
+        """Wait for all, as long as there is progress; the others pull."""
+        coordinator, epochs = self._coordinator, self._epochs
+        behind = coordinator.behind(routes, snapshot.version)
         while behind and not coordinator.draining:
 
             def progress(before: dict[str, int] = behind) -> bool:
-                return coordinator.draining or coordinator.behind(sessions, version) != before
+                return (
+                    coordinator.draining or coordinator.behind(routes, snapshot.version) != before
+                )
 
             patience_s = min(self._config.timeout_s, deadline - time.monotonic())
             if not coordinator.wait_until(progress, patience_s):
                 break
-            behind = coordinator.behind(sessions, version)
-        return {} if coordinator.draining else behind
+            behind = coordinator.behind(routes, snapshot.version)
+            if behind and epochs is not None and epochs.lasts and coordinator.gone(members):
+                self._leave_those_who_are_gone(epochs, snapshot, members, report)
+        if behind and not coordinator.draining:
+            self._leave_behind(snapshot, behind, members, report)
 
     def _leave_behind(
         self,
@@ -284,14 +291,18 @@ class Publisher:
     ) -> None:
         """They pull, and are back in an epoch when they have caught up."""
         report.behind = list(behind.values())
-        log.warning("%d actors are late with version %d", len(behind), snapshot.version)
+        log.warning("version %d: %s", snapshot.version, _each(report.behind, "late"))
         late = [number for session, number in behind.items() if session in members]
+        report.evicted |= dict.fromkeys(late, "late")
         if late and self._epochs is not None:
-            report.evicted |= dict.fromkeys(late, "late")
-            self._epochs.end(", ".join(f"actor {number} late" for number in late))
+            self._epochs.end(_each(late, "late"))
         self._have_pulled(snapshot, behind)
 
     def _have_pulled(self, snapshot: Snapshot, sessions: Iterable[str]) -> None:
         for session in sessions:
             self._coordinator.announce(session, snapshot.announcement("stream"), snapshot)
         self._wake_intake()
+
+
+def _each(numbers: Iterable[int], what: str) -> str:
+    return ", ".join(f"actor {number} {what}" for number in numbers)

@@ -177,7 +177,7 @@ def _from_planes(planes: _Bytes, data: _Bytes, width: int) -> None:
 def _words_and_rows(
     data: _Bytes, planes: _Bytes, width: int
 ) -> tuple[int, npt.NDArray[Any], _Bytes]:
-    """Buffer in whole words, and views of the words [n] and of their planes [width, n]."""
+    """Bytes in whole words, and views of the words [n] and of their planes [width, n]."""
     if width not in _WORDS:
         raise ValueError(f"words of {width} bytes")
     words = len(data) // width
@@ -203,4 +203,7 @@ def _decompress(payload: Buffer, length: int) -> _Bytes:
         plain = _workspace.decompressor.decompress(payload, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise BadMessage(f"not a compressed chunk: {brief(error)}") from error
+    if len(plain) != length:
+        # A skippable frame states a size, too; zstandard 0.23 returns nothing for it.
+        raise BadMessage(f"compressed chunk of {len(plain)} bytes, where {length} are wanted")
     return np.frombuffer(plain, dtype=np.uint8)

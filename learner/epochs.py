@@ -143,20 +143,25 @@ class Epochs:
     def _send(self, epoch: _Epoch, snapshot: Snapshot, result: Broadcast) -> None:
         """On the side thread."""
         started = time.monotonic()
-        if epoch.group is None:
-            group = self._backend.meet(
-                self._store, epoch.record.epoch, 0, len(epoch.members) + 1, self._timeout_s
-            )
-            epoch.group = group
-            epoch.record.form_seconds = time.monotonic() - started
+        group = self._meet(epoch)
         result.join_seconds = time.monotonic() - started
         for offset in range(0, len(snapshot.packed), self._bucket_bytes):
             if epoch.over:
                 return
             bucket = snapshot.packed[offset : offset + self._bucket_bytes]
-            epoch.group.broadcast(bucket.to(self._backend.device))
+            group.broadcast(bucket.to(self._backend.device))
         result.send_seconds = time.monotonic() - started - result.join_seconds
         epoch.record.pushes += 1
+
+    def _meet(self, epoch: _Epoch) -> Group:
+        """The group of an epoch, whose members meet when it is first used."""
+        if epoch.group is None:
+            started = time.monotonic()
+            epoch.group = self._backend.meet(
+                self._store, epoch.record.epoch, 0, len(epoch.members) + 1, self._timeout_s
+            )
+            epoch.record.form_seconds = time.monotonic() - started
+        return epoch.group
 
 
 def _change(before: dict[str, int], after: dict[str, int]) -> str:

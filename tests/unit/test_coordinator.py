@@ -73,7 +73,7 @@ def test_whoever_has_not_said_hello_is_told_so():
     for message, payloads in (
         cluster.group_message(lease),
         (Failed(lease=lease, kind="prompt", cause="x"), []),
-        (WeightsPull(version=0, offset=0, num_bytes=1), []),
+        (WeightsPull(version=0, chunk=0), []),
         (Goodbye(cause="x"), []),
     ):
         cluster.say("stranger", message, payloads)

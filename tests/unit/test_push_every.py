@@ -101,7 +101,7 @@ def test_an_actor_between_two_pushes_has_what_it_needs_and_is_fed_nothing():
         cluster.weights_ready("a", 0)
         cluster.coordinator.tick()
         assert cluster.heard("a", Weights) == []
-        assert cluster.coordinator.ready_sessions(cluster.snapshots.latest.version) == ("a",)
+        assert cluster.ready(cluster.snapshots.latest.version) == ["a"]
 
 
 def test_a_late_joiner_gets_the_last_version_that_was_pushed_and_work_for_it():

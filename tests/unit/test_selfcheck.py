@@ -193,7 +193,7 @@ def test_an_actor_that_has_to_pull_a_newer_version_is_checked_with_that():
     cluster.version = 1
     cluster.coordinator.advance(1)
     cluster.snapshots.publish(make_snapshot(1))
-    cluster.say("a", WeightsPull(version=0, offset=0, num_bytes=4))
+    cluster.say("a", WeightsPull(version=0, chunk=0))
     cluster.weights_ready("a", version=1)
     cluster.status("a")
     cluster.finish("a", *cluster.leases("a"))

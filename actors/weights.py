@@ -12,7 +12,6 @@ queued: the newest one wins, and a transfer that it interrupts leaves the chunks
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -105,8 +104,9 @@ class WeightsReceiver:
             await asyncio.wait({task, announced}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done() and not self._loading:
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.result()
         finally:
             announced.cancel()
             task.cancel()
@@ -114,13 +114,15 @@ class WeightsReceiver:
     async def _update(self, offer: Weights, digests: bytes) -> None:
         self._check(offer, digests)
         if self._ready is not None and self._ready[0].version == offer.version:
-            if self._ready[0].digest == offer.digest:
+            if self._ready[0].digest != offer.digest:
+                # What the engine made of it was wrong: so may be all that it was made from.
+                self._next.forget()
+                self._loaded.forget()
+            elif offer.epoch is None:
                 # The learner asked again, after a broadcast that only others did not get.
                 await self._link.send(self._ready[0], [self._ready[1]])
                 return
-            # What the engine made of it was wrong: so may be all that it was made from.
-            self._next.forget()
-            self._loaded.forget()
+            # In a broadcast the others need this actor, whatever it has.
         started = time.monotonic()
         route = await self._receive(offer)
         if route is None or not await self._intact(offer, digests):
@@ -185,7 +187,7 @@ class WeightsReceiver:
                     lambda offset, data: buffer.write(turn, offset, data, offer.version),
                 )
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             log.info("the learner's memory cannot be read (%s); pulling", brief(error))
 
     async def _by_stream(self, version: int, turn: int) -> bool:

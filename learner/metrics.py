@@ -136,7 +136,7 @@ class StepMetrics:
         self._pushes.inc()
         self._epoch.set(report.epoch)
         for route in get_args(Route):
-            self._members.labels(route).set(report.routes[route])
+            self._members.labels(route).set(report.routes.get(route, 0))
         for cause in report.evicted.values():
             self._evictions.labels(cause).inc()
         for phase, seconds in report.phases.items():

@@ -44,7 +44,7 @@ class PushReport:
     version: int
     epoch: int
     """That it was broadcast in; 0 if it was not."""
-    routes: Counter[str]
+    routes: dict[str, int]
     """Actors by the route that they were offered."""
     phases: dict[str, float]
     """Seconds to pack, join, broadcast and confirm."""
@@ -153,7 +153,9 @@ class Publisher:
             snapshot, pack_seconds = pending
             # Only those that kept up: an actor that is behind pulls until it has caught up, so a
             # slow or broken one costs one push its deadlines, not every push.
-            actors = self._coordinator.ready_actors(self._pushed)
+            ready = self._coordinator.ready_actors(self._pushed)
+            # One that joined just now may have pulled it already.
+            actors = [actor for actor in ready if actor.version < snapshot.version]
             if actors:
                 report = self._push(snapshot, actors)
                 report.phases["pack"] = pack_seconds
@@ -172,7 +174,7 @@ class Publisher:
         started = time.monotonic()
         deadline = started + self._config.push_timeout_s
         routes = self._routes(actors)
-        report = PushReport(snapshot.version, 0, Counter(routes.values()), {})
+        report = PushReport(snapshot.version, 0, dict(Counter(routes.values())), {})
         self._prepare_stream(snapshot, routes)
         for session, route in routes.items():
             if route != "collective":

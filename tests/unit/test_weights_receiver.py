@@ -1,13 +1,18 @@
 """An actor's weights receiver against a learner's chunks, without sockets between them."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from actors.collective import Collective
+from actors.receive_buffer import Superseded
 from actors.weights import WeightsReceiver
 from learner.chunks import ChunkSource
 from learner.packing import MemoryPool, pack
@@ -112,7 +117,9 @@ async def actor(request):
             await running
         return learner.ready[-1]
 
-    yield SimpleNamespace(learner=learner, engine=engine, receiver=receiver, follow=follow)
+    yield SimpleNamespace(
+        learner=learner, engine=engine, receiver=receiver, follow=follow, running=running
+    )
     running.cancel()
 
 
@@ -245,6 +252,66 @@ async def test_a_version_that_is_held_already_is_confirmed_without_another_byte(
     actor.learner.pulls.clear()
     assert await actor.follow(*offer_of(snapshot)) == first
     assert (actor.learner.pulls, actor.engine.loads) == ([], [0])
+
+
+async def test_a_broadcast_is_joined_even_for_a_version_that_is_held_already(actor, monkeypatch):
+    """The others wait for every member."""
+    snapshot = actor.learner.snapshots.latest
+    first = await actor.follow(*offer_of(snapshot))
+    joined = []
+
+    def receive(self, offer, sink):
+        joined.append(offer.epoch)
+        sink(0, snapshot.packed)
+
+    monkeypatch.setattr(Collective, "receive", receive)
+    offer = msgspec.structs.replace(
+        snapshot.announcement("collective"), epoch=4, rank=1, world_size=2
+    )
+    again = await actor.follow(offer, snapshot.digests)
+    assert (joined, again.route, again.digest) == ([4], "collective", first.digest)
+
+
+async def test_a_newer_offer_interrupts_a_broadcast_that_hangs_and_its_late_bytes_change_nothing(
+    actor, monkeypatch
+):
+    old, late = actor.learner.snapshots.latest, []
+    begun = threading.Event()
+
+    def receive(self, offer, sink):
+        late.append(sink)
+        begun.set()
+        time.sleep(2)
+
+    monkeypatch.setattr(Collective, "receive", receive)
+    hanging = msgspec.structs.replace(old.announcement("collective"), epoch=1)
+    actor.receiver.announce(hanging, [memoryview(old.digests)])
+    while not begun.is_set():
+        await asyncio.sleep(0.001)
+    new = actor.learner.publish(1)
+    started = time.monotonic()
+    ready = await actor.follow(*offer_of(new))
+    assert time.monotonic() - started < 1
+    for _ in range(2):
+        with pytest.raises(Superseded):
+            late[0](0, torch.zeros(CHUNK_BYTES, dtype=torch.uint8))
+    assert (ready.version, torch.equal(actor.engine.held, new.packed)) == (1, True)
+
+
+async def test_being_cancelled_while_the_engine_loads_ends_the_receiver(actor, monkeypatch):
+    loading = asyncio.Event()
+
+    async def load(*_):
+        loading.set()
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(actor.engine, "load_weights", load)
+    snapshot = actor.learner.snapshots.latest
+    actor.receiver.announce(snapshot.announcement("stream"), [memoryview(snapshot.digests)])
+    await loading.wait()
+    actor.running.cancel()
+    done, _ = await asyncio.wait({actor.running}, timeout=2)
+    assert done
 
 
 async def test_after_a_resume_an_older_version_is_taken_and_nothing_before_it_counts(actor):

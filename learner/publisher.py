@@ -157,9 +157,7 @@ class Publisher:
             # One that joined just now may have pulled it already.
             actors = [actor for actor in ready if actor.version < snapshot.version]
             if actors:
-                report = self._push(snapshot, actors)
-                report.phases["pack"] = pack_seconds
-                self._note(report)
+                self._note(self._push(snapshot, actors, pack_seconds))
             self._pushed = snapshot.version
 
     def _note(self, report: PushReport) -> None:
@@ -170,11 +168,15 @@ class Publisher:
 
     # --- one push -------------------------------------------------------------------------------
 
-    def _push(self, snapshot: Snapshot, actors: list[ActorState]) -> PushReport:
+    def _push(
+        self, snapshot: Snapshot, actors: list[ActorState], pack_seconds: float
+    ) -> PushReport:
         started = time.monotonic()
         deadline = started + self._config.push_timeout_s
         routes = self._routes(actors)
-        report = PushReport(snapshot.version, 0, dict(Counter(routes.values())), {})
+        report = PushReport(
+            snapshot.version, 0, dict(Counter(routes.values())), {"pack": pack_seconds}
+        )
         self._prepare_stream(snapshot, routes)
         for session, route in routes.items():
             if route != "collective":

@@ -1,10 +1,12 @@
 """What the learner tells people: the live status, the line per step, the summary at the end."""
 
+import time
 from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation import Evaluation
+from learner.membership import ActorState
 from learner.trainer import StepResult
 from protocol.weights import total_bytes
 
@@ -42,20 +44,7 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         **_refused(learner),
         "bottleneck": rates.bottleneck if done and live and free else None,
         "weights": weights_report(learner),
-        "actors": [
-            {
-                "number": actor.number,
-                "host": actor.hello.host,
-                "pid": actor.hello.pid,
-                "version": actor.version,
-                "route": actor.route,
-                "leases": actor.held,
-                "groups": actor.groups,
-                "check": actor.check if learner.config.learner.self_check else "off",
-                "check_difference": actor.check_difference,
-            }
-            for actor in learner.coordinator.actors()
-        ],
+        "actors": [_actor(learner, actor) for actor in learner.coordinator.actors()],
     }
 
 
@@ -161,6 +150,25 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         "checkpoint": str(learner.folder.checkpoint.resolve())
         if learner.folder.checkpoint.exists()
         else None,
+    }
+
+
+def _actor(learner: "Learner", actor: ActorState) -> dict[str, Any]:
+    idle, stalled = learner.progress.shares(actor.session) or (None, None)
+    return {
+        "number": actor.number,
+        "host": actor.hello.host,
+        "pid": actor.hello.pid,
+        "version": actor.version,
+        "route": actor.route,
+        "leases": actor.held,
+        "groups": actor.groups,
+        "check": actor.check if learner.config.learner.self_check else "off",
+        "check_difference": actor.check_difference,
+        "idle_share": idle,
+        "stalled_share": stalled,
+        # By the coordinator's clock.
+        "silent_s": max(0.0, time.monotonic() - actor.last_heard),
     }
 
 

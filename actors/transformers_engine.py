@@ -203,7 +203,8 @@ def model_digest(model: torch.nn.Module, specs: list[TensorSpec]) -> str:
         tensor = parameters[spec.name].detach().to("cpu", getattr(torch, spec.dtype))
         return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
-    return weights.digest((spec.name, data(spec)) for spec in specs)
+    digests = b"".join(weights.tensor_digest(data(spec)) for spec in specs)
+    return weights.whole_digest(digests, specs)
 
 
 def _empty_model(folder: Path, dtype: str, device: str) -> Any:

@@ -162,8 +162,8 @@ class VllmEngine:
         self._stall_seconds += seconds
         # The worker read these very pages. It is not asked for its own copy, which vLLM fuses,
         # splits and repacks: what that computes is compared with the learner's model instead.
-        digest = await in_daemon_thread(lambda: weights.packed_digest(packed.numpy().data, specs))
-        return digest, seconds
+        digests = await in_daemon_thread(lambda: weights.packed_digests(packed.numpy().data, specs))
+        return weights.whole_digest(digests, specs), seconds
 
     async def close(self) -> None:
         self._failure = EngineError("the engine is closed")

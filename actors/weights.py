@@ -29,7 +29,7 @@ from actors.threads import in_daemon_thread
 from protocol.errors import EngineError, PeerLost, brief
 from protocol.messages import Weights, WeightsChunk, WeightsPull, WeightsReady
 from protocol.sockets import address_towards, parse_tcp
-from protocol.weights import TensorSpec, chunks, packed_digest, total_bytes
+from protocol.weights import TensorSpec, chunks, packed_digests, total_bytes, whole_digest
 
 log = logging.getLogger("actor")
 
@@ -174,10 +174,10 @@ class WeightsReceiver:
 
     async def _is_intact(self, announcement: Weights) -> bool:
         # A large model takes seconds, in which the event loop has to go on.
-        digest = await in_daemon_thread(
-            lambda: packed_digest(self._buffer.numpy().data, self._specs)
+        digests = await in_daemon_thread(
+            lambda: packed_digests(self._buffer.numpy().data, self._specs)
         )
-        return digest == announcement.digest
+        return whole_digest(digests, self._specs) == announcement.digest
 
 
 class _Collective:

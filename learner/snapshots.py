@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 
 from protocol.messages import Weights
-from protocol.weights import TensorSpec, packed_digest, total_bytes
+from protocol.weights import TensorSpec, packed_digests, total_bytes, whole_digest
 
 STILL_PULLED_S = 10.0
 _REMEMBERED_DIGESTS = 10_000
@@ -37,7 +37,8 @@ def pack(version: int, model: torch.nn.Module, specs: list[TensorSpec]) -> Snaps
         tensor = parameters[spec.name].detach().to("cpu", getattr(torch, spec.dtype))
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         packed[spec.offset : spec.offset + spec.num_bytes] = raw
-    return Snapshot(version, packed, packed_digest(packed.numpy().data, specs))
+    digests = packed_digests(packed.numpy().data, specs)
+    return Snapshot(version, packed, whole_digest(digests, specs))
 
 
 class SnapshotStore:

@@ -14,7 +14,7 @@ import torch
 
 from actors.engine import EngineStats, Request
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec, packed_digest
+from protocol.weights import TensorSpec, packed_digests, whole_digest
 from tests.chaos.record import Record
 
 TOKENS = 8
@@ -82,7 +82,7 @@ class ToyEngine:
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
     ) -> tuple[str, float]:
         started = time.monotonic()
-        digest = packed_digest(packed.numpy().data, specs)
+        digest = whole_digest(packed_digests(packed.numpy().data, specs), specs)
         self.version = version
         if self.toy.record is not None:
             self.toy.record.write("loaded", version=version, digest=digest)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.snapshots import STILL_PULLED_S, SnapshotStore, pack
-from protocol.weights import chunks, layout, packed_digest, total_bytes
+from protocol.weights import chunks, layout, packed_digests, total_bytes, whole_digest
 from tests.unit.factories import FakeClock, make_model, make_snapshot
 
 
@@ -44,7 +44,8 @@ def test_every_parameter_lies_where_the_layout_says(dtype):
     assert {*found} == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert torch.equal(found[name], parameter.to(getattr(torch, dtype)))
-    assert snapshot.digest == packed_digest(snapshot.packed.numpy().data, specs)
+    digests = packed_digests(snapshot.packed.numpy().data, specs)
+    assert snapshot.digest == whole_digest(digests, specs)
 
 
 def test_a_snapshot_does_not_change_with_the_model():
@@ -65,7 +66,7 @@ def test_the_digest_changes_with_any_bit_of_any_value(index, bit):
     assert pack(1, model, specs).digest == before.digest
     flat = before.packed.clone()
     flat[4 * index + bit // 8] ^= 1 << bit % 8
-    assert packed_digest(flat.numpy().data, specs) != before.digest
+    assert whole_digest(packed_digests(flat.numpy().data, specs), specs) != before.digest
 
 
 def test_a_tensor_that_is_not_contiguous_is_packed_in_the_order_of_its_shape():

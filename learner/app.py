@@ -34,6 +34,7 @@ from learner.history import JOURNAL_TIMEOUT_S, History, Resumed
 from learner.intake import Intake
 from learner.journal import Arrival
 from learner.metrics import StateCollector, StepMetrics
+from learner.packing import MemoryPool, pack
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.replay import load_trainer
@@ -41,7 +42,7 @@ from learner.report import evaluation_report, status_report, step_line, summary_
 from learner.reward_settings import RewardSetting, RewardSettings
 from learner.runlog import RunFolder
 from learner.selfcheck import SelfCheck
-from learner.snapshots import Snapshot, SnapshotStore, pack
+from learner.snapshots import Snapshot, SnapshotStore
 from learner.state import RunState
 from learner.trainer import StepResult
 from learner.work import WorkQueue, group_limits
@@ -50,6 +51,7 @@ from protocol.keys import AllowList
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
 from protocol.sockets import bind_learner, is_wildcard, parse_tcp
+from protocol.weights import total_bytes
 
 log = logging.getLogger("learner")
 
@@ -109,6 +111,10 @@ class Learner:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
         self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
+        self._memory = MemoryPool(
+            total_bytes(self.policy.specs),
+            pinned=any(parameter.is_cuda for parameter in self.policy.model.parameters()),
+        )
         self._snapshots = SnapshotStore(self._packed())
         self._work = WorkQueue(self._stream)
         self.coordinator = Coordinator(
@@ -356,7 +362,7 @@ class Learner:
 
     def _packed(self) -> Snapshot:
         """The weights of the trainer's version."""
-        return pack(self.trainer.version, self.policy.model, self.policy.specs)
+        return pack(self.trainer.version, self.policy.model, self.policy.specs, self._memory)
 
     def _publish(self) -> None:
         started = time.monotonic()

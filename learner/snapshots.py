@@ -9,10 +9,11 @@ from threading import Lock
 import torch
 
 from protocol.messages import Weights
-from protocol.weights import TensorSpec, packed_digests, total_bytes, whole_digest
 
 STILL_PULLED_S = 10.0
 _REMEMBERED_DIGESTS = 10_000
+_REMEMBERED_TENSOR_DIGESTS = 16
+"""Versions; those of a large model are 10 kB and more each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,23 +23,16 @@ class Snapshot:
     version: int
     packed: torch.Tensor
     """uint8 [num_bytes] in CPU memory."""
+    digests: bytes
+    """Of every parameter, in the order of the manifest."""
     digest: str
+    """Of them all."""
+    path: str
+    """See `learner.packing.Memory`."""
 
     def announcement(self) -> Weights:
         """By stream; the publisher fills in a collective."""
         return Weights(version=self.version, num_bytes=len(self.packed), digest=self.digest)
-
-
-def pack(version: int, model: torch.nn.Module, specs: list[TensorSpec]) -> Snapshot:
-    """Copy the model's parameters, cast to the types of ``specs``, into one CPU buffer."""
-    packed = torch.empty(total_bytes(specs), dtype=torch.uint8)
-    parameters = dict(model.named_parameters())
-    for spec in specs:
-        tensor = parameters[spec.name].detach().to("cpu", getattr(torch, spec.dtype))
-        raw = tensor.contiguous().view(-1).view(torch.uint8)
-        packed[spec.offset : spec.offset + spec.num_bytes] = raw
-    digests = packed_digests(packed.numpy().data, specs)
-    return Snapshot(version, packed, whole_digest(digests, specs))
 
 
 class SnapshotStore:
@@ -49,8 +43,10 @@ class SnapshotStore:
         self._lock = Lock()
         self._kept: dict[int, Snapshot] = {first.version: first}
         self._pulled_at: dict[int, float] = {}
-        self._digests: OrderedDict[int, str] = OrderedDict({first.version: first.digest})
+        self._digests: OrderedDict[int, str] = OrderedDict()
+        self._tensor_digests: OrderedDict[int, bytes] = OrderedDict()
         self._latest = first
+        self._remember(first)
 
     @property
     def latest(self) -> Snapshot:
@@ -62,11 +58,11 @@ class SnapshotStore:
             now = self._clock()
             pulled = [v for v in self._kept if now - self._pulled_at.get(v, -1e9) < STILL_PULLED_S]
             keep = pulled[:1]
-            self._kept = {v: self._kept[v] for v in keep} | {snapshot.version: snapshot}
+            # Memory goes with the last reference, which may take long: after the lock.
+            before = self._kept
+            self._kept = {v: before[v] for v in keep} | {snapshot.version: snapshot}
             self._pulled_at = {v: self._pulled_at[v] for v in keep}
-            self._digests[snapshot.version] = snapshot.digest
-            if len(self._digests) > _REMEMBERED_DIGESTS:
-                self._digests.popitem(last=False)
+            self._remember(snapshot)
             self._latest = snapshot
 
     def read(self, version: int, offset: int, num_bytes: int) -> memoryview | None:
@@ -83,3 +79,16 @@ class SnapshotStore:
     def digest(self, version: int) -> str | None:
         """Digest of a version; None if it was never published, or very long ago."""
         return self._digests.get(version)
+
+    def digests(self, version: int) -> bytes | None:
+        """Digests of all parameters of a version that is kept or one of the last few; else None."""
+        kept = self._kept.get(version)
+        return kept.digests if kept is not None else self._tensor_digests.get(version)
+
+    def _remember(self, snapshot: Snapshot) -> None:
+        self._digests[snapshot.version] = snapshot.digest
+        if len(self._digests) > _REMEMBERED_DIGESTS:
+            self._digests.popitem(last=False)
+        self._tensor_digests[snapshot.version] = snapshot.digests
+        if len(self._tensor_digests) > _REMEMBERED_TENSOR_DIGESTS:
+            self._tensor_digests.popitem(last=False)

@@ -11,7 +11,8 @@ from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream
 from learner.journal import Journal
-from learner.snapshots import Snapshot, SnapshotStore, pack
+from learner.packing import MemoryPool, pack
+from learner.snapshots import Snapshot, SnapshotStore
 from learner.work import WorkQueue
 from protocol.errors import BadMessage
 from protocol.framing import Buffer, decode_to_learner, encode
@@ -29,7 +30,7 @@ from protocol.messages import (
     WeightsReady,
     Welcome,
 )
-from protocol.weights import TensorSpec, layout
+from protocol.weights import TensorSpec, layout, total_bytes
 
 REWARDS = ("format", "correctness")
 VOCAB = 50
@@ -140,7 +141,12 @@ def make_model(value: float = 0.0) -> tuple[torch.nn.Module, list[TensorSpec]]:
 
 
 def make_snapshot(version: int) -> Snapshot:
-    return pack(version, *make_model(float(version)))
+    return pack_alone(version, *make_model(float(version)))
+
+
+def pack_alone(version: int, model: torch.nn.Module, specs: list[TensorSpec]) -> Snapshot:
+    """A snapshot whose memory nobody uses again."""
+    return pack(version, model, specs, MemoryPool(total_bytes(specs)))
 
 
 class Cluster:

@@ -15,11 +15,11 @@ from learner.config import RunConfig
 from learner.config_file import load_config
 from learner.policy import Policy, load_policy
 from learner.selfcheck import CheckResult, SelfCheck
-from learner.snapshots import Snapshot, pack
+from learner.snapshots import Snapshot
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
 from protocol.messages import Error, Failed, Lease, Weights, WeightsPull
-from tests.unit.factories import Cluster, make_config, make_snapshot, make_work
+from tests.unit.factories import Cluster, make_config, make_snapshot, make_work, pack_alone
 
 PROMPT = np.array([7, 20, 30], dtype=np.int32)
 TOKENS = np.array([15, 9, 32, 16, 5, 8, 21, 1], dtype=np.int32)
@@ -59,7 +59,7 @@ def model_logprobs(policy: Policy, temperature: float) -> np.ndarray:
 
 
 def snapshot_of(policy: Policy, version: int = 0) -> Mapping[int, Snapshot]:
-    return {version: pack(version, policy.model, policy.specs)}
+    return {version: pack_alone(version, policy.model, policy.specs)}
 
 
 def test_the_learners_own_log_probabilities_pass(check, policy):
@@ -224,7 +224,8 @@ def test_while_the_run_ends_no_check_is_leased():
 def test_a_comparison_that_fails_ends_the_run_instead_of_never_ending(check, policy):
     group = make_sequence(model_logprobs(policy, 0.7))
     failures: SimpleQueue = SimpleQueue()
-    broken = Snapshot(0, torch.zeros(3, dtype=torch.uint8), "")
+    [whole] = snapshot_of(policy).values()
+    broken = dataclasses.replace(whole, packed=torch.zeros(3, dtype=torch.uint8))
     check.submit(group, {0: broken}, report=failures.put, fail=failures.put)
     error = failures.get(timeout=20)
     assert isinstance(error, TrainingError)

@@ -516,8 +516,9 @@ class Coordinator:
         assert self._self_check is not None and actor.check_snapshot is not None
         actor.check = "scoring"
         self._checks_waiting += 1
-        snapshots = {actor.check_snapshot.version: actor.check_snapshot}
-        self._self_check.submit(group, snapshots, partial(self._checked, actor), self.fail)
+        self._self_check.submit(
+            group, actor.check_snapshot, partial(self._checked, actor), self.fail
+        )
 
     def _checked(self, actor: ActorState, result: CheckResult) -> None:
         """The verdict, on the thread of the check."""

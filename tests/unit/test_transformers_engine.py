@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine import Request
 from actors.transformers_engine import TransformersEngine, unpack_weights
-from learner.snapshots import pack
 from protocol.errors import ConfigError, EngineError
 from protocol.weights import TensorSpec, layout
+from tests.unit.factories import pack_alone
 
 
 def load(folder: Path):
@@ -36,7 +36,7 @@ def make_request(max_tokens: int = 16, temperature: float = 0.0) -> Request:
 
 async def test_weights_from_the_learner_give_its_digest_and_its_generations(base_folder):
     model, specs = load(base_folder)
-    snapshot = pack(5, model, specs)
+    snapshot = pack_alone(5, model, specs)
     engine = make_engine(base_folder)
     digest, seconds = await engine.load_weights(5, snapshot.packed, specs)
     assert digest == snapshot.digest
@@ -55,12 +55,12 @@ async def test_weights_from_the_learner_give_its_digest_and_its_generations(base
 async def test_a_request_in_flight_continues_under_new_weights(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
     # Without an end token in sight the request runs until its limit.
     running = asyncio.create_task(engine.generate(make_request(max_tokens=200, temperature=50.0)))
     while engine.stats.tokens_generated < 20:
         await asyncio.sleep(0)
-    await engine.load_weights(1, pack(1, model, specs).packed, specs)
+    await engine.load_weights(1, pack_alone(1, model, specs).packed, specs)
     rollouts = await running
     assert any([version for _, version in r.spans] == [0, 1] for r in rollouts)
     await engine.close()
@@ -69,7 +69,7 @@ async def test_a_request_in_flight_continues_under_new_weights(base_folder):
 async def test_cancelling_a_request_ends_its_generation(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
     running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
     while engine.stats.tokens_generated < 10:
         await asyncio.sleep(0)
@@ -87,7 +87,7 @@ async def test_cancelling_a_request_ends_its_generation(base_folder):
 async def test_closing_ends_requests_in_flight(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
     running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
     await asyncio.sleep(0)
     await engine.close()
@@ -109,13 +109,13 @@ async def test_an_engine_that_dies_tells_every_caller_why(base_folder):
 
 def test_weights_of_another_shape_change_nothing(base_folder):
     model, specs = load(base_folder)
-    before = pack(0, model, specs).digest
+    before = pack_alone(0, model, specs).digest
     last = specs[-1]
     specs[-1] = TensorSpec(last.name, last.dtype, (*last.shape, 1), last.offset, last.num_bytes)
     packed = torch.zeros(last.offset + last.num_bytes, dtype=torch.uint8)
     with pytest.raises(EngineError, match=last.name):
         unpack_weights(model, packed, specs)
-    assert pack(0, model, load(base_folder)[1]).digest == before
+    assert pack_alone(0, model, load(base_folder)[1]).digest == before
 
 
 async def test_a_folder_without_a_model_is_the_users_mistake(tmp_path):

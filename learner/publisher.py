@@ -22,7 +22,7 @@ import torch
 
 from learner.config import WeightsConfig
 from learner.coordinator import Coordinator
-from learner.epochs import Broadcast, EpochRecord, Epochs
+from learner.epochs import EpochRecord, Epochs
 from learner.membership import ActorState
 from learner.routes import Place, Probation, plan_routes
 from learner.snapshots import Snapshot, SnapshotStore

@@ -126,7 +126,7 @@ def test_weights_are_packed_into_given_memory_too():
 
 def test_an_announcement_describes_the_snapshot():
     snapshot = make_snapshot(3)
-    weights = snapshot.announcement()
+    weights = snapshot.announcement("stream")
     # A linear layer of 3 x 2 weights and 2 biases.
     assert (weights.version, weights.num_bytes, weights.epoch) == (3, 8 * 4, None)
     assert weights.digest == snapshot.digest
@@ -235,7 +235,7 @@ def test_a_snapshot_that_is_pulled_keeps_its_memory_after_it_has_left_the_store(
     model, specs = make_model(0.0)
     pool = MemoryPool(total_bytes(specs))
     store = SnapshotStore(pack(0, model, specs, pool))
-    chunk = store.read(0, 4, 8)
+    chunk = store.pulled(0).packed[4:12].numpy().data
     content = bytes(chunk)
     store._pulled_at.clear()
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_a_snapshot_that_is_pulled_keeps_its_memory_after_it_has_left_the_store(
             for parameter in model.parameters():
                 parameter.fill_(float(version))
             store.publish(pack(version, model, specs, pool))
-    assert store.read(0, 0, 1) is None
+    assert store.pulled(0) is None
     assert bytes(chunk) == content
 
 

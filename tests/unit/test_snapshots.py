@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from learner import snapshots
 from learner.snapshots import STILL_PULLED_S, SnapshotStore
-from protocol.weights import DIGEST_BYTES, chunks, layout
+from protocol.weights import CHUNK_BYTES, DIGEST_BYTES, item_bytes, layout, num_chunks
 from tests.unit.factories import FakeClock, make_snapshot
 
 
@@ -16,16 +16,21 @@ def make_store() -> tuple[SnapshotStore, FakeClock]:
 
 
 def kept(store: SnapshotStore, versions: int = 10) -> list[int]:
-    """Versions that can be read. (Reading marks them as pulled.)"""
-    return [version for version in range(versions) if store.read(version, 0, 1) is not None]
+    """Versions that can be pulled. (Asking marks them as being pulled.)"""
+    return [version for version in range(versions) if store.pulled(version) is not None]
 
 
-@given(st.integers(0, 1000), st.integers(1, 100))
-def test_chunks_cover_everything_once(num_bytes, size):
-    covered = [
-        b for offset, length in chunks(num_bytes, size) for b in range(offset, offset + length)
-    ]
-    assert covered == list(range(num_bytes))
+@pytest.mark.parametrize(
+    ("num_bytes", "chunks"),
+    [(0, 0), (1, 1), (CHUNK_BYTES, 1), (CHUNK_BYTES + 1, 2), (5 * CHUNK_BYTES, 5)],
+)
+def test_the_last_chunk_may_be_shorter(num_bytes, chunks):
+    assert num_chunks(num_bytes) == chunks
+
+
+def test_differences_are_of_words_of_the_smallest_type():
+    assert item_bytes(layout([("a", "float32", ()), ("b", "bfloat16", ())])) == 2
+    assert item_bytes(layout([("a", "float32", ())])) == 4
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ def test_the_newest_snapshot_is_the_latest_and_others_go():
 
 def test_a_version_that_is_being_pulled_survives_the_next_one():
     store, clock = make_store()
-    store.read(0, 0, 8)
+    store.pulled(0)
     clock.advance(STILL_PULLED_S - 1)
     store.publish(make_snapshot(1))
     assert kept(store) == [0, 1]
@@ -57,16 +62,16 @@ def test_a_version_that_is_being_pulled_survives_the_next_one():
 
 def test_of_two_versions_that_are_being_pulled_the_older_survives():
     store, _ = make_store()
-    store.read(0, 0, 8)
+    store.pulled(0)
     store.publish(make_snapshot(1))
-    store.read(1, 0, 8)
+    store.pulled(1)
     store.publish(make_snapshot(2))
     assert kept(store) == [0, 2]
 
 
 def test_a_version_that_nobody_pulls_any_more_goes():
     store, clock = make_store()
-    store.read(0, 0, 8)
+    store.pulled(0)
     clock.advance(STILL_PULLED_S)
     store.publish(make_snapshot(1))
     assert kept(store) == [1]
@@ -77,21 +82,12 @@ def test_at_most_two_snapshots_are_kept_whoever_pulls_what(history):
     store, clock = make_store()
     for back, seconds in history:
         newest = store.latest.version
-        store.read(newest - back, 0, 8)
+        store.pulled(newest - back)
         clock.advance(seconds)
         store.publish(make_snapshot(newest + 1))
         assert len(store._kept) <= 2
         assert store.latest.version in store._kept
         assert store._pulled_at.keys() <= store._kept.keys()
-
-
-def test_bytes_are_read_only_from_inside_a_snapshot():
-    store, _ = make_store()
-    whole = bytes(store.latest.packed.numpy())
-    assert bytes(store.read(0, 4, 28)) == whole[4:32]
-    for offset, num_bytes in ((0, 33), (32, 1), (-1, 4), (0, 0), (0, -4), (2**64, 1), (1, 2**64)):
-        assert store.read(0, offset, num_bytes) is None
-    assert store.read(1, 0, 4) is None
 
 
 def test_digests_are_known_of_versions_that_are_gone():
@@ -102,21 +98,25 @@ def test_digests_are_known_of_versions_that_are_gone():
     assert store.digest(3) is None
 
 
-def test_digests_of_every_parameter_are_known_of_the_last_few_versions():
+WRONG_BIAS = make_snapshot(0).digests[:DIGEST_BYTES] + bytes(DIGEST_BYTES)
+"""The weight's digest is that of version 0."""
+
+
+def test_a_wrong_parameter_is_named_for_the_last_few_versions():
     store, _ = make_store()
     last = 2 * snapshots._REMEMBERED_TENSOR_DIGESTS
     for version in range(1, last + 1):
         store.publish(make_snapshot(version))
-    known = [version for version in range(last + 2) if store.digests(version) is not None]
+    known = [v for v in range(last + 2) if store.wrong_tensors(v, WRONG_BIAS)]
     assert known == [*range(last + 1 - snapshots._REMEMBERED_TENSOR_DIGESTS, last + 1)]
-    assert store.digests(last) == store.latest.digests
-    # Weights and biases.
-    assert len(store.latest.digests) == 2 * DIGEST_BYTES
+    assert store.wrong_tensors(last, store.latest.digests) == []
+    # Not as many digests as parameters.
+    assert store.wrong_tensors(last, b"") == []
 
 
-def test_digests_of_every_parameter_are_known_of_a_version_as_long_as_it_can_be_pulled():
+def test_a_wrong_parameter_is_named_for_a_version_as_long_as_it_can_be_pulled():
     store, _ = make_store()
     for version in range(1, 2 * snapshots._REMEMBERED_TENSOR_DIGESTS):
-        store.read(0, 0, 8)
+        store.pulled(0)
         store.publish(make_snapshot(version))
-    assert store.digests(0) == make_snapshot(0).digests
+    assert store.wrong_tensors(0, WRONG_BIAS) == ["bias"]

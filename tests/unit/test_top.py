@@ -115,10 +115,6 @@ def test_an_epoch_that_has_ended_says_why():
     assert "every 4 steps" in text
 
 
-def test_a_learner_that_tells_nothing_of_weights_is_shown_without_them():
-    assert "weights" not in text_of(RUNNING)
-
-
 def test_an_actor_that_is_ahead_of_the_status_is_not_behind():
     actors = [ACTORS[0] | {"version": 41}]
     [row] = rows_of(text_of(WATCHED | {"actors": actors}), "actors")

@@ -28,7 +28,7 @@ from deploy.status import TIMEOUT_S, read_status
 from deploy.top import Answer, View, Watched, watch
 from deploy.top_picture import Picture
 from protocol.errors import BadMessage, ConfigError, PeerLost
-from tests.unit.status_examples import ACTORS, EARLY, RUNNING, WATCHED, WEIGHTS
+from tests.unit.status_examples import ACTORS, EARLY, WATCHED, WEIGHTS
 
 ROOT = Path(__file__).parent.parent.parent
 GONE = PeerLost("nothing answers at http://127.0.0.1:9400/status: Connection refused")

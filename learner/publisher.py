@@ -79,7 +79,7 @@ class Publisher:
         self._place = place
         self._wake_intake = wake_intake
         self._epochs: Epochs | None = None
-        if place.backend in ("gloo", "nccl"):
+        if place.backend == "gloo" or place.backend == "nccl":
             assert address is not None
             device = torch.device("cuda" if place.backend == "nccl" else "cpu")
             self._epochs = Epochs(
@@ -236,10 +236,13 @@ class Publisher:
                 self._probation.passed(session)
         elif not self._coordinator.draining:
             log.debug("%s", broadcast.error)
-            # Who did it cannot be seen from here. Most likely who made the epoch a new one.
-            for session in newcomers or members:
+            # Who broke a broadcast cannot be seen from here: most likely who is new to the epoch.
+            suspects = broadcast.missing or newcomers or tuple(members)
+            for session in suspects:
                 self._probation.failed(session)
-            self._end_epoch(epochs, snapshot, members, "an actor late or unreachable")
+            missing = [members[session] for session in broadcast.missing]
+            cause = _each(missing, "did not come") or "an actor late or unreachable"
+            self._end_epoch(epochs, snapshot, members, cause)
 
     def _should_leave(self, members: dict[str, int]) -> bool:
         return self._coordinator.draining or bool(self._coordinator.gone(members))

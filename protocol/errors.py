@@ -35,6 +35,11 @@ class BadMessage(ProtocolError):
 class CollectiveError(ProtocolError):
     """A member of a collective is gone or late, so that it is over for all of them."""
 
+    def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
+        """``missing`` are the ranks that did not come to it, where it was a matter of that."""
+        super().__init__(message)
+        self.missing = missing
+
 
 class Refused(ProtocolError):
     """The other side refused what we asked for."""

@@ -384,8 +384,9 @@ def _gather(store: Store, rank: int, world_size: int, timeout: timedelta) -> Non
     try:
         store.wait(list(members.values()), timeout)
     except RuntimeError as error:
-        missing = [str(other) for other, key in members.items() if not store.check([key])]
-        raise CollectiveError(f"rank {', '.join(missing)} of {world_size} did not come") from error
+        missing = tuple(other for other, key in members.items() if not store.check([key]))
+        ranks = ", ".join(map(str, missing))
+        raise CollectiveError(f"rank {ranks} of {world_size} did not come", missing) from error
 
 
 def _within(
@@ -419,7 +420,7 @@ def _within(
         outcome.add_done_callback(drop)
         raise CollectiveError(f"{what}: nobody answered in {timeout_s:g} s") from error
     except CollectiveError as error:
-        raise CollectiveError(f"{what}: {error}") from error
+        raise CollectiveError(f"{what}: {error}", error.missing) from error
     except RuntimeError as error:
         raise CollectiveError(f"{what}: {brief(error)}") from error
 

@@ -89,10 +89,10 @@ def record_learner(record: Record) -> None:
         before=lambda a: record.write("published", version=a[1].version, digest=a[1].digest),
     )
     wrap(
-        "learner.coordinator:Coordinator._hello",
+        "learner.newcomers:Newcomers.hello",
         after=lambda a, _: record.write("joined", session=a[1], actor_pid=a[2].pid),
     )
     wrap(
-        "learner.coordinator:Coordinator._forget",
+        "learner.roster:Roster.forget",
         before=lambda a: record.write("left", session=a[1].session, actor_pid=a[1].hello.pid),
     )

@@ -75,13 +75,14 @@ class Scene:
         self.stream = WeightsStream(self.cluster.chunks)
         self.stream.start(lambda session, answer: None, self.cluster.coordinator.fail)
         self.publisher = Publisher(
-            self.cluster.coordinator,
+            self.cluster.feeding,
             self.cluster.snapshots,
             self.stream,
             WeightsConfig(timeout_s=timeout_s, push_timeout_s=4 * timeout_s),
             Place(backend, "", ""),
             "127.0.0.1",
             lambda: None,
+            self.cluster.coordinator.fail,
         )
         for session in sessions:
             self.heard(session)
@@ -116,7 +117,7 @@ class Scene:
         while time.monotonic() < deadline:
             for report in self.publisher.take_reports():
                 return report
-            assert self.cluster.coordinator.failure is None
+            assert self.cluster.coordinator.roster.failure is None
             time.sleep(0.002)
         raise AssertionError("no report")
 

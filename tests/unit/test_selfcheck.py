@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from itertools import cycle
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,7 +18,7 @@ from learner.snapshots import Snapshot
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
 from protocol.messages import Error, Failed, Lease, Weights, WeightsPull
-from tests.unit.factories import Cluster, make_config, make_snapshot, make_work, pack_alone
+from tests.unit.factories import Cluster, make_snapshot, pack_alone
 
 PROMPT = np.array([7, 20, 30], dtype=np.int32)
 TOKENS = np.array([15, 9, 32, 16, 5, 8, 21, 1], dtype=np.int32)
@@ -129,11 +128,8 @@ class FakeCheck:
 
 
 def checked_cluster() -> tuple[Cluster, FakeCheck]:
-    cluster, check = Cluster(make_config()), FakeCheck()
-    cluster.coordinator._self_check = check  # type: ignore[assignment]
-    cluster.coordinator._checks = cycle(
-        [make_work(f"check-{i}", purpose="check") for i in range(3)]
-    )
+    check = FakeCheck()
+    cluster = Cluster(self_check=check)
     cluster.open_training()
     return cluster, check
 

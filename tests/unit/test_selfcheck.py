@@ -18,7 +18,7 @@ from learner.snapshots import Snapshot
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
 from protocol.messages import Error, Failed, Lease, Weights, WeightsPull
-from tests.unit.factories import Cluster, make_snapshot, pack_alone
+from tests.unit.factories import Cluster, joined, make_snapshot, pack_alone
 
 PROMPT = np.array([7, 20, 30], dtype=np.int32)
 TOKENS = np.array([15, 9, 32, 16, 5, 8, 21, 1], dtype=np.int32)
@@ -150,6 +150,12 @@ def test_an_actor_gets_one_check_and_no_other_work_before_it_has_passed():
     cluster.pass_time(1)
     assert set(purposes(cluster, "a")) == {"train"}
     assert cluster.coordinator.actors()[0].check_difference == 1e-6
+
+
+def test_where_nobody_is_checked_an_actor_gets_work_at_once():
+    cluster = joined("a")
+    assert set(purposes(cluster, "a")) == {"train"}
+    assert cluster.coordinator.actors()[0].check == "off"
 
 
 def test_a_check_whose_weights_changed_before_its_first_token_is_done_again():

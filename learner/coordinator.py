@@ -139,6 +139,7 @@ class Coordinator:
                 case Status():
                     self._leasing.status(actor, message)
                 case WeightsPull():
+                    actor.fed_at = now
                     self._on_pull(session, message)
                 case WeightsReady():
                     self.feeding.weights_ready(actor, message, payloads)
@@ -192,6 +193,7 @@ class Coordinator:
             now = self._clock()
             self._forget_silent(now)
             self._leasing.end_overdue(now)
+            self.feeding.tick(now)
             self._leasing.issue(now)
 
     # --- called by any thread -------------------------------------------------------------------

@@ -153,6 +153,10 @@ class Epochs:
         if epoch.group is not None:
             epoch.group.abort()
 
+    def ended(self, cause: str) -> None:
+        """The real cause for which the last epoch ended came out later."""
+        self.records[-1].ended = cause
+
     def _send(self, epoch: _Epoch, snapshot: Snapshot, result: Broadcast) -> None:
         """On the side thread."""
         started = time.monotonic()

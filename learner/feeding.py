@@ -20,6 +20,8 @@ from protocol.messages import Weights, WeightsReady
 log = logging.getLogger("learner")
 
 MAX_WRONG_DIGESTS = 3
+OFFER_AGAIN_S = 10.0
+"""After so long without a sign that an actor that is behind takes what it was offered."""
 
 
 class Feeding:
@@ -28,6 +30,8 @@ class Feeding:
     def __init__(self, roster: Roster, snapshots: SnapshotStore) -> None:
         self._roster = roster
         self._snapshots = snapshots
+        self.pushed = snapshots.latest.version
+        """Version of the last push that is over. Who is behind it gets none before it caught up."""
 
     # --- called by the publisher's thread; these take the lock ----------------------------------
 
@@ -43,8 +47,12 @@ class Feeding:
     def announce(self, session: str, weights: Weights, snapshot: Snapshot) -> None:
         """Offer a snapshot to an actor that lives."""
         with self._roster.lock:
-            if session in self._roster.live:
-                self._roster.send(session, weights, (snapshot.digests,))
+            if actor := self._roster.live.get(session):
+                self._offer(actor, weights, snapshot)
+
+    def push_ended(self, version: int) -> None:
+        with self._roster.lock:
+            self.pushed = version
 
     def behind(self, sessions: Iterable[str], version: int) -> dict[str, int]:
         """Which of these actors live, but have not confirmed ``version``; with their numbers."""
@@ -91,7 +99,19 @@ class Feeding:
         latest = self._snapshots.latest
         if not actor.is_checked:
             actor.check_snapshot = latest
-        self._roster.send(actor.session, latest.announcement("stream"), (latest.digests,))
+        self._offer(actor, latest.announcement("stream"), latest)
+
+    def _offer(self, actor: ActorState, weights: Weights, snapshot: Snapshot) -> None:
+        actor.fed_at = self._roster.clock()
+        self._roster.send(actor.session, weights, (snapshot.digests,))
+
+    def tick(self, now: float) -> None:
+        """Offer again what may have been lost with a connection, or the answer to it."""
+        for actor in self._roster.live.values():
+            waits = actor.is_checked or actor.version < 0
+            if waits and actor.version < self.pushed and now - actor.fed_at > OFFER_AGAIN_S:
+                log.info("actor %d is behind, and has asked for nothing", actor.number)
+                self.announce_latest(actor)
 
     def catch_up(self, actor: ActorState) -> None:
         """Pushes go only to those that have the version before."""
@@ -107,9 +127,10 @@ class Feeding:
             return
         actor.wrong_digests = 0
         actor.version, actor.route = ready.version, ready.route
+        actor.fed_at = self._roster.clock()
         self._roster.took(actor, "weights_receive", ready.receive_seconds)
         self._roster.took(actor, "weights_load", ready.load_seconds)
-        if ready.route == "stream" and actor.is_checked:
+        if actor.is_checked and (ready.route == "stream" or actor.version < self.pushed):
             self.catch_up(actor)
         self._roster.changed.notify_all()
 

@@ -27,6 +27,8 @@ class ActorState:
     """Public key that it joined with; empty without keys."""
     version: int = -1
     route: str = ""
+    fed_at: float = 0.0
+    """When it was last offered weights, asked for a chunk, or confirmed a version."""
     status: Status | None = None
     failures: int = 0
     """Rows in a row that failed when they were tried first."""

@@ -93,8 +93,6 @@ class Publisher:
         self._probation = Probation()
         self._changed = Condition()
         self._pending: tuple[Snapshot, float] | None = None
-        self._pushed = snapshots.latest.version
-        """Version of the last push."""
         self._base: Snapshot | None = None
         """The last one pushed, while somebody pulls every version."""
         self._closing = False
@@ -155,12 +153,12 @@ class Publisher:
             snapshot, pack_seconds = pending
             # Only those that kept up: an actor that is behind pulls until it has caught up, so a
             # slow or broken one costs one push its deadlines, not every push.
-            ready = self._feeding.ready_actors(self._pushed)
+            ready = self._feeding.ready_actors(self._feeding.pushed)
             # One that joined just now may have pulled it already.
             actors = [actor for actor in ready if actor.version < snapshot.version]
             if actors:
                 self._note(self._push(snapshot, actors, pack_seconds))
-            self._pushed = snapshot.version
+            self._feeding.push_ended(snapshot.version)
 
     def _note(self, report: PushReport) -> None:
         self.evictions.update(report.evicted.values())
@@ -189,6 +187,8 @@ class Publisher:
             self._broadcast(self._epochs, snapshot, members, deadline, report)
         sent = time.monotonic()
         self._confirmations(snapshot, routes, members, deadline, report)
+        if self._epochs is not None and not self._epochs.lasts:
+            self._name_those_who_are_gone(self._epochs, members, report)
         report.phases["confirm"] = time.monotonic() - sent
         report.seconds = time.monotonic() - started
         return report
@@ -264,6 +264,16 @@ class Publisher:
         epochs.end(cause)
         self._have_pulled(snapshot, self._feeding.behind(members, snapshot.version))
 
+    def _name_those_who_are_gone(
+        self, epochs: Epochs, members: dict[str, int], report: PushReport
+    ) -> None:
+        """A broken connection is noticed sooner than whose it was."""
+        numbers = (members[session] for session in self._feeding.gone(members))
+        gone = [number for number in numbers if number not in report.evicted]
+        if gone:
+            report.evicted |= dict.fromkeys(gone, "gone")
+            epochs.ended(_each(gone, "gone"))
+
     def _confirmations(
         self,
         snapshot: Snapshot,
@@ -272,22 +282,29 @@ class Publisher:
         deadline: float,
         report: PushReport,
     ) -> None:
-        """Wait for all, as long as there is progress; the others pull."""
-        feeding, epochs = self._feeding, self._epochs
-        behind = feeding.behind(routes, snapshot.version)
-        while behind and not feeding.draining:
+        """Wait for all, as long as there is progress.
+
+        Without progress the epoch ends, because one member holds up those that get the bytes from
+        it: they pull. Who is behind after that is late.
+        """
+        feeding, epochs, version = self._feeding, self._epochs, snapshot.version
+        while (behind := feeding.behind(routes, version)) and not feeding.draining:
 
             def progress(before: dict[str, int] = behind) -> bool:
-                return feeding.draining or feeding.behind(routes, snapshot.version) != before
+                return feeding.draining or feeding.behind(routes, version) != before
 
             patience_s = min(self._config.timeout_s, deadline - time.monotonic())
-            if not feeding.wait_until(progress, patience_s):
-                break
-            behind = feeding.behind(routes, snapshot.version)
-            if behind and epochs is not None and epochs.lasts and feeding.gone(members):
-                self._leave_those_who_are_gone(epochs, snapshot, members, report)
-        if behind and not feeding.draining:
-            self._leave_behind(snapshot, behind, members, report)
+            goes_on = feeding.wait_until(progress, patience_s)
+            if epochs is not None and epochs.lasts and behind.keys() & members:
+                if feeding.gone(members):
+                    self._leave_those_who_are_gone(epochs, snapshot, members, report)
+                    goes_on = True
+                elif not goes_on:
+                    self._end_epoch(epochs, snapshot, members, "an actor late or unreachable")
+                    goes_on = True
+            if not goes_on:
+                self._leave_behind(snapshot, behind, members, report)
+                return
 
     def _leave_behind(
         self,
@@ -296,14 +313,13 @@ class Publisher:
         members: dict[str, int],
         report: PushReport,
     ) -> None:
-        """They pull, and are back in an epoch when they have caught up."""
+        """They have been told to pull, and are back in an epoch when they have caught up."""
         report.behind = list(behind.values())
         log.warning("version %d: %s", snapshot.version, _each(report.behind, "late"))
         late = [number for session, number in behind.items() if session in members]
-        report.evicted |= dict.fromkeys(late, "late")
         if late and self._epochs is not None:
-            self._epochs.end(_each(late, "late"))
-        self._have_pulled(snapshot, behind)
+            report.evicted |= dict.fromkeys(late, "late")
+            self._epochs.ended(_each(late, "late"))
 
     def _have_pulled(self, snapshot: Snapshot, sessions: Iterable[str]) -> None:
         for session in sessions:

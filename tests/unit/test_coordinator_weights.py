@@ -5,6 +5,7 @@ from threading import Timer
 
 import msgspec
 
+from learner.feeding import OFFER_AGAIN_S
 from protocol.chunk_codec import checksum
 from protocol.framing import encode
 from protocol.messages import (
@@ -122,6 +123,38 @@ def test_an_actor_that_pulled_an_old_version_is_told_of_the_newest():
     cluster.heard("a", Weights)
     cluster.weights_ready("a", version=0)
     assert cluster.heard("a", Weights) == [make_snapshot(1).announcement("stream")]
+
+
+def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again():
+    """The offer may have been lost with a connection, or the answer to it."""
+    cluster = joined("a", actor_timeout_s=1000)
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    cluster.heard("a", Weights)
+    assert cluster.heard("a", Weights) == []  # the push is still going on
+    cluster.feeding.push_ended(1)
+    cluster.pass_time(0.1)
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
+    for _ in range(3):  # as long as it pulls, it is left alone
+        cluster.pass_time(OFFER_AGAIN_S - 1)
+        cluster.say("a", WeightsPull(version=1, chunk=0))
+        assert cluster.heard("a", Weights) == []
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
+    cluster.weights_ready("a", version=1)
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert cluster.heard("a", Weights) == []
+
+
+def test_an_actor_that_was_late_by_whichever_route_catches_up():
+    cluster = joined("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.feeding.push_ended(1)
+    cluster.snapshots.publish(make_snapshot(2))
+    cluster.feeding.push_ended(2)
+    cluster.heard("a", Weights)
+    cluster.weights_ready("a", version=1, route="collective")
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [2]
 
 
 def test_who_is_behind_a_version_and_who_is_gone():

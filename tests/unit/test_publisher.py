@@ -194,6 +194,17 @@ def test_a_member_that_is_gone_ends_the_wait_at_once(scene):
     assert scene.push(3).epoch == 2
 
 
+@pytest.mark.parametrize("scene", [("a", "b", "c")], indirect=True)
+def test_a_member_whose_connection_broke_first_and_who_is_gone_then_is_named(scene):
+    scene.push(1)
+    scene["c"].hangs = True
+    # After the epoch has ended, while the push still waits for it.
+    threading.Timer(0.9, scene.leave, ["c"]).start()
+    report = scene.push(2)
+    assert (report.evicted, report.behind) == ({3: "gone"}, [])
+    assert ends(scene) == ["actor 3 gone"]
+
+
 @pytest.mark.parametrize("scene", [("a", "b")], indirect=True)
 def test_an_actor_that_no_broadcast_reaches_costs_less_and_less(scene):
     """It pulls, and holds up the others in the 1st, 2nd, 4th, 8th ... push that it is there for.

@@ -51,7 +51,8 @@ class PushReport:
     seconds: float = 0.0
     """From the announcement to the last confirmation, or the deadline."""
     evicted: dict[int, str] = field(default_factory=dict)
-    """Why the epoch ended, by the actor's number: ``gone`` or ``late``."""
+    """Why the epoch ended, by the actor's number: ``gone``, ``absent`` (it did not come to the
+    epoch) or ``late``."""
     behind: list[int] = field(default_factory=list)
     """Actors that had not confirmed the version at the deadline."""
 
@@ -141,6 +142,9 @@ class Publisher:
     def _run(self) -> None:
         try:
             self._serve()
+            if self._epochs is not None:
+                # NCCL's communicators should not be left to the end of the process.
+                self._epochs.end("the run is over")
         except Exception as error:
             log.exception("publisher died")
             self._fail(TrainingError(f"publisher died: {error}"))
@@ -155,11 +159,10 @@ class Publisher:
             snapshot, pack_seconds = pending
             # Only those that kept up: an actor that is behind pulls until it has caught up, so a
             # slow or broken one costs one push its deadlines, not every push.
-            ready = self._feeding.ready_actors(self._pushed)
-            # One that joined just now may have pulled it already.
-            actors = [actor for actor in ready if actor.version < snapshot.version]
+            actors = self._feeding.begin_push(snapshot.version, self._pushed)
             if actors:
                 self._note(self._push(snapshot, actors, pack_seconds))
+            self._feeding.end_push()
             self._pushed = snapshot.version
 
     def _note(self, report: PushReport) -> None:
@@ -185,16 +188,21 @@ class Publisher:
                 self._feeding.announce(session, snapshot.announcement(route), snapshot)
         self._wake_intake()
         members = {a.session: a.number for a in actors if routes[a.session] == "collective"}
+        suspects: tuple[str, ...] = ()
         if self._epochs is not None:
-            self._broadcast(self._epochs, snapshot, members, deadline, report)
+            suspects = self._broadcast(self._epochs, snapshot, members, deadline, report)
         sent = time.monotonic()
-        self._confirmations(snapshot, routes, members, deadline, report)
+        everybody = {actor.session: actor.number for actor in actors}
+        self._confirmations(snapshot, everybody, members, deadline, report)
+        if suspects:
+            self._blame(suspects, members, report)
         report.phases["confirm"] = time.monotonic() - sent
         report.seconds = time.monotonic() - started
         return report
 
     def _routes(self, actors: list[ActorState]) -> dict[str, Route]:
-        self._probation.next_push({actor.session for actor in actors})
+        # Not only these: who is behind may be so because the broadcast did not reach it.
+        self._probation.next_push(self._feeding.sessions)
         routes = plan_routes(actors, self._place)
         for session in routes:
             if not self._probation.admits(session):
@@ -217,20 +225,27 @@ class Publisher:
         members: dict[str, int],
         deadline: float,
         report: PushReport,
-    ) -> None:
-        """Returns when it is done, or has failed and its members were told to pull."""
+    ) -> tuple[str, ...]:
+        """Returns when it is done, or has failed and its members were told to pull.
+
+        Who may be to blame, where that is not known for sure.
+        """
         newcomers = epochs.enter(members, snapshot.version)
         if not members:
-            return
+            return ()
         report.epoch = epochs.number
         for session, offer in epochs.offers(snapshot).items():
             self._feeding.announce(session, offer, snapshot)
         self._wake_intake()
+        began = time.monotonic()
         broadcast = epochs.broadcast(snapshot, self._feeding.notify)
         self._feeding.wait_until(
             lambda: broadcast.done or self._should_leave(members), deadline - time.monotonic()
         )
-        report.phases |= {"join": broadcast.join_seconds, "broadcast": broadcast.send_seconds}
+        seconds = time.monotonic() - began
+        # Without a meeting all of the time went into it.
+        join_seconds = broadcast.join_seconds or seconds
+        report.phases |= {"join": join_seconds, "broadcast": seconds - join_seconds}
         if self._feeding.gone(members):
             self._leave_those_who_are_gone(epochs, snapshot, members, report)
         elif broadcast.done and not broadcast.error:
@@ -238,13 +253,28 @@ class Publisher:
                 self._probation.passed(session)
         elif not self._feeding.draining:
             log.debug("%s", broadcast.error)
-            # Who broke a broadcast cannot be seen from here: most likely who is new to the epoch.
-            suspects = broadcast.missing or newcomers or tuple(members)
-            for session in suspects:
-                self._probation.failed(session)
             missing = [members[session] for session in broadcast.missing]
+            report.evicted |= dict.fromkeys(missing, "absent")
             cause = _each(missing, "did not come") or "an actor late or unreachable"
             self._end_epoch(epochs, snapshot, members, cause)
+            # Who broke a broadcast cannot be seen from here: most likely who is new to the epoch.
+            return broadcast.missing or newcomers or tuple(members)
+        return ()
+
+    def _blame(
+        self, suspects: tuple[str, ...], members: dict[str, int], report: PushReport
+    ) -> None:
+        """Keep those out of broadcasts because of whom one failed.
+
+        A killed member breaks it before anybody knows that it is gone: then nobody else is to
+        blame.
+        """
+        gone = self._feeding.gone(members)
+        for session in gone:
+            report.evicted.setdefault(members[session], "gone")
+        if not gone:
+            for session in suspects:
+                self._probation.failed(session)
 
     def _should_leave(self, members: dict[str, int]) -> bool:
         return self._feeding.draining or bool(self._feeding.gone(members))
@@ -258,7 +288,7 @@ class Publisher:
         self._end_epoch(epochs, snapshot, members, _each(gone, "gone"))
 
     def _end_epoch(
-        self, epochs: Epochs, snapshot: Snapshot, members: Iterable[str], cause: str
+        self, epochs: Epochs, snapshot: Snapshot, members: dict[str, int], cause: str
     ) -> None:
         log.warning("epoch %d ended with version %d: %s", epochs.number, snapshot.version, cause)
         epochs.end(cause)
@@ -267,23 +297,23 @@ class Publisher:
     def _confirmations(
         self,
         snapshot: Snapshot,
-        routes: dict[str, Route],
+        actors: dict[str, int],
         members: dict[str, int],
         deadline: float,
         report: PushReport,
     ) -> None:
         """Wait for all, as long as there is progress; the others pull."""
         feeding, epochs = self._feeding, self._epochs
-        behind = feeding.behind(routes, snapshot.version)
+        behind = feeding.behind(actors, snapshot.version)
         while behind and not feeding.draining:
 
             def progress(before: dict[str, int] = behind) -> bool:
-                return feeding.draining or feeding.behind(routes, snapshot.version) != before
+                return feeding.draining or feeding.behind(actors, snapshot.version) != before
 
             patience_s = min(self._config.timeout_s, deadline - time.monotonic())
             if not feeding.wait_until(progress, patience_s):
                 break
-            behind = feeding.behind(routes, snapshot.version)
+            behind = feeding.behind(actors, snapshot.version)
             if behind and epochs is not None and epochs.lasts and feeding.gone(members):
                 self._leave_those_who_are_gone(epochs, snapshot, members, report)
         if behind and not feeding.draining:
@@ -300,7 +330,8 @@ class Publisher:
         report.behind = list(behind.values())
         log.warning("version %d: %s", snapshot.version, _each(report.behind, "late"))
         late = [number for session, number in behind.items() if session in members]
-        report.evicted |= dict.fromkeys(late, "late")
+        for number in late:
+            report.evicted.setdefault(number, "late")
         if late and self._epochs is not None:
             self._epochs.end(_each(late, "late"))
         self._have_pulled(snapshot, behind)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -120,6 +120,12 @@ class Scene:
             assert self.cluster.coordinator.roster.failure is None
             time.sleep(0.002)
         raise AssertionError("no report")
+
+    def waits_for(self, condition: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + 2
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return condition()
 
     def versions(self) -> dict[str, int]:
         return {actor.session: actor.version for actor in self.cluster.coordinator.actors()}
@@ -244,3 +250,41 @@ def test_closing_does_not_wait_for_a_hung_actor(scene):
     started = time.monotonic()
     scene.publisher.close()
     assert time.monotonic() - started < CLOSE_TIMEOUT_S + 0.5
+
+
+def test_who_confirms_late_is_offered_the_version_that_was_pushed_without_it(scene):
+    """It had all bytes of the broadcast; only its engine was slow."""
+    scene["b"].hangs = True
+    scene.push(1)
+    assert scene.push(2).routes == {"collective": 1}
+    scene["b"].hangs = False
+    scene.confirm("b", 1, "collective")
+    assert scene.waits_for(lambda: scene.versions()["b"] == 2)
+
+
+def test_an_actor_that_joined_again_between_two_pushes_begins_an_epoch(scene):
+    """Under its old session, but it has left the old group."""
+    scene.push(1)
+    scene.leave("b")
+    scene.join("b")
+    report = scene.push(2)
+    assert (report.epoch, report.evicted) == (2, {})
+    assert ends(scene) == ["actor 2 left, actor 3 joined", ""]
+    assert scene.versions() == {"a": 2, "b": 2}
+
+
+def test_an_unreachable_actor_that_pulls_slowly_is_not_forgiven_while_it_is_behind(scene):
+    """It is behind in every other push; tried in the 1st, 3rd, 5th, 9th, not in every one."""
+    scene.push(1)
+    scene.join("far")
+    scene["far"].unreachable = True
+    tried = []
+    for version in range(2, 12):
+        scene["far"].hangs = True
+        report = scene.push(version)
+        if report.routes.get("collective") == 3:
+            tried.append(version)
+        if version % 2:
+            scene["far"].hangs = False
+            scene.confirm("far", version, "stream")
+    assert tried == [2, 4, 6, 10]

@@ -26,8 +26,7 @@ class Collective:
 
     def __init__(self, learner_url: str, device: torch.device) -> None:
         """``device`` is the one that the NCCL backend receives on."""
-        self._host, port = parse_tcp(learner_url)
-        self._own_address = address_towards(self._host, port)
+        self._host, self._port = parse_tcp(learner_url)
         self._device = device
         self._backend: Backend | None = None
         self._group: Group | None = None
@@ -54,7 +53,10 @@ class Collective:
 
     def _meet(self, offer: Weights) -> tuple[Backend, Group]:
         assert offer.epoch is not None
-        backend = create_backend(offer.backend, own_address=self._own_address, device=self._device)
+        # Asked anew, and not by whoever makes this object: that may wait for a name server, or
+        # fail while the network is down.
+        own_address = address_towards(self._host, self._port)
+        backend = create_backend(offer.backend, own_address=own_address, device=self._device)
         store = join_store(self._host, offer.store_port, offer.timeout_s)
         group = backend.meet(store, offer.epoch, offer.rank, offer.world_size, offer.timeout_s)
         return backend, group

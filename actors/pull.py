@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 
@@ -17,6 +18,8 @@ log = logging.getLogger("actor")
 
 PULLS_IN_FLIGHT = 16
 PULL_RETRY_S = 5.0
+"""Without any chunk. Not of the one chunk: on a slow link it waits behind those before it, and what
+is asked for twice is sent twice, which makes the link slower still."""
 
 
 class Gone(Exception):
@@ -47,11 +50,13 @@ class Pull:
         self._timeout_s = timeout_s
         self._todo = deque(target.missing(version))
         self._answers: dict[int, asyncio.Future[tuple[WeightsChunk, list[memoryview]]]] = {}
+        self._answered_at = time.monotonic()
 
     def answer(self, message: WeightsChunk, payloads: list[memoryview]) -> None:
         """A chunk arrived."""
         future = self._answers.get(message.chunk)
         if message.version == self._version and future is not None and not future.done():
+            self._answered_at = time.monotonic()
             future.set_result((message, payloads))
 
     async def run(self) -> None:
@@ -114,16 +119,23 @@ class Pull:
         return max(buffers, key=lambda b: b.held(chunk) or 0, default=None)
 
     async def _ask(self, chunk: int, base: int | None) -> tuple[WeightsChunk, list[memoryview]]:
-        """The answer for a chunk, asked for again while the link is down; raises `PeerLost`."""
-        deadline = time.monotonic() + self._timeout_s
-        while time.monotonic() < deadline:
-            future = asyncio.get_running_loop().create_future()
-            self._answers[chunk] = future
-            await self._link.send(WeightsPull(version=self._version, chunk=chunk, base=base))
-            try:
-                return await asyncio.wait_for(future, PULL_RETRY_S)
-            except TimeoutError:
-                continue
-            finally:
-                self._answers.pop(chunk, None)
+        """The answer for a chunk, asked for again when none comes at all; raises `PeerLost`."""
+        future: asyncio.Future[tuple[WeightsChunk, list[memoryview]]]
+        future = asyncio.get_running_loop().create_future()
+        self._answers[chunk] = future
+        request = WeightsPull(version=self._version, chunk=chunk, base=base)
+        began = now = time.monotonic()
+        asked_at = -math.inf
+        try:
+            while (deadline := max(began, self._answered_at) + self._timeout_s) > now:
+                if asked_at < began or now >= max(asked_at, self._answered_at) + PULL_RETRY_S:
+                    asked_at = now
+                    await self._link.send(request)
+                again_at = max(asked_at, self._answered_at) + PULL_RETRY_S
+                await asyncio.wait({future}, timeout=min(again_at, deadline) - now)
+                if future.done():
+                    return future.result()
+                now = time.monotonic()
+        finally:
+            del self._answers[chunk]
         raise PeerLost(f"the learner at {self._link.url} sends no weights")

@@ -51,7 +51,7 @@ class Broadcast:
     missing: tuple[str, ...] = ()
     """Members that did not come, as far as that is known."""
     join_seconds: float = 0.0
-    send_seconds: float = 0.0
+    """0 until all have met."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,9 +90,12 @@ class Epochs:
         return self._epoch is not None
 
     def enter(self, members: dict[str, int], version: int) -> tuple[str, ...]:
-        """Be in an epoch of exactly these; returns those that were not in the one before."""
+        """Be in an epoch of exactly these; returns those that were not in the one before.
+
+        By their numbers: an actor that said hello again has left, and kept its session.
+        """
         before = self._epoch.members if self._epoch else {}
-        if self._epoch is not None and members.keys() == before.keys():
+        if self._epoch is not None and members == before:
             return ()
         self.end(_change(before, members))
         if members:
@@ -100,7 +103,7 @@ class Epochs:
             record = EpochRecord(self._number, self._backend.name, list(members.values()), version)
             self._epoch = _Epoch(members, record)
             self.records.append(record)
-        return tuple(session for session in members if session not in before)
+        return tuple(session for session, n in members.items() if before.get(session) != n)
 
     def offers(self, snapshot: Snapshot) -> dict[str, Weights]:
         """What each member is told."""
@@ -169,7 +172,6 @@ class Epochs:
             with self._backend.stream():
                 sent = bucket.to(self._backend.device)
             group.broadcast(sent)
-        result.send_seconds = time.monotonic() - started - result.join_seconds
         epoch.record.pushes += 1
 
     def _meet(self, epoch: _Epoch) -> Group:
@@ -185,6 +187,6 @@ class Epochs:
 
 def _change(before: dict[str, int], after: dict[str, int]) -> str:
     """What made the members others."""
-    left = [f"actor {number} left" for session, number in before.items() if session not in after]
-    joined = [f"actor {number} joined" for s, number in after.items() if s not in before]
+    left = [f"actor {number} left" for s, number in before.items() if after.get(s) != number]
+    joined = [f"actor {number} joined" for s, number in after.items() if before.get(s) != number]
     return ", ".join(left + joined)

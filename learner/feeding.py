@@ -7,7 +7,7 @@ joined ──► announce_latest ──► pulls ──► weights_ready ──�
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from learner.chunks import Answer
@@ -30,8 +30,10 @@ class Feeding:
     def __init__(self, roster: Roster, snapshots: SnapshotStore) -> None:
         self._roster = roster
         self._snapshots = snapshots
-        self.pushed = snapshots.latest.version
-        """Version of the last push that is over. Who is behind it gets none before it caught up."""
+        self._pushed = snapshots.latest.version
+        """Of the last push that began."""
+        self._pushed_to: dict[str, int] = {}
+        """Actors of the push at hand, their numbers by session."""
 
     # --- called by the publisher's thread; these take the lock ----------------------------------
 
@@ -44,26 +46,56 @@ class Feeding:
             actors = self._roster.live.values()
             return [replace(a) for a in actors if a.version >= version and a.is_checked]
 
+    def begin_push(self, version: int, since: int) -> list[ActorState]:
+        """Who is pushed ``version`` to: actors that sample from ``since`` or later (copies).
+
+        Until `end_push` the push takes care of them; whoever else confirms an older version from
+        now on is told of the newest at once, as no push will come to it.
+        """
+        with self._roster.lock:
+            # One that joined just now may have pulled it already.
+            actors = [actor for actor in self.ready_actors(since) if actor.version < version]
+            self._pushed = version
+            self._pushed_to = {actor.session: actor.number for actor in actors}
+            return actors
+
+    def end_push(self) -> None:
+        """Who has not confirmed it yet pulls from now on."""
+        with self._roster.lock:
+            self._pushed_to = {}
+
+    @property
+    def sessions(self) -> set[str]:
+        """Of all actors that live."""
+        with self._roster.lock:
+            return set(self._roster.live)
+
     def announce(self, session: str, weights: Weights, snapshot: Snapshot) -> None:
         """Offer a snapshot to an actor that lives."""
         with self._roster.lock:
             if actor := self._roster.live.get(session):
                 self._offer(actor, weights, snapshot)
 
-    def push_ended(self, version: int) -> None:
+    def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
+        """Which of these actors, numbers by session, live, but have not confirmed ``version``."""
         with self._roster.lock:
-            self.pushed = version
+            return {
+                session: number
+                for session, number in actors.items()
+                if self._lives(session, number) and self._roster.live[session].version < version
+            }
 
-    def behind(self, sessions: Iterable[str], version: int) -> dict[str, int]:
-        """Which of these actors live, but have not confirmed ``version``; with their numbers."""
-        with self._roster.lock:
-            actors = (self._roster.live.get(session) for session in sessions)
-            return {a.session: a.number for a in actors if a is not None and a.version < version}
+    def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
+        """Which of these actors, numbers by session, do not live any more.
 
-    def gone(self, sessions: Iterable[str]) -> tuple[str, ...]:
-        """Which of these actors do not live any more."""
+        Nor does one that said hello again, under the same session: it has let go of everything.
+        """
         with self._roster.lock:
-            return tuple(session for session in sessions if session not in self._roster.live)
+            return tuple(s for s, number in actors.items() if not self._lives(s, number))
+
+    def _lives(self, session: str, number: int) -> bool:
+        actor = self._roster.live.get(session)
+        return actor is not None and actor.number == number
 
     @property
     def draining(self) -> bool:
@@ -109,7 +141,8 @@ class Feeding:
         """Offer again what may have been lost with a connection, or the answer to it."""
         for actor in self._roster.live.values():
             waits = actor.is_checked or actor.version < 0
-            if waits and actor.version < self.pushed and now - actor.fed_at > OFFER_AGAIN_S:
+            behind = actor.version < self._pushed and self._is_on_its_own(actor)
+            if waits and behind and now - actor.fed_at > OFFER_AGAIN_S:
                 log.info("actor %d is behind, and has asked for nothing", actor.number)
                 self.announce_latest(actor)
 
@@ -130,9 +163,16 @@ class Feeding:
         actor.fed_at = self._roster.clock()
         self._roster.took(actor, "weights_receive", ready.receive_seconds)
         self._roster.took(actor, "weights_load", ready.load_seconds)
-        if actor.is_checked and (ready.route == "stream" or actor.version < self.pushed):
+        if actor.is_checked and self._is_on_its_own(actor):
             self.catch_up(actor)
         self._roster.changed.notify_all()
+
+    def _is_on_its_own(self, actor: ActorState) -> bool:
+        """Whether only pulling brings it to the newest version."""
+        if actor.version >= self._pushed:
+            # The next push will, but one that pulls need not wait for it.
+            return actor.route == "stream"
+        return self._pushed_to.get(actor.session) != actor.number
 
     def _wrong_weights(self, actor: ActorState, version: int, digests: bytes) -> None:
         """An actor whose weights are wrong time and again leaves."""

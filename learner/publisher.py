@@ -35,6 +35,7 @@ log = logging.getLogger("learner")
 
 CLOSE_TIMEOUT_S = 1.0
 PUSHES_REMEMBERED = 20
+_UNKNOWN = "an actor late or unreachable"
 
 
 @dataclass(slots=True)
@@ -51,7 +52,8 @@ class PushReport:
     seconds: float = 0.0
     """From the announcement to the last confirmation, or the deadline."""
     evicted: dict[int, str] = field(default_factory=dict)
-    """Why the epoch ended, by the actor's number: ``gone`` or ``late``."""
+    """Why the epoch ended, by the actor's number: ``gone``, ``absent`` (it did not come to the
+    epoch) or ``late``."""
     behind: list[int] = field(default_factory=list)
     """Actors that had not confirmed the version at the deadline."""
 
@@ -93,6 +95,8 @@ class Publisher:
         self._probation = Probation()
         self._changed = Condition()
         self._pending: tuple[Snapshot, float] | None = None
+        self._pushed = snapshots.latest.version
+        """Version of the last push."""
         self._base: Snapshot | None = None
         """The last one pushed, while somebody pulls every version."""
         self._closing = False
@@ -139,6 +143,9 @@ class Publisher:
     def _run(self) -> None:
         try:
             self._serve()
+            if self._epochs is not None:
+                # NCCL's communicators should not be left to the end of the process.
+                self._epochs.end("the run is over")
         except Exception as error:
             log.exception("publisher died")
             self._fail(TrainingError(f"publisher died: {error}"))
@@ -153,12 +160,11 @@ class Publisher:
             snapshot, pack_seconds = pending
             # Only those that kept up: an actor that is behind pulls until it has caught up, so a
             # slow or broken one costs one push its deadlines, not every push.
-            ready = self._feeding.ready_actors(self._feeding.pushed)
-            # One that joined just now may have pulled it already.
-            actors = [actor for actor in ready if actor.version < snapshot.version]
+            actors = self._feeding.begin_push(snapshot.version, self._pushed)
             if actors:
                 self._note(self._push(snapshot, actors, pack_seconds))
-            self._feeding.push_ended(snapshot.version)
+            self._feeding.end_push()
+            self._pushed = snapshot.version
 
     def _note(self, report: PushReport) -> None:
         self.evictions.update(report.evicted.values())
@@ -182,19 +188,22 @@ class Publisher:
             if route != "collective":
                 self._feeding.announce(session, snapshot.announcement(route), snapshot)
         self._wake_intake()
-        members = {a.session: a.number for a in actors if routes[a.session] == "collective"}
+        everybody = {actor.session: actor.number for actor in actors}
+        members = {s: number for s, number in everybody.items() if routes[s] == "collective"}
+        newcomers: tuple[str, ...] = ()
         if self._epochs is not None:
-            self._broadcast(self._epochs, snapshot, members, deadline, report)
+            newcomers = self._broadcast(self._epochs, snapshot, members, deadline, report)
         sent = time.monotonic()
-        self._confirmations(snapshot, routes, members, deadline, report)
-        if self._epochs is not None and not self._epochs.lasts:
-            self._name_those_who_are_gone(self._epochs, members, report)
+        self._confirmations(snapshot, everybody, members, deadline, report)
+        if self._epochs is not None:
+            self._judge(self._epochs, members, newcomers, report)
         report.phases["confirm"] = time.monotonic() - sent
         report.seconds = time.monotonic() - started
         return report
 
     def _routes(self, actors: list[ActorState]) -> dict[str, Route]:
-        self._probation.next_push({actor.session for actor in actors})
+        # Not only these: who is behind may be so because the broadcast did not reach it.
+        self._probation.next_push(self._feeding.sessions)
         routes = plan_routes(actors, self._place)
         for session in routes:
             if not self._probation.admits(session):
@@ -217,34 +226,36 @@ class Publisher:
         members: dict[str, int],
         deadline: float,
         report: PushReport,
-    ) -> None:
-        """Returns when it is done, or has failed and its members were told to pull."""
+    ) -> tuple[str, ...]:
+        """Returns when it is done, or has failed and its members were told to pull.
+
+        Who of them is new to the epoch.
+        """
         newcomers = epochs.enter(members, snapshot.version)
         if not members:
-            return
+            return ()
         report.epoch = epochs.number
         for session, offer in epochs.offers(snapshot).items():
             self._feeding.announce(session, offer, snapshot)
         self._wake_intake()
+        began = time.monotonic()
         broadcast = epochs.broadcast(snapshot, self._feeding.notify)
         self._feeding.wait_until(
             lambda: broadcast.done or self._should_leave(members), deadline - time.monotonic()
         )
-        report.phases |= {"join": broadcast.join_seconds, "broadcast": broadcast.send_seconds}
+        seconds = time.monotonic() - began
+        # Without a meeting all of the time went into it.
+        join_seconds = broadcast.join_seconds or seconds
+        report.phases |= {"join": join_seconds, "broadcast": seconds - join_seconds}
         if self._feeding.gone(members):
             self._leave_those_who_are_gone(epochs, snapshot, members, report)
-        elif broadcast.done and not broadcast.error:
-            for session in members:
-                self._probation.passed(session)
-        elif not self._feeding.draining:
+        elif (broadcast.error or not broadcast.done) and not self._feeding.draining:
             log.debug("%s", broadcast.error)
-            # Who broke a broadcast cannot be seen from here: most likely who is new to the epoch.
-            suspects = broadcast.missing or newcomers or tuple(members)
-            for session in suspects:
-                self._probation.failed(session)
             missing = [members[session] for session in broadcast.missing]
-            cause = _each(missing, "did not come") or "an actor late or unreachable"
+            report.evicted |= dict.fromkeys(missing, "absent")
+            cause = _reasons(report.evicted) or _UNKNOWN
             self._end_epoch(epochs, snapshot, members, cause)
+        return newcomers
 
     def _should_leave(self, members: dict[str, int]) -> bool:
         return self._feeding.draining or bool(self._feeding.gone(members))
@@ -255,29 +266,19 @@ class Publisher:
         """The others may wait for them until the deadline of the collective."""
         gone = [members[session] for session in self._feeding.gone(members)]
         report.evicted |= dict.fromkeys(gone, "gone")
-        self._end_epoch(epochs, snapshot, members, _each(gone, "gone"))
+        self._end_epoch(epochs, snapshot, members, _reasons(report.evicted))
 
     def _end_epoch(
-        self, epochs: Epochs, snapshot: Snapshot, members: Iterable[str], cause: str
+        self, epochs: Epochs, snapshot: Snapshot, members: dict[str, int], cause: str
     ) -> None:
         log.warning("epoch %d ended with version %d: %s", epochs.number, snapshot.version, cause)
         epochs.end(cause)
         self._have_pulled(snapshot, self._feeding.behind(members, snapshot.version))
 
-    def _name_those_who_are_gone(
-        self, epochs: Epochs, members: dict[str, int], report: PushReport
-    ) -> None:
-        """A broken connection is noticed sooner than whose it was."""
-        numbers = (members[session] for session in self._feeding.gone(members))
-        gone = [number for number in numbers if number not in report.evicted]
-        if gone:
-            report.evicted |= dict.fromkeys(gone, "gone")
-            epochs.ended(_each(gone, "gone"))
-
     def _confirmations(
         self,
         snapshot: Snapshot,
-        routes: dict[str, Route],
+        actors: dict[str, int],
         members: dict[str, int],
         deadline: float,
         report: PushReport,
@@ -288,10 +289,10 @@ class Publisher:
         it: they pull. Who is behind after that is late.
         """
         feeding, epochs, version = self._feeding, self._epochs, snapshot.version
-        while (behind := feeding.behind(routes, version)) and not feeding.draining:
+        while (behind := feeding.behind(actors, version)) and not feeding.draining:
 
             def progress(before: dict[str, int] = behind) -> bool:
-                return feeding.draining or feeding.behind(routes, version) != before
+                return feeding.draining or feeding.behind(actors, version) != before
 
             patience_s = min(self._config.timeout_s, deadline - time.monotonic())
             goes_on = feeding.wait_until(progress, patience_s)
@@ -300,7 +301,7 @@ class Publisher:
                     self._leave_those_who_are_gone(epochs, snapshot, members, report)
                     goes_on = True
                 elif not goes_on:
-                    self._end_epoch(epochs, snapshot, members, "an actor late or unreachable")
+                    self._end_epoch(epochs, snapshot, members, _UNKNOWN)
                     goes_on = True
             if not goes_on:
                 self._leave_behind(snapshot, behind, members, report)
@@ -315,11 +316,37 @@ class Publisher:
     ) -> None:
         """They have been told to pull, and are back in an epoch when they have caught up."""
         report.behind = list(behind.values())
-        log.warning("version %d: %s", snapshot.version, _each(report.behind, "late"))
-        late = [number for session, number in behind.items() if session in members]
-        if late and self._epochs is not None:
-            report.evicted |= dict.fromkeys(late, "late")
-            self._epochs.ended(_each(late, "late"))
+        late = dict.fromkeys(report.behind, "late")
+        log.warning("version %d: %s", snapshot.version, _reasons(late))
+        for session in behind.keys() & members:
+            report.evicted.setdefault(members[session], "late")
+
+    def _judge(
+        self,
+        epochs: Epochs,
+        members: dict[str, int],
+        newcomers: tuple[str, ...],
+        report: PushReport,
+    ) -> None:
+        """Find out who broke the epoch, and keep it out of broadcasts for a while.
+
+        A killed member breaks it before anybody knows that it is gone: then nobody else is to
+        blame. Otherwise it is who did not come, or is late; if everybody could pull, most likely
+        who is new.
+        """
+        if epochs.lasts or self._feeding.draining:
+            for session in members:
+                self._probation.passed(session)
+            return
+        gone = self._feeding.gone(members)
+        for session in gone:
+            report.evicted.setdefault(members[session], "gone")
+        if report.evicted:
+            epochs.ended(_reasons(report.evicted))
+        if not gone:
+            known = tuple(s for s, number in members.items() if number in report.evicted)
+            for session in known or newcomers or members:
+                self._probation.failed(session)
 
     def _have_pulled(self, snapshot: Snapshot, sessions: Iterable[str]) -> None:
         for session in sessions:
@@ -327,5 +354,9 @@ class Publisher:
         self._wake_intake()
 
 
-def _each(numbers: Iterable[int], what: str) -> str:
-    return ", ".join(f"actor {number} {what}" for number in numbers)
+def _reasons(evicted: dict[int, str]) -> str:
+    """``actor 3 did not come, actor 4 gone``."""
+    return ", ".join(
+        f"actor {number} {'did not come' if cause == 'absent' else cause}"
+        for number, cause in evicted.items()
+    )

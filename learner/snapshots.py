@@ -87,7 +87,7 @@ class SnapshotStore:
     def wrong_tensors(self, version: int, digests: bytes) -> list[str]:
         """Names of the parameters of a version that should have other digests.
 
-        None if the version is neither kept nor one of the last few, or the digests are not as many.
+        Empty if the version is neither kept nor one of the last few, or they are not as many.
         """
         kept = self._kept.get(version)
         ours = kept.digests if kept is not None else self._tensor_digests.get(version)

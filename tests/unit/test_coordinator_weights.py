@@ -129,10 +129,11 @@ def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again
     """The offer may have been lost with a connection, or the answer to it."""
     cluster = joined("a", actor_timeout_s=1000)
     cluster.snapshots.publish(make_snapshot(1))
-    cluster.pass_time(OFFER_AGAIN_S + 1)
+    cluster.feeding.begin_push(1, since=0)
     cluster.heard("a", Weights)
-    assert cluster.heard("a", Weights) == []  # the push is still going on
-    cluster.feeding.push_ended(1)
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert cluster.heard("a", Weights) == []  # the push takes care of it
+    cluster.feeding.end_push()
     cluster.pass_time(0.1)
     assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
     for _ in range(3):  # as long as it pulls, it is left alone
@@ -149,9 +150,10 @@ def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again
 def test_an_actor_that_was_late_by_whichever_route_catches_up():
     cluster = joined("a")
     cluster.snapshots.publish(make_snapshot(1))
-    cluster.feeding.push_ended(1)
+    cluster.feeding.begin_push(1, since=0)
+    cluster.feeding.end_push()
     cluster.snapshots.publish(make_snapshot(2))
-    cluster.feeding.push_ended(2)
+    cluster.feeding.begin_push(2, since=1)
     cluster.heard("a", Weights)
     cluster.weights_ready("a", version=1, route="collective")
     assert [offer.version for offer in cluster.heard("a", Weights)] == [2]
@@ -163,20 +165,20 @@ def test_who_is_behind_a_version_and_who_is_gone():
     assert cluster.ready() == ["a", "b"]
     cluster.snapshots.publish(make_snapshot(1))
     cluster.weights_ready("a", version=1)
-    assert cluster.feeding.behind(("a", "b", "stranger"), 1) == {"b": 2}
-    assert cluster.feeding.gone(("a", "b", "stranger")) == ("stranger",)
+    assert cluster.feeding.behind({"a": 1, "b": 2, "stranger": 3}, 1) == {"b": 2}
+    assert cluster.feeding.gone({"a": 1, "b": 2, "stranger": 3}) == ("stranger",)
     # Nobody waits for an actor that has gone.
     cluster.say("b", Goodbye(cause="x"))
-    assert cluster.feeding.behind(("a", "b"), 1) == {}
-    assert cluster.feeding.gone(("a", "b")) == ("b",)
+    assert cluster.feeding.behind({"a": 1, "b": 2}, 1) == {}
+    assert cluster.feeding.gone({"a": 1, "b": 2}) == ("b",)
 
 
 def test_a_wait_ends_with_what_it_waits_for_or_with_its_time():
     feeding = (cluster := joined("a")).feeding
     cluster.snapshots.publish(make_snapshot(1))
-    assert not feeding.wait_until(lambda: not feeding.behind("a", 1), timeout_s=0.02)
+    assert not feeding.wait_until(lambda: not feeding.behind({"a": 1}, 1), timeout_s=0.02)
     Timer(0.05, cluster.weights_ready, ["a", 1]).start()
-    assert feeding.wait_until(lambda: not feeding.behind("a", 1), timeout_s=10)
+    assert feeding.wait_until(lambda: not feeding.behind({"a": 1}, 1), timeout_s=10)
     events = []
     Timer(0.05, lambda: (events.append(1), feeding.notify())).start()
     assert feeding.wait_until(lambda: bool(events), timeout_s=10)

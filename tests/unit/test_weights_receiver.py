@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from actors import pull
 from actors.collective import Collective
 from actors.receive_buffer import Superseded
 from actors.weights import WeightsReceiver
@@ -206,6 +207,37 @@ async def test_what_was_pulled_of_a_version_before_it_went_is_used_again(actor):
     await actor.follow(*offer_of(second))
     assert torch.equal(actor.engine.held, second.packed)
     assert actor.learner.sent_bytes < 1.1 * CHUNK_BYTES
+
+
+async def test_on_a_slow_link_no_chunk_is_asked_for_twice(actor, monkeypatch):
+    """The last chunk waits behind the others for longer than the link may be silent."""
+    monkeypatch.setattr(pull, "PULL_RETRY_S", 0.2)
+    answer_at, receive, loop = time.monotonic(), actor.receiver.chunk, asyncio.get_running_loop()
+
+    def late(header: WeightsChunk, payloads: list[memoryview]) -> None:
+        nonlocal answer_at
+        answer_at = max(answer_at, time.monotonic()) + 0.15
+        loop.call_later(answer_at - time.monotonic(), receive, header, payloads)
+
+    monkeypatch.setattr(actor.receiver, "chunk", late)
+    await actor.follow(*offer_of(actor.learner.snapshots.latest))
+    assert sorted(request.chunk for request in actor.learner.pulls) == [0, 1, 2]
+
+
+async def test_a_request_that_was_lost_is_made_again(actor, monkeypatch):
+    monkeypatch.setattr(pull, "PULL_RETRY_S", 0.05)
+    receive, lost = actor.receiver.chunk, [1, 1]
+
+    def lose(header: WeightsChunk, payloads: list[memoryview]) -> None:
+        if header.chunk in lost:
+            lost.remove(header.chunk)
+        else:
+            receive(header, payloads)
+
+    monkeypatch.setattr(actor.receiver, "chunk", lose)
+    snapshot = actor.learner.snapshots.latest
+    assert (await actor.follow(*offer_of(snapshot))).digest == snapshot.digest
+    assert sorted(request.chunk for request in actor.learner.pulls) == [0, 1, 1, 1, 2]
 
 
 async def test_shared_memory_is_read_and_checked(actor):

@@ -25,11 +25,12 @@ def read_shared(path: str, num_bytes: int, sink: Callable[[int, torch.Tensor], N
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != num_bytes:
             raise ValueError(f"{path} is no memory of {num_bytes} bytes")
-        # By the descriptor, so that it is the file that was looked at.
-        memory = torch.from_file(
-            f"/proc/self/fd/{descriptor}", shared=False, size=num_bytes, dtype=torch.uint8
-        )
+        # Read and not mapped: a file that becomes shorter would end the process.
+        block = torch.empty(min(BLOCK_BYTES, num_bytes), dtype=torch.uint8)
         for offset in range(0, num_bytes, BLOCK_BYTES):
-            sink(offset, memory[offset : offset + BLOCK_BYTES])
+            part = block[: num_bytes - offset]
+            if os.preadv(descriptor, [part.numpy().data], offset) != len(part):
+                raise ValueError(f"{path} became shorter")
+            sink(offset, part)
     finally:
         os.close(descriptor)

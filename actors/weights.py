@@ -60,6 +60,8 @@ class WeightsReceiver:
         """Holds what the engine holds, unless a transfer into it has begun."""
         self._offer: tuple[Weights, bytes] | None = None
         self._announced = asyncio.Event()
+        self._taking: Weights | None = None
+        """What is being received or loaded: to be told of it again is no reason to begin anew."""
         self._starts_over = False
         self._loading = False
         self._pull: Pull | None = None
@@ -68,6 +70,8 @@ class WeightsReceiver:
 
     def announce(self, offer: Weights, payloads: list[memoryview]) -> None:
         """A new version exists; `run` takes the newest."""
+        if offer == self._taking and not self._starts_over:
+            return
         self._offer = (offer, bytes(payloads[0]) if payloads else b"")
         self._announced.set()
 
@@ -94,7 +98,9 @@ class WeightsReceiver:
                 self._starts_over, self._ready = False, None
                 self._next.forget()
                 self._loaded.forget()
+            self._taking = offer
             await self._until_announced(self._update(offer, digests))
+            self._taking = None
 
     async def _until_announced(self, update: Coroutine[Any, Any, None]) -> None:
         """Run an update; a newer announcement interrupts it, except while the engine loads."""
@@ -120,7 +126,7 @@ class WeightsReceiver:
                 self._loaded.forget()
             elif offer.epoch is None:
                 # The learner asked again, after a broadcast that only others did not get.
-                await self._link.send(self._ready[0], [self._ready[1]])
+                await self._confirm(*self._ready)
                 return
             # In a broadcast the others need this actor, whatever it has.
         started = time.monotonic()
@@ -249,6 +255,11 @@ class WeightsReceiver:
             load_seconds=load_seconds,
         )
         self._ready = (ready, held)
+        await self._confirm(ready, held)
+
+    async def _confirm(self, ready: WeightsReady, held: bytes) -> None:
+        # From here on the same offer is a new question.
+        self._taking = None
         await self._link.send(ready, [held])
 
     def _allocate(self) -> ReceiveBuffer:

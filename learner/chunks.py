@@ -84,7 +84,8 @@ class ChunkSource:
             if patches is not None and sum(map(len, patches)) < data.nbytes:
                 header = msgspec.structs.replace(header, base=pull.base)
                 return Answer(header, tuple(patches), data.nbytes)
-        encoding, payload = chunk_codec.encode_full(data, self.width, compress=self.compress)
+        # A copy: a peer that does not read would keep a whole snapshot alive by one chunk of it.
+        encoding, payload = chunk_codec.encode_full(bytes(data), self.width, compress=self.compress)
         return Answer(msgspec.structs.replace(header, encoding=encoding), (payload,), data.nbytes)
 
     def work(self) -> bool:

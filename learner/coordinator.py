@@ -139,7 +139,7 @@ class Coordinator:
                 case Status():
                     self._leasing.status(actor, message)
                 case WeightsPull():
-                    actor.fed_at = now
+                    self.feeding.pulls(actor, message.version)
                     self._on_pull(session, message)
                 case WeightsReady():
                     self.feeding.weights_ready(actor, message, payloads)

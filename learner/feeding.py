@@ -20,6 +20,8 @@ from protocol.messages import Weights, WeightsReady
 log = logging.getLogger("learner")
 
 MAX_WRONG_DIGESTS = 3
+MAX_SNAPSHOTS_HELD = 8
+"""For new actors that load them; each is as large as the model."""
 OFFER_AGAIN_S = 10.0
 """After so long without a sign that an actor that is behind takes what it was offered."""
 
@@ -121,28 +123,48 @@ class Feeding:
             if actor is None:
                 return
             self._roster.send(session, answer.header, answer.payloads)
-            if not answer.payloads:
+            if not answer.payloads and actor.offered < self._snapshots.latest.version:
+                # Once: it asks for many chunks at a time.
                 self.announce_latest(actor)
 
     # --- called by the coordinator, which holds the lock ----------------------------------------
 
     def announce_latest(self, actor: ActorState) -> None:
-        """Have an actor pull the newest version; a new one is going to be checked with it."""
+        """Have an actor pull the newest version."""
         latest = self._snapshots.latest
-        if not actor.is_checked:
-            actor.check_snapshot = latest
         self._offer(actor, latest.announcement("stream"), latest)
 
     def _offer(self, actor: ActorState, weights: Weights, snapshot: Snapshot) -> None:
-        actor.fed_at = self._roster.clock()
+        actor.fed_at, actor.offered = self._roster.clock(), weights.version
         self._roster.send(actor.session, weights, (snapshot.digests,))
+
+    def pulls(self, actor: ActorState, version: int) -> None:
+        """An actor asks for a chunk. A new one is going to be checked with what it pulls, however
+        long it takes to load it."""
+        actor.fed_at = self._roster.clock()
+        held = actor.check_snapshot
+        if actor.check == "due" and (held is None or held.version != version):
+            others = [a.check_snapshot for a in self._roster.live.values() if a is not actor]
+            versions = {snapshot.version for snapshot in others if snapshot is not None}
+            enough = len(versions | {version}) <= MAX_SNAPSHOTS_HELD
+            actor.check_snapshot = self._snapshots.kept(version) if enough else None
+
+    def snapshot_of(self, actor: ActorState) -> Snapshot | None:
+        """The version that an actor has; if the learner has it no more, the actor gets another."""
+        held = actor.check_snapshot
+        if held is not None and held.version == actor.version:
+            return held
+        snapshot = self._snapshots.kept(actor.version)
+        if snapshot is None and actor.offered <= actor.version:
+            self.announce_latest(actor)
+        return snapshot
 
     def tick(self, now: float) -> None:
         """Offer again what may have been lost with a connection, or the answer to it."""
         for actor in self._roster.live.values():
-            waits = actor.is_checked or actor.version < 0
-            behind = actor.version < self._pushed and self._is_on_its_own(actor)
-            if waits and behind and now - actor.fed_at > OFFER_AGAIN_S:
+            owed = max(actor.offered, self._pushed if actor.is_checked else -1)
+            silent = now - actor.fed_at > OFFER_AGAIN_S
+            if actor.version < owed and silent and self._is_on_its_own(actor):
                 log.info("actor %d is behind, and has asked for nothing", actor.number)
                 self.announce_latest(actor)
 
@@ -171,7 +193,7 @@ class Feeding:
         """Whether only pulling brings it to the newest version."""
         if actor.version >= self._pushed:
             # The next push will, but one that pulls need not wait for it.
-            return actor.route == "stream"
+            return actor.route == "stream" or not actor.is_checked
         return self._pushed_to.get(actor.session) != actor.number
 
     def _wrong_weights(self, actor: ActorState, version: int, digests: bytes) -> None:

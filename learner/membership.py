@@ -27,6 +27,8 @@ class ActorState:
     """Public key that it joined with; empty without keys."""
     version: int = -1
     route: str = ""
+    offered: int = -1
+    """Version that it was last told of."""
     fed_at: float = 0.0
     """When it was last offered weights, asked for a chunk, or confirmed a version."""
     status: Status | None = None

@@ -134,7 +134,8 @@ class StepMetrics:
 
     def push(self, report: PushReport) -> None:
         self._pushes.inc()
-        self._epoch.set(report.epoch)
+        if report.epoch:
+            self._epoch.set(report.epoch)
         for route in get_args(Route):
             self._members.labels(route).set(report.routes.get(route, 0))
         for cause in report.evicted.values():

@@ -21,7 +21,7 @@ from protocol.messages import PROTOCOL_VERSION, Error, Hello, Welcome
 
 log = logging.getLogger("learner")
 
-MAX_CHECKS_WAITING = 16
+MAX_CHECKS_GOING_ON = 16
 """Each keeps a snapshot of the weights, whatever becomes of its actor."""
 
 
@@ -50,7 +50,7 @@ class Newcomers:
         self._max_actors = max_actors
         self._self_check = self_check
         self._checks = cycle(checks)
-        self._num_waiting = 0
+        self._num_scored = 0
 
     # --- who may join ---------------------------------------------------------------------------
 
@@ -88,24 +88,29 @@ class Newcomers:
     # --- the check ------------------------------------------------------------------------------
 
     def work_for(self, actor: ActorState) -> Work | None:
-        """Its check, once it has the weights for it."""
-        snapshot = actor.check_snapshot
-        if actor.check != "due" or snapshot is None or snapshot.version != actor.version:
+        """Its check, once it has weights that the learner still has, too."""
+        if actor.check != "due" or self._num_going_on >= MAX_CHECKS_GOING_ON:
             return None
-        if self._num_waiting >= MAX_CHECKS_WAITING:
+        actor.check_snapshot = self._feeding.snapshot_of(actor)
+        if actor.check_snapshot is None:
             return None
         actor.check = "out"
         return next(self._checks)
 
+    @property
+    def _num_going_on(self) -> int:
+        out = sum(actor.check == "out" for actor in self._roster.live.values())
+        return out + self._num_scored
+
     def lease_failed(self, actor: ActorState) -> None:
         """Without a group there is nothing to judge: again."""
-        actor.check = "due"
+        actor.check, actor.check_snapshot = "due", None
 
     def submit(self, actor: ActorState, group: Group) -> None:
         """Have the group of a check compared with what the learner computes."""
         assert self._self_check is not None and actor.check_snapshot is not None
         actor.check = "scoring"
-        self._num_waiting += 1
+        self._num_scored += 1
         self._self_check.submit(
             group, actor.check_snapshot, partial(self._judged, actor), self._roster.fail
         )
@@ -113,12 +118,12 @@ class Newcomers:
     def _judged(self, actor: ActorState, result: CheckResult) -> None:
         """The verdict, on the thread of the check: takes the lock itself."""
         with self._roster.lock:
-            self._num_waiting -= 1
+            self._num_scored -= 1
             if self._roster.live.get(actor.session) is not actor:
                 return
             if result.num_tokens == 0:
                 log.warning("actor %d checks nothing of its version; again", actor.number)
-                actor.check = "due"
+                actor.check, actor.check_snapshot = "due", None
                 return
             actor.check_difference = result.largest_difference
             if result.likely_cause:

@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 
-import torch
-
 from learner.config import WeightsConfig
 from learner.epochs import EpochRecord, Epochs
 from learner.feeding import Feeding
@@ -85,9 +83,8 @@ class Publisher:
         self._epochs: Epochs | None = None
         if place.backend == "gloo" or place.backend == "nccl":
             assert address is not None
-            device = torch.device("cuda" if place.backend == "nccl" else "cpu")
             self._epochs = Epochs(
-                create_backend(place.backend, own_address=address, device=device),
+                create_backend(place.backend, own_address=address, device=place.device),
                 address,
                 timeout_s=config.timeout_s,
                 bucket_bytes=config.bucket_bytes,
@@ -211,13 +208,12 @@ class Publisher:
         return routes
 
     def _prepare_stream(self, snapshot: Snapshot, routes: dict[str, Route]) -> None:
-        """Who pulls every version gets differences."""
-        if "stream" in routes.values():
-            if self._base is not None:
-                self._stream.keep_differences(self._base, snapshot)
-            self._base = snapshot
-        else:
-            self._base = None
+        """Who pulls gets differences: every version, or to the next one if it takes that long."""
+        wanted = "stream" in routes.values() or self._snapshots.is_pulled
+        base = self._base or self._snapshots.kept(self._pushed)
+        if wanted and base is not None:
+            self._stream.keep_differences(base, snapshot)
+        self._base = snapshot if wanted else None
 
     def _broadcast(
         self,

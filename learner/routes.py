@@ -22,8 +22,10 @@ class Place:
 
     backend: Literal["gloo", "nccl", "shared", "stream"]
     machine: str
+    device: torch.device
+    """Of the model in training; NCCL sends from there."""
     gpu: str
-    """UUID of the GPU that it sends from; empty without."""
+    """UUID of that GPU; empty without, or if NCCL cannot use it."""
 
 
 def place_of(config: RunConfig, device: torch.device) -> Place:
@@ -39,7 +41,7 @@ def place_of(config: RunConfig, device: torch.device) -> Place:
             f'weights.backend = "nccl" needs the model on a GPU and a torch with NCCL; it is on '
             f'{device.type}: take "gloo", or leave it out'
         )
-    return Place(backend, machine_id(), gpu)
+    return Place(backend, machine_id(), device, gpu)
 
 
 def plan_routes(actors: Sequence[ActorState], learner: Place) -> dict[str, Route]:

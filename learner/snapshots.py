@@ -72,6 +72,17 @@ class SnapshotStore:
             self._remember(snapshot)
             self._latest = snapshot
 
+    def kept(self, version: int) -> Snapshot | None:
+        """A snapshot, if it is not gone."""
+        return self._kept.get(version)
+
+    @property
+    def is_pulled(self) -> bool:
+        """Whether somebody pulls now."""
+        with self._lock:
+            now = self._clock()
+            return any(now - at < STILL_PULLED_S for at in self._pulled_at.values())
+
     def pulled(self, version: int) -> Snapshot | None:
         """A snapshot that somebody is pulling now; None if it is gone."""
         with self._lock:

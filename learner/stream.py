@@ -17,6 +17,7 @@ from protocol.messages import WeightsPull
 
 log = logging.getLogger("learner")
 
+CLOSE_TIMEOUT_S = 1.0
 MAX_WAITING = 64
 """Pulls of one session; what is more is dropped, and asked for again."""
 
@@ -71,7 +72,7 @@ class WeightsStream:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
         try:

@@ -8,10 +8,11 @@ _PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def machine_id() -> str:
-    """Equal for two processes exactly if one can open the other's ``/proc/PID/fd``.
+    """Different for two processes if one cannot open the other's ``/proc/PID/fd``.
 
-    That takes the same boot of the same kernel, the same user, and one PID namespace: containers
-    on one machine have several. Empty where the kernel does not tell.
+    It takes the same boot of the same kernel, the same user, and one PID namespace: containers on
+    one machine have several. (A security module may forbid it nevertheless.) Empty where the kernel
+    does not tell.
     """
     try:
         boot, namespace = _BOOT_ID.read_text().strip(), _PID_NAMESPACE.stat().st_ino

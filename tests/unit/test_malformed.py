@@ -7,7 +7,7 @@ import msgpack
 import msgspec
 import pytest
 
-from learner.newcomers import MAX_CHECKS_WAITING
+from learner.newcomers import MAX_CHECKS_GOING_ON
 from protocol.errors import BadMessage
 from protocol.framing import MAX_FRAMES, decode_to_actor, encode
 from protocol.groups import pack_group
@@ -294,13 +294,13 @@ def test_no_reported_duration_is_longer_than_the_actor_has_been_there():
 def test_actors_that_come_and_go_do_not_pile_up_checks():
     # Each waiting check keeps a snapshot of the weights alive.
     cluster, check = checked_cluster()
-    for number in range(3 * MAX_CHECKS_WAITING):
+    for number in range(3 * MAX_CHECKS_GOING_ON):
         session = f"s{number}"
         cluster.join(session)
         for lease in cluster.leases(session):
             cluster.finish(session, lease)
         cluster.say(session, Goodbye(cause="x"))
-    assert len(check.submitted) == MAX_CHECKS_WAITING
+    assert len(check.submitted) == MAX_CHECKS_GOING_ON
     cluster.join("good")
     assert cluster.leases("good") == []
     check.judge(PASSED)

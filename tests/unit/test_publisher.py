@@ -81,7 +81,7 @@ class Scene:
             self.cluster.snapshots,
             self.stream,
             WeightsConfig(timeout_s=timeout_s, push_timeout_s=4 * timeout_s),
-            Place(backend, "", ""),
+            Place(backend, "", CPU, ""),
             "127.0.0.1",
             lambda: None,
             self.cluster.coordinator.fail,

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -12,9 +13,10 @@ import torch
 
 from learner.config import RunConfig
 from learner.config_file import load_config
+from learner.feeding import MAX_SNAPSHOTS_HELD
 from learner.policy import Policy, load_policy
 from learner.selfcheck import CheckResult, SelfCheck
-from learner.snapshots import Snapshot
+from learner.snapshots import STILL_PULLED_S, Snapshot
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
 from protocol.messages import Error, Failed, Lease, Weights, WeightsPull
@@ -172,10 +174,14 @@ def test_an_actor_keeps_the_version_that_it_is_checked_with_and_then_catches_up(
     cluster, check = checked_cluster()
     cluster.hello("a")
     [announced] = cluster.heard("a", Weights)
+    cluster.say("a", WeightsPull(version=announced.version, chunk=0))
     for version in range(1, 4):
         cluster.version = version
         cluster.coordinator.advance(version)
+        cluster.clock.advance(2 * STILL_PULLED_S)
+        cluster.status("a", capacity=0, version=-1)
         cluster.snapshots.publish(make_snapshot(version))
+    assert cluster.snapshots.kept(announced.version) is None
     cluster.weights_ready("a", version=announced.version)
     cluster.status("a")
     # Pushes leave it out.
@@ -321,3 +327,25 @@ def test_check_groups_are_not_trained_on():
     cluster.finish("a", *cluster.leases("a"))
     check.judge(PASSED)
     assert len(cluster.buffer) == cluster.buffer.books.accepted == 0
+
+
+def test_actors_that_still_start_keep_no_snapshots_and_those_that_pull_only_some():
+    """Starting an engine takes minutes, in which there are many versions."""
+    cluster, _ = checked_cluster()
+    kept = []
+    for version in range(1, 30):
+        session = f"s{version}"
+        cluster.hello(session)
+        snapshot = make_snapshot(version)
+        cluster.snapshots.publish(snapshot)
+        kept.append(weakref.ref(snapshot.packed))
+        if version > 10:
+            cluster.say(session, WeightsPull(version=version, chunk=0))
+        cluster.clock.advance(1)
+        cluster.heard(session, Weights)
+    del snapshot
+    cluster.coordinator.outbox.clear()
+    cluster._inboxes.clear()
+    assert sum(ref() is not None for ref in kept[:10]) == 0
+    # The newest, and the oldest that was pulled lately, are there in any case.
+    assert sum(ref() is not None for ref in kept) <= MAX_SNAPSHOTS_HELD + 2

@@ -215,6 +215,10 @@ class Chaos(System):
         """Under which the actor with this process id has joined: one at a time."""
         return {e["session"] for e in self.events("joined") if e["actor_pid"] == pid}
 
+    def holders_of(self, version: int) -> set[int]:
+        """Process ids of the toys that have loaded it, or a later one."""
+        return {e["pid"] for e in self.events("loaded") if e["version"] >= version}
+
     def expect_crash(self, process: Process, timeout_s: float = 60.0) -> Incident:
         """Wait until a process has reached its crash point."""
         mark = self.mark_of(process.log.stem)

@@ -45,7 +45,7 @@ class Collective:
         if offer.epoch != self._epoch or self._group is None or self._backend is None:
             self._backend, self._group = self._meet(offer)
             self._epoch = offer.epoch
-        _receive(self._group, self._backend.device, offer, sink)
+        _receive(self._group, self._backend, offer, sink)
 
     def abort(self) -> None:
         """Give up what is going on in another thread."""
@@ -60,10 +60,15 @@ class Collective:
         return backend, group
 
 
-def _receive(group: Group, device: torch.device, offer: Weights, sink: Sink) -> None:
+def _receive(group: Group, backend: Backend, offer: Weights, sink: Sink) -> None:
     size = min(offer.bucket_bytes, offer.num_bytes)
-    staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    staging = [torch.empty(size, dtype=torch.uint8, device=backend.device) for _ in range(2)]
     written: list[Future[None] | None] = [None, None]
+
+    def write(offset: int, bucket: torch.Tensor) -> None:
+        with backend.stream():
+            sink(offset, bucket)
+
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as writer:
         for number, offset in enumerate(range(0, offer.num_bytes, offer.bucket_bytes)):
             before = written[number % 2]
@@ -71,7 +76,7 @@ def _receive(group: Group, device: torch.device, offer: Weights, sink: Sink) -> 
                 before.result()
             bucket = staging[number % 2][: offer.num_bytes - offset]
             group.broadcast(bucket)
-            written[number % 2] = writer.submit(sink, offset, bucket)
+            written[number % 2] = writer.submit(write, offset, bucket)
         for last in written:
             if last is not None:
                 last.result()

@@ -158,12 +158,13 @@ class Bench:
             vocab_size=VOCAB,
             journal=store,
             clock=time.monotonic,
+            on_pull=lambda session, pull: None,
         )
         self._frames = _frames(rollouts, tokens)
         self.waits: list[float] = []
         """Seconds from arrival to acknowledgement."""
         self._arrived: dict[int, float] = {}
-        self._coordinator.outbox = self._outbox = _Outbox(self._arrived, self.waits)
+        self._coordinator.roster.outbox = self._outbox = _Outbox(self._arrived, self.waits)
         self._acknowledged = Event()
         if isinstance(store, Journal):
             store.start(self._stored, self._coordinator.fail)

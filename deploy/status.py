@@ -122,7 +122,7 @@ class Status(_Answer):
     learner_wait_share: float
     bottleneck: Literal["actors", "learner", "balanced"] | None
     actors: list[ActorStatus]
-    weights: WeightsStatus | None = None
+    weights: WeightsStatus
     """None: this learner does not tell."""
 
 

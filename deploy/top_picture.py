@@ -38,17 +38,17 @@ class Picture:
         if self.note:
             head.insert(0, Text(self.note, style="bold red"))
         actors, weights = self.status.actors, self.status.weights
-        about = [Panel(_weights(weights), title="weights")] if weights else []
-        pushes, epochs = (weights.last_pushes, weights.epochs) if weights else ([], [])
+        about = Panel(_weights(weights), title="weights")
+        pushes, epochs = weights.last_pushes, weights.epochs
         if self.height is not None:
-            used = sum(len(console.render_lines(part, options)) for part in (*head, *about))
+            used = sum(len(console.render_lines(part, options)) for part in (*head, about))
             rows = self.height - used - 3 * _FRAME_LINES
             few = max(MIN_ROWS, rows // 4)
             pushes, epochs = pushes[-few:], epochs[-few:]
             actors = _furthest_behind(actors, max(MIN_ROWS, rows - len(pushes) - len(epochs)))
         yield from head
         yield Panel(_actors(actors, self.status.step), title=_title(actors, self.status.actors))
-        yield from about
+        yield about
         if pushes:
             yield Panel(_pushes(pushes), title="last pushes")
         if epochs:

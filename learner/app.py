@@ -206,13 +206,14 @@ class Learner:
             self.rewards.record = self._record_command
         self.weights_stream.start(self._answer_pull, self.coordinator.fail)
         self.publisher = Publisher(
-            self.coordinator,
+            self.coordinator.feeding,
             self._snapshots,
             self.weights_stream,
             config.weights,
             self._place,
             config.collective_address,
             self._intake.wake,
+            self.coordinator.fail,
         )
         registry = CollectorRegistry()
         registry.register(
@@ -395,7 +396,7 @@ class Learner:
 
     def _answer_pull(self, session: str, answer: Answer) -> None:
         """On the weights stream's thread."""
-        self.coordinator.answer_pull(session, answer)
+        self.coordinator.feeding.answer_pull(session, answer)
         self._intake.wake()
 
     def _next_batch(self) -> Cut | None:
@@ -446,7 +447,7 @@ class Learner:
             if self.interrupted:
                 return None
             # The time runs while there is somebody to evaluate.
-            if not self.coordinator.ready_actors():
+            if not self.coordinator.feeding.ready_actors():
                 deadline = math.inf
             elif deadline == math.inf:
                 deadline = time.monotonic() + self.config.eval.timeout_s

@@ -7,19 +7,22 @@ A broadcast cannot be interrupted. One that is given up goes on until its deadli
 which changes nothing any more: the next epoch has another name, and another group.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Thread
 
 import msgspec
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from learner.snapshots import Snapshot
-from protocol.errors import brief
+from protocol.errors import CollectiveError, brief
 from protocol.messages import Weights
 from transfer.collective import Backend, Group, host_store
+
+log = logging.getLogger("learner")
 
 EPOCHS_REMEMBERED = 20
 
@@ -45,6 +48,8 @@ class Broadcast:
 
     done: bool = False
     error: str = ""
+    missing: tuple[str, ...] = ()
+    """Members that did not come, as far as that is known."""
     join_seconds: float = 0.0
     send_seconds: float = 0.0
 
@@ -55,7 +60,7 @@ class _Epoch:
     """Actors' numbers by session, in the order of ranks from 1."""
     record: EpochRecord
     group: Group | None = None
-    over: bool = field(default=False)
+    over: bool = False
 
 
 class Epochs:
@@ -123,7 +128,15 @@ class Epochs:
         def run() -> None:
             try:
                 self._send(epoch, snapshot, result)
+            except CollectiveError as error:
+                result.error = brief(error)
+                result.missing = tuple(
+                    session
+                    for rank, session in enumerate(epoch.members, start=1)
+                    if rank in error.missing
+                )
             except Exception as error:
+                log.exception("broadcast")
                 result.error = brief(error)
             result.done = True
             changed()
@@ -149,7 +162,9 @@ class Epochs:
             if epoch.over:
                 return
             bucket = snapshot.packed[offset : offset + self._bucket_bytes]
-            group.broadcast(bucket.to(self._backend.device))
+            with self._backend.stream():
+                sent = bucket.to(self._backend.device)
+            group.broadcast(sent)
         result.send_seconds = time.monotonic() - started - result.join_seconds
         epoch.record.pushes += 1
 

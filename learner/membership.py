@@ -39,8 +39,8 @@ class ActorState:
     pongs: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=PONGS_REMEMBERED))
     """(sequence, number of the first lease issued after it) of the last answers to its status."""
     groups: int = 0
-    check: Literal["due", "out", "scoring", "passed"] = "due"
-    """See `learner.selfcheck`."""
+    check: Literal["off", "due", "out", "scoring", "passed"] = "off"
+    """See `learner.selfcheck`; off where nobody is checked."""
     check_snapshot: Snapshot | None = None
     """Of the version that it is going to be checked with."""
     check_difference: float | None = None
@@ -49,6 +49,11 @@ class ActorState:
     @property
     def ready(self) -> bool:
         return self.version >= 0
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether it may get real work, as far as the check goes."""
+        return self.check in ("off", "passed")
 
     @property
     def room(self) -> int:

@@ -75,6 +75,7 @@ class _Mapping:
 
     def __init__(self, num_bytes: int, *, pinned: bool) -> None:
         descriptor = os.memfd_create("gdpo-snapshot")
+        _when_gone(self, os.close, descriptor)
         os.truncate(descriptor, num_bytes)
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self._mapped = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
@@ -126,7 +127,8 @@ def pack(
     """Copy the model's parameters, cast to the types of ``specs``, into memory of ``pool``.
 
     Of a sharded model every rank calls this, with the same ``specs``: the parameters are gathered
-    one after the other, and a rank that does not ``keep`` them holds one at a time and gets None.
+    one after the other, and a rank that does not ``keep`` them holds one at a time (while it is
+    put together, twice) and gets None.
     """
     if not keep:
         _help_to_gather(model, specs)

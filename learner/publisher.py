@@ -21,13 +21,13 @@ from threading import Condition, Thread
 import torch
 
 from learner.config import WeightsConfig
-from learner.coordinator import Coordinator
-from learner.epochs import Broadcast, EpochRecord, Epochs
+from learner.epochs import EpochRecord, Epochs
+from learner.feeding import Feeding
 from learner.membership import ActorState
 from learner.routes import Place, Probation, plan_routes
 from learner.snapshots import Snapshot, SnapshotStore
 from learner.stream import WeightsStream
-from protocol.errors import TrainingError
+from protocol.errors import AsyncGdpoError, TrainingError
 from protocol.messages import Route
 from transfer.collective import create_backend
 
@@ -64,22 +64,24 @@ class Publisher:
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        feeding: Feeding,
         snapshots: SnapshotStore,
         stream: WeightsStream,
         config: WeightsConfig,
         place: Place,
         address: str | None,
         wake_intake: Callable[[], None],
+        fail: Callable[[AsyncGdpoError], None],
     ) -> None:
-        self._coordinator = coordinator
+        self._feeding = feeding
         self._snapshots = snapshots
         self._stream = stream
         self._config = config
         self._place = place
         self._wake_intake = wake_intake
+        self._fail = fail
         self._epochs: Epochs | None = None
-        if place.backend in ("gloo", "nccl"):
+        if place.backend == "gloo" or place.backend == "nccl":
             assert address is not None
             device = torch.device("cuda" if place.backend == "nccl" else "cpu")
             self._epochs = Epochs(
@@ -141,7 +143,7 @@ class Publisher:
             self._serve()
         except Exception as error:
             log.exception("publisher died")
-            self._coordinator.fail(TrainingError(f"publisher died: {error}"))
+            self._fail(TrainingError(f"publisher died: {error}"))
 
     def _serve(self) -> None:
         while True:
@@ -153,7 +155,7 @@ class Publisher:
             snapshot, pack_seconds = pending
             # Only those that kept up: an actor that is behind pulls until it has caught up, so a
             # slow or broken one costs one push its deadlines, not every push.
-            ready = self._coordinator.ready_actors(self._pushed)
+            ready = self._feeding.ready_actors(self._pushed)
             # One that joined just now may have pulled it already.
             actors = [actor for actor in ready if actor.version < snapshot.version]
             if actors:
@@ -180,7 +182,7 @@ class Publisher:
         self._prepare_stream(snapshot, routes)
         for session, route in routes.items():
             if route != "collective":
-                self._coordinator.announce(session, snapshot.announcement(route), snapshot)
+                self._feeding.announce(session, snapshot.announcement(route), snapshot)
         self._wake_intake()
         members = {a.session: a.number for a in actors if routes[a.session] == "collective"}
         if self._epochs is not None:
@@ -222,33 +224,36 @@ class Publisher:
             return
         report.epoch = epochs.number
         for session, offer in epochs.offers(snapshot).items():
-            self._coordinator.announce(session, offer, snapshot)
+            self._feeding.announce(session, offer, snapshot)
         self._wake_intake()
-        broadcast = epochs.broadcast(snapshot, self._coordinator.notify)
-        self._coordinator.wait_until(
+        broadcast = epochs.broadcast(snapshot, self._feeding.notify)
+        self._feeding.wait_until(
             lambda: broadcast.done or self._should_leave(members), deadline - time.monotonic()
         )
         report.phases |= {"join": broadcast.join_seconds, "broadcast": broadcast.send_seconds}
-        if self._coordinator.gone(members):
+        if self._feeding.gone(members):
             self._leave_those_who_are_gone(epochs, snapshot, members, report)
         elif broadcast.done and not broadcast.error:
             for session in members:
                 self._probation.passed(session)
-        elif not self._coordinator.draining:
+        elif not self._feeding.draining:
             log.debug("%s", broadcast.error)
-            # Who did it cannot be seen from here. Most likely who made the epoch a new one.
-            for session in newcomers or members:
+            # Who broke a broadcast cannot be seen from here: most likely who is new to the epoch.
+            suspects = broadcast.missing or newcomers or tuple(members)
+            for session in suspects:
                 self._probation.failed(session)
-            self._end_epoch(epochs, snapshot, members, "an actor late or unreachable")
+            missing = [members[session] for session in broadcast.missing]
+            cause = _each(missing, "did not come") or "an actor late or unreachable"
+            self._end_epoch(epochs, snapshot, members, cause)
 
     def _should_leave(self, members: dict[str, int]) -> bool:
-        return self._coordinator.draining or bool(self._coordinator.gone(members))
+        return self._feeding.draining or bool(self._feeding.gone(members))
 
     def _leave_those_who_are_gone(
         self, epochs: Epochs, snapshot: Snapshot, members: dict[str, int], report: PushReport
     ) -> None:
         """The others may wait for them until the deadline of the collective."""
-        gone = [members[session] for session in self._coordinator.gone(members)]
+        gone = [members[session] for session in self._feeding.gone(members)]
         report.evicted |= dict.fromkeys(gone, "gone")
         self._end_epoch(epochs, snapshot, members, _each(gone, "gone"))
 
@@ -257,7 +262,7 @@ class Publisher:
     ) -> None:
         log.warning("epoch %d ended with version %d: %s", epochs.number, snapshot.version, cause)
         epochs.end(cause)
-        self._have_pulled(snapshot, self._coordinator.behind(members, snapshot.version))
+        self._have_pulled(snapshot, self._feeding.behind(members, snapshot.version))
 
     def _confirmations(
         self,
@@ -268,22 +273,20 @@ class Publisher:
         report: PushReport,
     ) -> None:
         """Wait for all, as long as there is progress; the others pull."""
-        coordinator, epochs = self._coordinator, self._epochs
-        behind = coordinator.behind(routes, snapshot.version)
-        while behind and not coordinator.draining:
+        feeding, epochs = self._feeding, self._epochs
+        behind = feeding.behind(routes, snapshot.version)
+        while behind and not feeding.draining:
 
             def progress(before: dict[str, int] = behind) -> bool:
-                return (
-                    coordinator.draining or coordinator.behind(routes, snapshot.version) != before
-                )
+                return feeding.draining or feeding.behind(routes, snapshot.version) != before
 
             patience_s = min(self._config.timeout_s, deadline - time.monotonic())
-            if not coordinator.wait_until(progress, patience_s):
+            if not feeding.wait_until(progress, patience_s):
                 break
-            behind = coordinator.behind(routes, snapshot.version)
-            if behind and epochs is not None and epochs.lasts and coordinator.gone(members):
+            behind = feeding.behind(routes, snapshot.version)
+            if behind and epochs is not None and epochs.lasts and feeding.gone(members):
                 self._leave_those_who_are_gone(epochs, snapshot, members, report)
-        if behind and not coordinator.draining:
+        if behind and not feeding.draining:
             self._leave_behind(snapshot, behind, members, report)
 
     def _leave_behind(
@@ -304,7 +307,7 @@ class Publisher:
 
     def _have_pulled(self, snapshot: Snapshot, sessions: Iterable[str]) -> None:
         for session in sessions:
-            self._coordinator.announce(session, snapshot.announcement("stream"), snapshot)
+            self._feeding.announce(session, snapshot.announcement("stream"), snapshot)
         self._wake_intake()
 
 

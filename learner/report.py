@@ -163,7 +163,7 @@ def _actor(learner: "Learner", actor: ActorState) -> dict[str, Any]:
         "route": actor.route,
         "leases": actor.held,
         "groups": actor.groups,
-        "check": actor.check if learner.config.learner.self_check else "off",
+        "check": actor.check,
         "check_difference": actor.check_difference,
         "idle_share": idle,
         "stalled_share": stalled,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -19,8 +20,7 @@ MAX_PUSHES_OUT = 63
 class Place:
     """Where the learner is, as far as routes depend on it."""
 
-    backend: str
-    """``gloo``, ``nccl``, ``shared`` or ``stream``."""
+    backend: Literal["gloo", "nccl", "shared", "stream"]
     machine: str
     gpu: str
     """UUID of the GPU that it sends from; empty without."""
@@ -29,10 +29,11 @@ class Place:
 def place_of(config: RunConfig, device: torch.device) -> Place:
     """Where a learner with its model on ``device`` is; raises `ConfigError`."""
     gpu = gpu_identity(device) if nccl_available() else ""
-    backend: str = config.weights.backend
-    if backend == "auto":
-        broadcasts = "nccl" if gpu else "gloo"
-        backend = broadcasts if config.collective_address is not None else "stream"
+    backend = config.weights.backend
+    if backend == "auto" and config.collective_address is None:
+        backend = "stream"
+    elif backend == "auto":
+        backend = "nccl" if gpu else "gloo"
     if backend == "nccl" and not gpu:
         raise ConfigError(
             f'weights.backend = "nccl" needs the model on a GPU and a torch with NCCL; it is on '

@@ -28,7 +28,7 @@ from learner.policy import Policy
 from learner.snapshots import Snapshot
 from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
 from protocol.groups import Group
-from protocol.weights import TensorSpec
+from transfer.packed import view
 
 log = logging.getLogger("learner")
 
@@ -187,18 +187,12 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, snapshot: Snapshot, batch: Batch, temperature: float) -> torch.Tensor:
         """Log-probability [B, T] of every next token under the snapshot's policy."""
-        weights = {spec.name: self._parameter(snapshot, spec) for spec in self._specs}
+        weights = {
+            spec.name: view(snapshot.packed, spec).to(self._model.dtype) for spec in self._specs
+        }
         output = torch.func.functional_call(
             self._model,
             {**weights, **self._buffers},
             kwargs={"input_ids": batch.tokens_BL[:, :-1], "use_cache": False},
         )
         return gdpo.token_logprobs(output.logits, batch.tokens_BL[:, 1:], temperature=temperature)
-
-    def _parameter(self, snapshot: Snapshot, spec: TensorSpec) -> torch.Tensor:
-        raw = snapshot.packed[spec.offset : spec.offset + spec.num_bytes]
-        # A view needs its type's alignment, which an offset among mixed types may lack.
-        if spec.offset % 4:
-            raw = raw.clone()
-        values = raw.view(getattr(torch, spec.dtype)).view(spec.shape)
-        return values.to(self._model.dtype)

@@ -10,7 +10,6 @@ import torch
 
 from protocol.messages import Route, Weights
 from protocol.weights import TensorSpec, differing
-from protocol.weights import TensorSpec
 
 STILL_PULLED_S = 10.0
 _REMEMBERED_DIGESTS = 10_000
@@ -88,9 +87,10 @@ class SnapshotStore:
     def wrong_tensors(self, version: int, digests: bytes) -> list[str]:
         """Names of the parameters of a version that should have other digests.
 
-        None if the version is not one of the last few, or the digests are not as many.
+        None if the version is neither kept nor one of the last few, or the digests are not as many.
         """
-        ours = self._tensor_digests.get(version)
+        kept = self._kept.get(version)
+        ours = kept.digests if kept is not None else self._tensor_digests.get(version)
         if ours is None or len(ours) != len(digests):
             return []
         return differing(self._latest.specs, ours, digests)

@@ -130,11 +130,11 @@ def record_learner(record: Record) -> None:
     wrap("learner.buffer:ReplayBuffer.add", before=added)
     wrap("learner.snapshots:SnapshotStore.publish", before=published)
     wrap(
-        "learner.coordinator:Coordinator._hello",
+        "learner.newcomers:Newcomers.hello",
         after=lambda a, _: record.write("joined", session=a[1], actor_pid=a[2].pid),
     )
     wrap(
-        "learner.coordinator:Coordinator._forget",
+        "learner.roster:Roster.forget",
         before=lambda a: record.write("left", session=a[1].session, actor_pid=a[1].hello.pid),
     )
     _record_steps(record)

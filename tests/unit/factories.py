@@ -155,7 +155,11 @@ class Cluster:
     """A real coordinator between fake actors, which speak to it in encoded messages."""
 
     def __init__(
-        self, config: RunConfig | None = None, num_rows: int = 6, journal: Journal | None = None
+        self,
+        config: RunConfig | None = None,
+        num_rows: int = 6,
+        journal: Journal | None = None,
+        self_check: Any = None,
     ) -> None:
         self.config = config or make_config()
         self.clock = FakeClock()
@@ -180,7 +184,10 @@ class Cluster:
             clock=self.clock,
             journal=journal,
             on_pull=self.answer,
+            self_check=self_check,
+            checks=[make_work(f"check-{i}", purpose="check") for i in range(3)],
         )
+        self.feeding = self.coordinator.feeding
         self.version = 0
         self._inboxes: dict[str, list[tuple[Header, tuple[Buffer, ...]]]] = {}
 
@@ -256,11 +263,11 @@ class Cluster:
 
     def answer(self, session: str, pull: WeightsPull) -> None:
         """At once; a real learner has a thread for it."""
-        self.coordinator.answer_pull(session, self.chunks.answer(pull))
+        self.feeding.answer_pull(session, self.chunks.answer(pull))
 
     def ready(self, version: int = 0) -> list[str]:
         """Sessions that may get work and sample from ``version`` or later."""
-        return [actor.session for actor in self.coordinator.ready_actors(version)]
+        return [actor.session for actor in self.feeding.ready_actors(version)]
 
     def open_training(self) -> None:
         self.coordinator.open_training()

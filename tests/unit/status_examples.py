@@ -2,6 +2,57 @@
 
 from typing import Any
 
+WEIGHTS: dict[str, Any] = {
+    "backend": "gloo",
+    "push_every": 1,
+    "pushes": 40,
+    "num_bytes": 1_200_000,
+    "stream_share": 0.003,
+    "stream_bytes": 123_456,
+    "stream_plain_bytes": 400_000,
+    "epochs": [
+        {
+            "epoch": 6,
+            "backend": "gloo",
+            "members": [1, 4, 5],
+            "first_version": 20,
+            "pushes": 14,
+            "form_seconds": 0.03,
+            "ended": "actor 5 late",
+        },
+        {
+            "epoch": 7,
+            "backend": "gloo",
+            "members": [1, 2, 3, 4, 9],
+            "first_version": 34,
+            "pushes": 6,
+            "form_seconds": 1.25,
+            "ended": "",
+        },
+    ],
+    "last_pushes": [
+        {
+            "version": 39,
+            "epoch": 7,
+            "routes": {"collective": 3, "stream": 1},
+            "seconds": 2.21,
+            "phases": {"pack": 0.01, "join": 0.0, "broadcast": 2.1, "confirm": 0.1},
+            "evicted": {"4": "silent"},
+            "behind": [6, 7],
+        },
+        {
+            "version": 40,
+            "epoch": 7,
+            "routes": {"collective": 3, "stream": 0},
+            "seconds": 0.21,
+            "phases": {"pack": 0.01, "broadcast": 0.1, "confirm": 0.1},
+            "evicted": {},
+            "behind": [],
+        },
+    ],
+    "evictions": {"late": 3, "gone": 2},
+}
+
 EARLY: dict[str, Any] = {
     "run": "tiny",
     "phase": "evaluating before",
@@ -23,6 +74,7 @@ EARLY: dict[str, Any] = {
     "learner_wait_share": 0.0,
     "bottleneck": None,
     "actors": [],
+    "weights": WEIGHTS,
 }
 RUNNING: dict[str, Any] = EARLY | {
     "phase": "training",
@@ -86,54 +138,4 @@ ACTORS = [
         "silent_s": 0.2,
     },
 ]
-WEIGHTS: dict[str, Any] = {
-    "backend": "gloo",
-    "push_every": 1,
-    "pushes": 40,
-    "num_bytes": 1_200_000,
-    "stream_share": 0.003,
-    "stream_bytes": 123_456,
-    "stream_plain_bytes": 400_000,
-    "epochs": [
-        {
-            "epoch": 6,
-            "backend": "gloo",
-            "members": [1, 4, 5],
-            "first_version": 20,
-            "pushes": 14,
-            "form_seconds": 0.03,
-            "ended": "actor 5 late",
-        },
-        {
-            "epoch": 7,
-            "backend": "gloo",
-            "members": [1, 2, 3, 4, 9],
-            "first_version": 34,
-            "pushes": 6,
-            "form_seconds": 1.25,
-            "ended": "",
-        },
-    ],
-    "last_pushes": [
-        {
-            "version": 39,
-            "epoch": 7,
-            "routes": {"collective": 3, "stream": 1},
-            "seconds": 2.21,
-            "phases": {"pack": 0.01, "join": 0.0, "broadcast": 2.1, "confirm": 0.1},
-            "evicted": {"4": "silent"},
-            "behind": [6, 7],
-        },
-        {
-            "version": 40,
-            "epoch": 7,
-            "routes": {"collective": 3, "stream": 0},
-            "seconds": 0.21,
-            "phases": {"pack": 0.01, "broadcast": 0.1, "confirm": 0.1},
-            "evicted": {},
-            "behind": [],
-        },
-    ],
-    "evictions": {"late": 3, "gone": 2},
-}
-WATCHED = RUNNING | {"actors": ACTORS, "actors_live": 3, "weights": WEIGHTS}
+WATCHED = RUNNING | {"actors": ACTORS, "actors_live": 3}

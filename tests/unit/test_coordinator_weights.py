@@ -130,23 +130,23 @@ def test_who_is_behind_a_version_and_who_is_gone():
     assert cluster.ready() == ["a", "b"]
     cluster.snapshots.publish(make_snapshot(1))
     cluster.weights_ready("a", version=1)
-    assert cluster.coordinator.behind(("a", "b", "stranger"), 1) == {"b": 2}
-    assert cluster.coordinator.gone(("a", "b", "stranger")) == ("stranger",)
+    assert cluster.feeding.behind(("a", "b", "stranger"), 1) == {"b": 2}
+    assert cluster.feeding.gone(("a", "b", "stranger")) == ("stranger",)
     # Nobody waits for an actor that has gone.
     cluster.say("b", Goodbye(cause="x"))
-    assert cluster.coordinator.behind(("a", "b"), 1) == {}
-    assert cluster.coordinator.gone(("a", "b")) == ("b",)
+    assert cluster.feeding.behind(("a", "b"), 1) == {}
+    assert cluster.feeding.gone(("a", "b")) == ("b",)
 
 
 def test_a_wait_ends_with_what_it_waits_for_or_with_its_time():
-    coordinator = (cluster := joined("a")).coordinator
+    feeding = (cluster := joined("a")).feeding
     cluster.snapshots.publish(make_snapshot(1))
-    assert not coordinator.wait_until(lambda: not coordinator.behind("a", 1), timeout_s=0.02)
+    assert not feeding.wait_until(lambda: not feeding.behind("a", 1), timeout_s=0.02)
     Timer(0.05, cluster.weights_ready, ["a", 1]).start()
-    assert coordinator.wait_until(lambda: not coordinator.behind("a", 1), timeout_s=10)
+    assert feeding.wait_until(lambda: not feeding.behind("a", 1), timeout_s=10)
     events = []
-    Timer(0.05, lambda: (events.append(1), coordinator.notify())).start()
-    assert coordinator.wait_until(lambda: bool(events), timeout_s=10)
+    Timer(0.05, lambda: (events.append(1), feeding.notify())).start()
+    assert feeding.wait_until(lambda: bool(events), timeout_s=10)
 
 
 def test_announcements_go_to_live_actors_only():
@@ -154,8 +154,8 @@ def test_announcements_go_to_live_actors_only():
     cluster.heard("a", Weights)
     snapshot = make_snapshot(1)
     offer = msgspec.structs.replace(snapshot.announcement("collective"), epoch=1, rank=1)
-    cluster.coordinator.announce("a", offer, snapshot)
-    cluster.coordinator.announce("gone", offer, snapshot)
+    cluster.feeding.announce("a", offer, snapshot)
+    cluster.feeding.announce("gone", offer, snapshot)
     assert cluster.heard_with_payloads("a", Weights) == [(offer, (snapshot.digests,))]
     assert cluster.heard("gone", Weights) == []
 

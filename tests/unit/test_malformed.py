@@ -7,7 +7,7 @@ import msgpack
 import msgspec
 import pytest
 
-from learner.coordinator import MAX_CHECKS_WAITING
+from learner.newcomers import MAX_CHECKS_WAITING
 from protocol.errors import BadMessage
 from protocol.framing import MAX_FRAMES, decode_to_actor, encode
 from protocol.groups import pack_group

@@ -28,7 +28,7 @@ from deploy.status import TIMEOUT_S, read_status
 from deploy.top import Answer, View, Watched, watch
 from deploy.top_picture import Picture
 from protocol.errors import BadMessage, ConfigError, PeerLost
-from tests.unit.status_examples import ACTORS, EARLY, RUNNING, WATCHED, WEIGHTS
+from tests.unit.status_examples import ACTORS, EARLY, WATCHED, WEIGHTS
 
 ROOT = Path(__file__).parent.parent.parent
 GONE = PeerLost("nothing answers at http://127.0.0.1:9400/status: Connection refused")
@@ -113,10 +113,6 @@ def test_an_epoch_that_has_ended_says_why():
     text = text_of(WATCHED | {"weights": WEIGHTS | {"epochs": ended, "push_every": 4}})
     assert "none; the last one, 6, ended: actor 5 late" in text
     assert "every 4 steps" in text
-
-
-def test_a_learner_that_tells_nothing_of_weights_is_shown_without_them():
-    assert "weights" not in text_of(RUNNING)
 
 
 def test_an_actor_that_is_ahead_of_the_status_is_not_behind():

@@ -153,6 +153,10 @@ class Chaos(System):
         toy = ("--toy", "--group-s", str(group_s), "--start-s", str(start_s))
         return self.entry(name, "actor", "--learner", url, *options, crash=crash, test=toy)
 
+    def start_actor(self, name: str, *arguments: str) -> Process:
+        """A real one."""
+        return self.entry(name, "actor", "--learner", self.url, *arguments)
+
     def entry(
         self, name: str, *command: str, crash: At | None = None, test: tuple[str, ...] = ()
     ) -> Process:

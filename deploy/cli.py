@@ -6,10 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from deploy import FAILURE, INTERRUPTED, USER_ERROR
 from protocol.errors import AsyncGdpoError, ConfigError, RewardError
+from protocol.process import leave
+
+
+def run() -> NoReturn:
+    """The command as a process."""
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,6 +41,8 @@ POINTS = {
     # Actor: the learner already waits in the collective; then the others wait too.
     "push": Point("actors.collective:Collective.receive", "before"),
     "push.joined": Point("actors.collective:Collective._meet", "after"),
+    # Before each bucket of every broadcast; on the learner, too.
+    "push.bucket": Point("transfer.collective:_GlooGroup.broadcast", "before"),
     "push.received": Point("actors.collective:Collective.receive", "after"),
     "push.loaded": Point("actors.link:LearnerLink.send", "before", of="WeightsReady"),
     "goodbye": Point("actors.link:LearnerLink.send", "before", of="Goodbye"),

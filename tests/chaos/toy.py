@@ -15,7 +15,7 @@ import torch
 from actors.engine import EngineStats, Request
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec, packed_digests, whole_digest
-from tests.chaos.record import Record
+from tests.chaos.record import Record, content
 
 TOKENS = 8
 """Of every completion; half of them before, half of them after the middle of its time."""
@@ -84,11 +84,15 @@ class ToyEngine:
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
     ) -> float:
         started = time.monotonic()
+        record = self.toy.record
+        if record is not None and self._packed is not None:
+            # Nothing may have written there while they were in use.
+            record.write("replaced", version=self.version, content=content(self._packed))
         self._packed = packed
         self.version = version
-        if self.toy.record is not None:
+        if record is not None:
             digest = whole_digest(self.digests(specs), specs)
-            self.toy.record.write("loaded", version=version, digest=digest)
+            record.write("loaded", version=version, digest=digest, content=content(packed))
         return time.monotonic() - started
 
     def digests(self, specs: list[TensorSpec]) -> bytes:

@@ -32,6 +32,7 @@ class Collective:
         self._backend: Backend | None = None
         self._group: Group | None = None
         self._epoch: int | None = None
+        self._staging: list[torch.Tensor] = []
 
     def receive(self, offer: Weights, sink: Sink) -> None:
         """Receive what is offered; blocks, up to the offer's deadline for each of its parts.
@@ -45,12 +46,22 @@ class Collective:
         if offer.epoch != self._epoch or self._group is None or self._backend is None:
             self._backend, self._group = self._meet(offer)
             self._epoch = offer.epoch
-        _receive(self._group, self._backend.device, offer, sink)
+        _receive(self._group, self._buckets(offer), offer, sink)
 
     def abort(self) -> None:
         """Give up what is going on in another thread."""
         if self._group is not None:
             self._group.abort()
+
+    def _buckets(self, offer: Weights) -> list[torch.Tensor]:
+        """Two to receive into, kept: memory is slow when it is first written."""
+        size = min(offer.bucket_bytes, offer.num_bytes)
+        if not self._staging or len(self._staging[0]) != size:
+            assert self._backend is not None
+            self._staging = [
+                torch.empty(size, dtype=torch.uint8, device=self._backend.device) for _ in range(2)
+            ]
+        return self._staging
 
     def _meet(self, offer: Weights) -> tuple[Backend, Group]:
         assert offer.epoch is not None
@@ -60,9 +71,7 @@ class Collective:
         return backend, group
 
 
-def _receive(group: Group, device: torch.device, offer: Weights, sink: Sink) -> None:
-    size = min(offer.bucket_bytes, offer.num_bytes)
-    staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+def _receive(group: Group, staging: list[torch.Tensor], offer: Weights, sink: Sink) -> None:
     written: list[Future[None] | None] = [None, None]
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as writer:
         for number, offset in enumerate(range(0, offer.num_bytes, offer.bucket_bytes)):

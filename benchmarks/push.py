@@ -478,7 +478,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", choices=("gloo", "shared", "stream"), default="gloo")
-    parser.add_argument("--bucket", type=int, default=16, help="MiB")
+    parser.add_argument("--bucket", type=int, default=4, help="MiB")
     parser.add_argument(
         "--modes", nargs="+", choices=("idle", "generating"), default=["idle", "generating"]
     )

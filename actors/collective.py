@@ -1,14 +1,14 @@
 """The actor's part in a broadcast: its own process receives while the engine generates.
 
-    group ──► staging ──► receive buffer       two staging buckets: one is being filled while
-         └──► staging ──┘                      a second thread copies the other one
+    group ──► staging bucket ──► receive buffer
 
 A collective cannot be interrupted. One that is given up goes on until its deadline, in a thread
-that nobody waits for, and what still arrives ends in its staging buckets.
+that nobody waits for, and what still arrives ends in its staging bucket. One is enough: while it is
+emptied, the next one arrives in the buffers of the connection. (A second one, and a thread between
+them, was slower on a CPU with few cores.)
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -31,6 +31,7 @@ class Collective:
         self._backend: Backend | None = None
         self._group: Group | None = None
         self._epoch: int | None = None
+        self._staging: torch.Tensor | None = None
 
     def receive(self, offer: Weights, sink: Sink) -> None:
         """Receive what is offered; blocks, up to the offer's deadline for each of its parts.
@@ -44,12 +45,24 @@ class Collective:
         if offer.epoch != self._epoch or self._group is None or self._backend is None:
             self._backend, self._group = self._meet(offer)
             self._epoch = offer.epoch
-        _receive(self._group, self._backend, offer, sink)
+        staging = self._staging_bucket(min(offer.bucket_bytes, offer.num_bytes))
+        for offset in range(0, offer.num_bytes, offer.bucket_bytes):
+            bucket = staging[: offer.num_bytes - offset]
+            self._group.broadcast(bucket)
+            with self._backend.stream():
+                sink(offset, bucket)
 
     def abort(self) -> None:
         """Give up what is going on in another thread."""
         if self._group is not None:
             self._group.abort()
+
+    def _staging_bucket(self, size: int) -> torch.Tensor:
+        """Kept from push to push: memory is slow when it is first written."""
+        if self._staging is None or len(self._staging) != size:
+            assert self._backend is not None
+            self._staging = torch.empty(size, dtype=torch.uint8, device=self._backend.device)
+        return self._staging
 
     def _meet(self, offer: Weights) -> tuple[Backend, Group]:
         assert offer.epoch is not None
@@ -60,25 +73,3 @@ class Collective:
         store = join_store(self._host, offer.store_port, offer.timeout_s)
         group = backend.meet(store, offer.epoch, offer.rank, offer.world_size, offer.timeout_s)
         return backend, group
-
-
-def _receive(group: Group, backend: Backend, offer: Weights, sink: Sink) -> None:
-    size = min(offer.bucket_bytes, offer.num_bytes)
-    staging = [torch.empty(size, dtype=torch.uint8, device=backend.device) for _ in range(2)]
-    written: list[Future[None] | None] = [None, None]
-
-    def write(offset: int, bucket: torch.Tensor) -> None:
-        with backend.stream():
-            sink(offset, bucket)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="weights") as writer:
-        for number, offset in enumerate(range(0, offer.num_bytes, offer.bucket_bytes)):
-            before = written[number % 2]
-            if before is not None:
-                before.result()
-            bucket = staging[number % 2][: offer.num_bytes - offset]
-            group.broadcast(bucket)
-            written[number % 2] = writer.submit(write, offset, bucket)
-        for last in written:
-            if last is not None:
-                last.result()

@@ -6,9 +6,14 @@ version serves as the base of a difference.
 
 from threading import Lock
 
+import numpy as np
 import torch
 
-from protocol.weights import CHUNK_BYTES, TensorSpec, num_chunks, packed_digests, total_bytes
+from actors.running_digests import RunningDigests
+from protocol.weights import CHUNK_BYTES, TensorSpec, num_chunks, total_bytes
+
+BLOCK_BYTES = 1 << 18
+"""Copied, then hashed: little enough to be still in the cache of a core."""
 
 
 class Superseded(Exception):
@@ -30,6 +35,7 @@ class ReceiveBuffer:
         self._lock = Lock()
         self._turn = 0
         self._held: list[int | None] = [None] * num_chunks(total_bytes(specs))
+        self._digests = RunningDigests(self._bytes, specs)
 
     def begin(self) -> int:
         """A new turn; it ends the one before."""
@@ -51,7 +57,10 @@ class ReceiveBuffer:
                 raise Superseded
             chunks = range(offset // CHUNK_BYTES, -(-end // CHUNK_BYTES))
             self._mark(chunks, None)
-            self.memory[offset:end].copy_(data)
+            for begin in range(offset, end, BLOCK_BYTES):
+                stop = min(begin + BLOCK_BYTES, end)
+                _copy(self.memory[begin:stop], data[begin - offset : stop - offset])
+                self._digests.written(begin, stop)
             self._mark(chunks, version)
 
     def span(self, chunk: int) -> tuple[int, int]:
@@ -77,10 +86,20 @@ class ReceiveBuffer:
             if names is None or spec.name in names:
                 end = spec.offset + spec.num_bytes
                 self._mark(range(spec.offset // CHUNK_BYTES, -(-end // CHUNK_BYTES)), None)
+                self._digests.forget(spec.offset, end)
 
     def digests(self) -> bytes:
-        return packed_digests(self._bytes, self._specs)
+        """Of all parameters, from the bytes that were written here."""
+        return self._digests.digests()
 
     def _mark(self, chunks: range, version: int | None) -> None:
         for chunk in chunks:
             self._held[chunk] = version
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    if source.is_cpu:
+        # As memcpy, which takes a quarter less time than torch's own copy.
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)

@@ -169,7 +169,7 @@ class WeightsConfig(StrictModel):
     learner.max_staleness must be at least push_every + buffer.max_uses - 2; at exactly that nothing
     is leased while a push goes on.
     """
-    bucket_bytes: Annotated[int, Field(gt=0, multiple_of=CHUNK_BYTES)] = 16 << 20
+    bucket_bytes: Annotated[int, Field(gt=0, multiple_of=CHUNK_BYTES)] = 4 << 20
     """Weights in one broadcast call; whole MiB."""
     compress: bool = False
     """Compress weights that are pulled in full (differences always are): for slow links."""

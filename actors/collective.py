@@ -1,17 +1,18 @@
 """The actor's part in a broadcast: its own process receives while the engine generates.
 
-    group ──► staging bucket ──► receive buffer
+    group ──► staging ──► receive buffer       two staging buckets: one is being filled while the
+         └──► staging ──┘                      other one is copied
 
 A collective cannot be interrupted. One that is given up goes on until its deadline, in a thread
-that nobody waits for, and what still arrives ends in its staging bucket. One is enough: while it is
-emptied, the next one arrives in the buffers of the connection. (A second one, and a thread between
-them, was slower on a CPU with few cores.)
+that nobody waits for, and what still arrives ends in its staging buckets.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
+from protocol.errors import CollectiveError
 from protocol.messages import Weights
 from protocol.sockets import address_towards, parse_tcp
 from protocol.weights import CHUNK_BYTES
@@ -31,7 +32,7 @@ class Collective:
         self._backend: Backend | None = None
         self._group: Group | None = None
         self._epoch: int | None = None
-        self._staging: torch.Tensor | None = None
+        self._staging: list[torch.Tensor] = []
 
     def receive(self, offer: Weights, sink: Sink) -> None:
         """Receive what is offered; blocks, up to the offer's deadline for each of its parts.
@@ -45,23 +46,20 @@ class Collective:
         if offer.epoch != self._epoch or self._group is None or self._backend is None:
             self._backend, self._group = self._meet(offer)
             self._epoch = offer.epoch
-        staging = self._staging_bucket(min(offer.bucket_bytes, offer.num_bytes))
-        for offset in range(0, offer.num_bytes, offer.bucket_bytes):
-            bucket = staging[: offer.num_bytes - offset]
-            self._group.broadcast(bucket)
-            with self._backend.stream():
-                sink(offset, bucket)
+        staging = self._staging_buckets(min(offer.bucket_bytes, offer.num_bytes))
+        _receive(self._group, self._backend, staging, offer, sink)
 
     def abort(self) -> None:
         """Give up what is going on in another thread."""
         if self._group is not None:
             self._group.abort()
 
-    def _staging_bucket(self, size: int) -> torch.Tensor:
+    def _staging_buckets(self, size: int) -> list[torch.Tensor]:
         """Kept from push to push: memory is slow when it is first written."""
-        if self._staging is None or len(self._staging) != size:
+        if not self._staging or len(self._staging[0]) != size:
             assert self._backend is not None
-            self._staging = torch.empty(size, dtype=torch.uint8, device=self._backend.device)
+            device = self._backend.device
+            self._staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         return self._staging
 
     def _meet(self, offer: Weights) -> tuple[Backend, Group]:
@@ -73,3 +71,24 @@ class Collective:
         store = join_store(self._host, offer.store_port, offer.timeout_s)
         group = backend.meet(store, offer.epoch, offer.rank, offer.world_size, offer.timeout_s)
         return backend, group
+
+
+def _receive(
+    group: Group, backend: Backend, staging: list[torch.Tensor], offer: Weights, sink: Sink
+) -> None:
+    offsets = range(0, offer.num_bytes, offer.bucket_bytes)
+    buckets = [staging[n % 2][: offer.num_bytes - offset] for n, offset in enumerate(offsets)]
+    pending: Callable[[], None] | None = group.begin(buckets[0])
+    for number, offset in enumerate(offsets):
+        assert pending is not None
+        pending()
+        pending = group.begin(buckets[number + 1]) if number + 1 < len(buckets) else None
+        try:
+            with backend.stream():
+                sink(offset, buckets[number])
+        except Exception:
+            if pending is not None:
+                # Here, where nobody waits: else whoever frees the group would.
+                with suppress(CollectiveError):
+                    pending()
+            raise

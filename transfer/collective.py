@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from threading import Lock, Thread
 from typing import Literal, Protocol, TypeVar
 
@@ -69,6 +70,12 @@ class Group(Protocol):
         returns it is filled, or handed over: that the others have it, only they can say. After an
         error (a member failed, or the deadline has passed) the epoch is over for this member, and
         the bucket is lost: until the backend has noticed, it may write there.
+        """
+
+    def begin(self, bucket: torch.Tensor) -> Callable[[], None]:
+        """`broadcast` in two parts: what is returned waits for the bucket, and is to be called.
+
+        Until then other work can be done, but no other bucket be begun.
         """
 
     def abort(self) -> None:
@@ -203,12 +210,26 @@ class _GlooGroup:
         self._over = False
 
     def broadcast(self, bucket: torch.Tensor) -> None:
+        self.begin(bucket)()
+
+    def begin(self, bucket: torch.Tensor) -> Callable[[], None]:
         _check_bucket(bucket, _Gloo.device)
         if self._over:
             raise CollectiveError("the epoch is over")
-        try:
+        with self._ending():
             work = self._group.broadcast(bucket, 0, self._timeout)  # type: ignore[attr-defined]
-            work.wait(self._timeout + timedelta(seconds=GRACE_S))
+
+        def wait() -> None:
+            with self._ending():
+                work.wait(self._timeout + timedelta(seconds=GRACE_S))
+
+        return wait
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """The epoch ends with the first error."""
+        try:
+            yield
         except RuntimeError as error:
             # Members may be out of step now, some with this bucket and some without.
             self._over = True
@@ -309,6 +330,11 @@ class _NcclGroup:
         # Aborted kernels end like those that are done.
         if self._over:
             raise CollectiveError("the epoch was aborted")
+
+    def begin(self, bucket: torch.Tensor) -> Callable[[], None]:
+        # All of it later: between GPUs a bucket takes next to no time, compared with what is done
+        # to it on the CPU.
+        return partial(self.broadcast, bucket)
 
     def abort(self) -> None:
         self._over = True

@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-slow test-demo test-vllm chaos fuzz golden-frames lint format clean
+.PHONY: install demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames lint format clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ test-demo: install
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -m vllm tests/vllm
+
+# What needs one GPU or two; skips, with the reason, what the machine has not.
+test-gpu: install
+	$(BIN)/pytest -m "gpu or multi_gpu" tests
 
 # Real processes, killed, frozen and cut off. Figures are printed and appended to runs/chaos.jsonl.
 chaos: install

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import torch
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -48,6 +49,7 @@ from protocol.errors import BadMessage, EngineError, PeerLost, Refused, brief, o
 from protocol.framing import Buffer
 from protocol.groups import pack_group
 from protocol.keys import ActorKeys
+from protocol.machine import machine_id
 from protocol.messages import (
     MAX_LEASES,
     PROTOCOL_VERSION,
@@ -67,6 +69,7 @@ from protocol.messages import (
 )
 from protocol.observability import Heartbeat, ObservabilityServer
 from protocol.weights import layout
+from transfer.collective import gpu_identity, nccl_available
 
 log = logging.getLogger("actor")
 
@@ -121,6 +124,7 @@ class Actor:
         self._engine: Engine | None = None
         self._scorer: RewardScorer | None = None
         self._rejoining_since = -math.inf
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def stop(self, cause: str) -> None:
         """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
@@ -152,6 +156,8 @@ class Actor:
             pid=os.getpid(),
             metrics_host=self._options.metrics_host,
             metrics_port=server.port,
+            machine=machine_id(),
+            gpu=gpu_identity(self._device) if nccl_available() else "",
         )
         try:
             welcome, files = await self._link.join(self._hello, self._options.connect_timeout_s)
@@ -246,7 +252,9 @@ class Actor:
             max_prompt_tokens=config.sampling.max_prompt_tokens,
             max_tokens=config.sampling.max_tokens,
         )
-        self._weights = WeightsReceiver(self._link, engine, specs, config.learner_timeout_s)
+        self._weights = WeightsReceiver(
+            self._link, engine, specs, config.learner_timeout_s, self._device
+        )
         self._engine = engine
 
     # --- loops ----------------------------------------------------------------------------------
@@ -265,7 +273,7 @@ class Actor:
                     if message.verdict == "rejected":
                         log.info("lease %d rejected: %s", message.lease, one_line(message.cause))
                 case Weights():
-                    self._weights.announce(message)
+                    self._weights.announce(message, payloads)
                 case WeightsChunk():
                     self._weights.chunk(message, payloads)
                 case Welcome():

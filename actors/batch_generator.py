@@ -80,6 +80,7 @@ class BatchGenerator:
         self._cache: DynamicCache | None = None
         self._mask_BL = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self._logits_BV: torch.Tensor | None = None
+        self._last = torch.tensor([-1], device=model.device)
 
     @property
     def busy(self) -> bool:
@@ -171,7 +172,9 @@ class BatchGenerator:
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # By its index, which gathers the last position of all rows. Of a slice (what 1 means)
+            # torch makes a product for each row, with a copy of the whole output matrix each.
+            logits_to_keep=self._last,
         )
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV

@@ -48,6 +48,10 @@ class Engine(Protocol):
     version: int
     """Of the weights in use; -1 before the first `load_weights`."""
 
+    in_place: bool
+    """Whether it computes in the memory that it loads from, which must not be written to then
+    before it has loaded from another."""
+
     @property
     def stats(self) -> EngineStats: ...
 
@@ -76,18 +80,27 @@ class Engine(Protocol):
         ...
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Memory to receive weights in, uint8 [num_bytes], on the CPU; called once."""
+        """Memory to receive weights in, uint8 [num_bytes], on the CPU.
+
+        Called once, for an engine that computes `in_place` twice.
+        """
         ...
 
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
-    ) -> tuple[str, float]:
+    ) -> float:
         """Switch to new weights between two tokens; requests in flight continue under them.
 
-        ``packed`` is what `allocate` gave, in the layout of ``specs``; it may be written to again
-        afterwards.
-        Returns the digest of the parameters as loaded (or, from an engine that repacks them, of
-        ``packed`` after it loaded them) and the seconds generation stood still.
+        ``packed`` is what `allocate` gave, in the layout of ``specs``.
+        Returns the seconds in which generation stood still.
+        """
+        ...
+
+    def digests(self, specs: list[TensorSpec]) -> bytes:
+        """Digest of each parameter that it holds (`protocol.weights`), while it generates.
+
+        From an engine that fuses and repacks parameters: of the memory that it loaded them from.
+        Blocks; not to be called while weights are loaded.
         """
         ...
 

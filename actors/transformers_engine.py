@@ -16,10 +16,10 @@ from transformers.initialization import no_init_weights
 from actors.batch_generator import BatchGenerator
 from actors.engine import EngineStats, Request
 from actors.model_files import end_ids
-from protocol import weights
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec
+from protocol.weights import TensorSpec, tensor_digest
+from transfer.packed import view
 
 CLOSE_TIMEOUT_S = 2.0
 """For the token at hand; `actors.app.DRAIN_TIMEOUT_S` counts on it."""
@@ -36,6 +36,7 @@ class TransformersEngine:
         self.version = -1
         self._max_leases = max_leases
         self._model = _empty_model(folder, dtype, device)
+        self.in_place = next(self._model.parameters()).device.type == "cpu"
         self._generator = BatchGenerator(
             self._model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
         )
@@ -65,7 +66,9 @@ class TransformersEngine:
         return self._max_leases
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        # From pinned memory a GPU copies at full speed.
+        pinned = next(self._model.parameters()).device.type == "cuda"
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
 
     async def generate(self, request: Request) -> list[Rollout]:
         self.raise_if_dead()
@@ -82,23 +85,26 @@ class TransformersEngine:
 
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
-    ) -> tuple[str, float]:
+    ) -> float:
         self.raise_if_dead()
-        future: asyncio.Future[tuple[str, float]] = self._loop.create_future()
+        future: asyncio.Future[float] = self._loop.create_future()
 
         def load() -> None:
             started = time.monotonic()
-            unpack_weights(self._model, packed, specs)
+            take_weights(self._model, packed, specs, in_place=self.in_place)
             self._generator.weights_changed(version)
             self.version = version
-            digest = model_digest(self._model, specs)
             seconds = time.monotonic() - started
             self._stats.stall_seconds += seconds
-            self._resolve(future, (digest, seconds))
+            self._resolve(future, seconds)
 
         self._commands.put(load)
-        digest_and_seconds: tuple[str, float] = await self._or_failure(future)
-        return digest_and_seconds
+        seconds: float = await self._or_failure(future)
+        return seconds
+
+    def digests(self, specs: list[TensorSpec]) -> bytes:
+        parameters = dict(self._model.named_parameters())
+        return b"".join(tensor_digest(_bytes(parameters[spec.name])) for spec in specs)
 
     async def close(self) -> None:
         self._commands.put(None)
@@ -172,38 +178,35 @@ class TransformersEngine:
                 future.set_exception(self._failure)
 
 
-def unpack_weights(model: torch.nn.Module, packed: torch.Tensor, specs: list[TensorSpec]) -> None:
-    """Copy packed weights into the parameters that ``specs`` names; shapes must agree.
+def take_weights(
+    model: torch.nn.Module, packed: torch.Tensor, specs: list[TensorSpec], *, in_place: bool
+) -> None:
+    """Make packed weights the parameters of a model; ``in_place`` without copying them.
 
-    Raises `EngineError` before the first copy if they do not, so a model is never half loaded.
+    Raises `EngineError`, before anything changes, if names, shapes or types do not agree: so a
+    model is never half loaded.
     """
     parameters = dict(model.named_parameters())
     if missing := parameters.keys() ^ {spec.name for spec in specs}:
         raise EngineError(f"weights and model differ in parameters: {', '.join(sorted(missing))}")
     for spec in specs:
-        if tuple(parameters[spec.name].shape) != spec.shape:
+        parameter = parameters[spec.name]
+        ours = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        if ours != (spec.shape, spec.dtype):
             raise EngineError(
-                f"{spec.name}: the model has {tuple(parameters[spec.name].shape)}, "
-                f"the weights {spec.shape}"
+                f"{spec.name}: the model has {ours[0]} {ours[1]}, the weights {spec.shape} "
+                f"{spec.dtype}"
             )
     with torch.no_grad():
         for spec in specs:
-            raw = packed[spec.offset : spec.offset + spec.num_bytes]
-            # A view needs its dtype's alignment, which an offset among mixed dtypes may lack.
-            if spec.offset % 4:
-                raw = raw.clone()
-            parameters[spec.name].copy_(raw.view(getattr(torch, spec.dtype)).view(spec.shape))
+            if in_place:
+                parameters[spec.name].data = view(packed, spec)
+            else:
+                parameters[spec.name].copy_(view(packed, spec))
 
 
-def model_digest(model: torch.nn.Module, specs: list[TensorSpec]) -> str:
-    """Digest of the parameters as the model holds them, in the types of ``specs``."""
-    parameters = dict(model.named_parameters())
-
-    def data(spec: TensorSpec) -> memoryview:
-        tensor = parameters[spec.name].detach().to("cpu", getattr(torch, spec.dtype))
-        return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-
-    return weights.digest((spec.name, data(spec)) for spec in specs)
+def _bytes(parameter: torch.Tensor) -> memoryview:
+    return parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _empty_model(folder: Path, dtype: str, device: str) -> Any:

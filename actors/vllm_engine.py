@@ -33,11 +33,10 @@ import torch
 from actors.engine import EngineStats, Request, UnusableRow
 from actors.model_files import end_ids
 from actors.threads import in_daemon_thread
-from protocol import weights
 from protocol.config import ActorConfig
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec
+from protocol.weights import TensorSpec, packed_digests
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -72,6 +71,7 @@ class VllmEngine:
         self._loading_since: float | None = None
         self._failure: EngineError | None = None
         self.version = -1
+        self.in_place = False
         self._stall_seconds = 0.0
         self._buffer: _SharedBuffer | None = None
 
@@ -137,7 +137,7 @@ class VllmEngine:
 
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
-    ) -> tuple[str, float]:
+    ) -> float:
         self.raise_if_dead()
         assert self._buffer is not None and packed is self._buffer.tensor, "not from allocate"
         described = [list(astuple(spec)) for spec in specs]
@@ -160,10 +160,13 @@ class VllmEngine:
         seconds = time.monotonic() - started
         self.version = version
         self._stall_seconds += seconds
+        return seconds
+
+    def digests(self, specs: list[TensorSpec]) -> bytes:
         # The worker read these very pages. It is not asked for its own copy, which vLLM fuses,
         # splits and repacks: what that computes is compared with the learner's model instead.
-        digest = await in_daemon_thread(lambda: weights.packed_digest(packed.numpy().data, specs))
-        return digest, seconds
+        assert self._buffer is not None
+        return packed_digests(self._buffer.tensor.numpy().data, specs)
 
     async def close(self) -> None:
         self._failure = EngineError("the engine is closed")

@@ -15,6 +15,7 @@ import torch
 
 from actors.vllm_engine import ACTOR_PID
 from protocol.weights import TensorSpec
+from transfer.packed import view
 
 
 def _exit_with(pid: int) -> None:
@@ -70,8 +71,7 @@ def _tensors(packed: torch.Tensor, specs: list[list[Any]]) -> Iterator[tuple[str
     """Named tensors, each a copy: vLLM keeps references until a layer is complete."""
     for fields in specs:
         spec = TensorSpec(*fields)
-        raw = packed[spec.offset : spec.offset + spec.num_bytes].clone()
-        yield spec.name, raw.view(getattr(torch, spec.dtype)).view(tuple(spec.shape))
+        yield spec.name, view(packed, spec).clone()
 
 
 def _repack_tied_embeddings(model: Any) -> None:

@@ -1,221 +1,270 @@
-"""The receiving end of weights: by collective broadcast, or pulled in chunks; then one loader.
+"""The receiving end of weights: three routes into one buffer, then one loader.
 
-    announcement ──► collective: join the epoch, receive buckets on a side thread ─┐
-                 └─► stream: pull chunks over ZeroMQ ──────────────────────────────┤
-                        ▲                                                          ▼
-                        └── whatever fails ◄── digest of the bytes ── engine loads between tokens
-                                                                                   ▼
-                                                    WeightsReady with the digest of the parameters
+    announcement ─┬─► collective: buckets of a broadcast      ─┐
+                  ├─► shared: the learner's memory, mapped     ├─► digests ─► engine loads ─► ready
+                  └─► stream: chunks, or their differences    ─┘     │            between tokens
+                          ▲                                          │
+                          └── what another route left missing, or damaged ◄──┘
 
-The engine keeps generating while bytes arrive; only loading stops it. Bytes whose digest is wrong
-are never loaded, so the engine always holds one complete version. Announcements are not queued:
-the newest one wins.
+The engine keeps generating while bytes arrive; only loading stops it. A tensor whose digest is
+wrong is never loaded, so the engine always holds one complete version. Announcements are not
+queued: the newest one wins, and a transfer that it interrupts leaves the chunks that it got.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
-from datetime import timedelta
-from typing import Literal
+from collections.abc import Coroutine
+from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import ProcessGroupGloo
 
+from actors.collective import Collective
 from actors.engine import Engine
 from actors.link import LearnerLink
+from actors.pull import Gone, Pull
+from actors.receive_buffer import ReceiveBuffer
+from actors.shared import read_shared
 from actors.threads import in_daemon_thread
-from protocol.errors import EngineError, PeerLost, brief
-from protocol.messages import Weights, WeightsChunk, WeightsPull, WeightsReady
-from protocol.sockets import address_towards, parse_tcp
-from protocol.weights import TensorSpec, chunks, packed_digest, total_bytes
+from protocol.errors import EngineError, brief
+from protocol.messages import Route, Weights, WeightsChunk, WeightsReady
+from protocol.weights import TensorSpec, differing, item_bytes, total_bytes, whole_digest
 
 log = logging.getLogger("actor")
 
-PULLS_IN_FLIGHT = 4
-PULL_RETRY_S = 5.0
-
-
-class _Gone(Exception):
-    """The version being pulled has been replaced."""
+MAX_PULLS = 3
+"""Of one version, when what came was damaged again and again."""
 
 
 class WeightsReceiver:
     """Brings the engine to the newest announced version."""
 
     def __init__(
-        self, link: LearnerLink, engine: Engine, specs: list[TensorSpec], timeout_s: float
+        self,
+        link: LearnerLink,
+        engine: Engine,
+        specs: list[TensorSpec],
+        timeout_s: float,
+        device: torch.device,
     ) -> None:
+        """``timeout_s`` is how long the learner may be silent while it is asked for chunks;
+        ``device`` is where the NCCL backend receives."""
         self._link = link
         self._engine = engine
         self._specs = specs
         self._timeout_s = timeout_s
-        self._collective = _Collective(link.url)
-        try:
-            self._buffer = engine.allocate(total_bytes(specs))
-        except (RuntimeError, MemoryError, OSError) as error:
-            size = total_bytes(specs)
-            raise EngineError(f"no {size} bytes to receive weights in: {brief(error)}") from error
-        self._announcement: Weights | None = None
+        self._device = device
+        self._collective = Collective(link.url, device)
+        self._next = self._allocate()
+        self._loaded = self._allocate() if engine.in_place else self._next
+        """Holds what the engine holds, unless a transfer into it has begun."""
+        self._offer: tuple[Weights, bytes] | None = None
         self._announced = asyncio.Event()
-        self._chunks: dict[int, asyncio.Future[memoryview | None]] = {}
-        self._pulling = -1
+        self._taking: Weights | None = None
+        """What is being received or loaded: to be told of it again is no reason to begin anew."""
         self._starts_over = False
+        self._loading = False
+        self._pull: Pull | None = None
+        self._ready: tuple[WeightsReady, bytes] | None = None
+        """What the learner was told of the weights in use."""
 
-    def announce(self, announcement: Weights) -> None:
+    def announce(self, offer: Weights, payloads: list[memoryview]) -> None:
         """A new version exists; `run` takes the newest."""
-        self._announcement = announcement
+        if offer == self._taking and not self._starts_over:
+            return
+        self._offer = (offer, bytes(payloads[0]) if payloads else b"")
         self._announced.set()
 
     def start_over(self) -> None:
         """The learner may be another process now, which resumed from an older version."""
-        self._collective = _Collective(self._link.url)
+        self._new_collective()
         self._starts_over = True
 
     def chunk(self, message: WeightsChunk, payloads: list[memoryview]) -> None:
-        """A chunk that `_pull` asked for; others are late answers."""
-        future = self._chunks.get(message.offset)
-        if message.version == self._pulling and future is not None and not future.done():
-            future.set_result(payloads[0] if payloads else None)
+        """A chunk that was pulled; others are late answers."""
+        if self._pull is not None:
+            self._pull.answer(message, payloads)
 
     async def run(self) -> None:
         """Follow announcements until cancelled; raises `EngineError` or `PeerLost`."""
         while True:
             await self._announced.wait()
             self._announced.clear()
-            assert self._announcement is not None
-            if self._starts_over or self._announcement.version >= self._engine.version:
-                self._starts_over = False
-                await self._update(self._announcement)
+            assert self._offer is not None
+            offer, digests = self._offer
+            if not self._starts_over and offer.version < self._engine.version:
+                continue
+            if self._starts_over:
+                self._starts_over, self._ready = False, None
+                self._next.forget()
+                self._loaded.forget()
+            self._taking = offer
+            await self._until_announced(self._update(offer, digests))
+            self._taking = None
 
-    async def _update(self, announcement: Weights) -> None:
-        if announcement.num_bytes != len(self._buffer):
-            raise EngineError(
-                f"version {announcement.version} has {announcement.num_bytes} bytes of weights, "
-                f"the model {len(self._buffer)}"
-            )
-        started = time.monotonic()
-        route: Literal["collective", "stream"] = "collective"
-        if announcement.epoch is None or not await self._receive(announcement):
-            route = "stream"
-            if not await self._pull(announcement):
-                return
-        received = time.monotonic()
-        digest, load_seconds = await self._engine.load_weights(
-            announcement.version, self._buffer, self._specs
-        )
-        await self._link.send(
-            WeightsReady(
-                version=announcement.version,
-                digest=digest,
-                route=route,
-                receive_seconds=received - started,
-                load_seconds=load_seconds,
-            )
-        )
-
-    async def _receive(self, announcement: Weights) -> bool:
-        """Whether the collective brought the announced bytes."""
+    async def _until_announced(self, update: Coroutine[Any, Any, None]) -> None:
+        """Run an update; a newer announcement interrupts it, except while the engine loads."""
+        task = asyncio.ensure_future(update)
+        announced = asyncio.ensure_future(self._announced.wait())
         try:
-            await in_daemon_thread(lambda: self._collective.receive(announcement, self._buffer))
+            await asyncio.wait({task, announced}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and not self._loading:
+                task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.result()
+        finally:
+            announced.cancel()
+            task.cancel()
+
+    async def _update(self, offer: Weights, digests: bytes) -> None:
+        self._check(offer, digests)
+        if self._ready is not None and self._ready[0].version == offer.version:
+            if self._ready[0].digest != offer.digest:
+                # What the engine made of it was wrong: so may be all that it was made from.
+                self._next.forget()
+                self._loaded.forget()
+            elif offer.epoch is None:
+                # The learner asked again, after a broadcast that only others did not get.
+                await self._confirm(*self._ready)
+                return
+            # In a broadcast the others need this actor, whatever it has.
+        started = time.monotonic()
+        route = await self._receive(offer)
+        if route is None or not await self._intact(offer, digests):
+            return
+        await self._load(offer, route, time.monotonic() - started)
+
+    def _check(self, offer: Weights, digests: bytes) -> None:
+        size = total_bytes(self._specs)
+        if offer.num_bytes != size:
+            raise EngineError(
+                f"version {offer.version} has {offer.num_bytes} bytes of weights, the model {size}"
+            )
+        try:
+            agrees = whole_digest(digests, self._specs) == offer.digest
+        except ValueError:
+            agrees = False
+        if not agrees:
+            raise EngineError(f"the digests of version {offer.version} contradict each other")
+
+    # --- routes ---------------------------------------------------------------------------------
+
+    async def _receive(self, offer: Weights) -> Route | None:
+        """Fill the buffer; returns the route that completed it, None if the version is gone."""
+        route: Route = "stream"
+        turn = self._next.begin()
+        if offer.epoch is not None:
+            route = "collective"
+            await self._by_collective(offer, turn)
+        elif offer.shared:
+            route = "shared"
+            await self._by_shared(offer, turn)
+        # The one before may still write.
+        turn = self._next.begin()
+        if not self._next.missing(offer.version):
+            return route
+        return "stream" if await self._by_stream(offer.version, turn) else None
+
+    async def _by_collective(self, offer: Weights, turn: int) -> None:
+        buffer, collective = self._next, self._collective
+
+        def sink(offset: int, data: torch.Tensor) -> None:
+            buffer.write(turn, offset, data, offer.version)
+
+        try:
+            await in_daemon_thread(lambda: collective.receive(offer, sink))
+        except asyncio.CancelledError:
+            self._new_collective()
+            raise
         except Exception as error:
             # A member died or was late: the epoch is over for everybody. The stream works anyway.
-            log.info("collective of epoch %s ended early; pulling", announcement.epoch)
+            log.info("collective of epoch %s ended early; pulling the rest", offer.epoch)
             log.debug("%s", brief(error))
-            return False
-        return await self._is_intact(announcement)
+            self._new_collective()
 
-    async def _pull(self, announcement: Weights) -> bool:
-        """Pull all chunks, several at a time; False if the version was replaced meanwhile."""
-        self._pulling = announcement.version
-        todo = deque(chunks(announcement.num_bytes))
+    async def _by_shared(self, offer: Weights, turn: int) -> None:
+        buffer = self._next
+        try:
+            await in_daemon_thread(
+                lambda: read_shared(
+                    offer.shared,
+                    offer.num_bytes,
+                    lambda offset, data: buffer.write(turn, offset, data, offer.version),
+                )
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            log.info("the learner's memory cannot be read (%s); pulling", brief(error))
+
+    async def _by_stream(self, version: int, turn: int) -> bool:
+        """Pull what is missing; False if the version was replaced meanwhile."""
+        self._pull = Pull(
+            self._link,
+            version,
+            self._next,
+            turn,
+            self._loaded,
+            item_bytes(self._specs),
+            self._timeout_s,
+        )
         gone = False
         try:
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(PULLS_IN_FLIGHT):
-                    workers.create_task(self._pull_chunks(announcement.version, todo))
-        except* _Gone:
+            await self._pull.run()
+        except* Gone:
             gone = True
         finally:
-            self._pulling = -1
-            self._chunks.clear()
-        if gone:
-            return False
-        if not await self._is_intact(announcement):
-            raise EngineError(
-                f"the weights of version {announcement.version} arrived damaged: their digest is "
-                f"not {announcement.digest}"
-            )
-        return True
+            self._pull = None
+        return not gone
 
-    async def _pull_chunks(self, version: int, todo: deque[tuple[int, int]]) -> None:
-        while todo:
-            offset, num_bytes = todo.popleft()
-            data = await self._pull_chunk(version, offset, num_bytes)
-            if data is None:
-                raise _Gone
-            if data.nbytes != num_bytes:
-                raise EngineError(f"a chunk of {data.nbytes} bytes instead of {num_bytes}")
-            self._buffer.numpy()[offset : offset + num_bytes] = data
+    def _new_collective(self) -> None:
+        self._collective.abort()
+        self._collective = Collective(self._link.url, self._device)
 
-    async def _pull_chunk(self, version: int, offset: int, num_bytes: int) -> memoryview | None:
-        """One chunk, asked for again while the link is down; raises `PeerLost` in the end."""
-        deadline = time.monotonic() + self._timeout_s
-        while time.monotonic() < deadline:
-            future = asyncio.get_running_loop().create_future()
-            self._chunks[offset] = future
-            await self._link.send(WeightsPull(version=version, offset=offset, num_bytes=num_bytes))
-            try:
-                return await asyncio.wait_for(future, PULL_RETRY_S)
-            except TimeoutError:
-                continue
-        raise PeerLost(f"the learner at {self._link.url} sends no weights")
+    # --- loading --------------------------------------------------------------------------------
 
-    async def _is_intact(self, announcement: Weights) -> bool:
-        # A large model takes seconds, in which the event loop has to go on.
-        digest = await in_daemon_thread(
-            lambda: packed_digest(self._buffer.numpy().data, self._specs)
+    async def _intact(self, offer: Weights, digests: bytes) -> bool:
+        """Whether all bytes are right, after pulling again what is not; False if it is gone."""
+        for _ in range(MAX_PULLS):
+            # A large model takes seconds, in which the event loop has to go on.
+            wrong = differing(self._specs, digests, await in_daemon_thread(self._next.digests))
+            if not wrong:
+                return True
+            log.warning("version %d: %s arrived damaged", offer.version, ", ".join(wrong[:3]))
+            self._next.forget(wrong)
+            if not await self._by_stream(offer.version, self._next.begin()):
+                return False
+        raise EngineError(
+            f"{wrong[0]} of version {offer.version} arrives damaged, {MAX_PULLS} times in a row"
         )
-        return digest == announcement.digest
 
-
-class _Collective:
-    """This actor's membership in the current epoch's gloo group."""
-
-    def __init__(self, learner_url: str) -> None:
-        self._host, port = parse_tcp(learner_url)
-        self._own_address = address_towards(self._host, port)
-        self._store: TCPStore | None = None
-        self._epoch: int | None = None
-        self._group: ProcessGroupGloo | None = None
-
-    def receive(self, announcement: Weights, buffer: torch.Tensor) -> None:
-        """Receive all buckets into ``buffer``; any failure (RuntimeError) ends the membership."""
-        timeout = timedelta(seconds=announcement.timeout_s)
+    async def _load(self, offer: Weights, route: Route, receive_seconds: float) -> None:
+        buffer, engine = self._next, self._engine
+        self._loading = True
         try:
-            if announcement.epoch != self._epoch or self._group is None:
-                self._group, self._epoch = self._join(announcement, timeout), announcement.epoch
-            for offset, num_bytes in chunks(announcement.num_bytes, announcement.bucket_bytes):
-                bucket = buffer[offset : offset + num_bytes]
-                self._group.broadcast(bucket, 0, timeout).wait(timeout)  # type: ignore[attr-defined]
-        except Exception:
-            self._store, self._group, self._epoch = None, None, None
-            raise
+            load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
+            if engine.in_place:
+                self._loaded, self._next = buffer, self._loaded
+            held = await in_daemon_thread(lambda: engine.digests(self._specs))
+        finally:
+            self._loading = False
+        ready = WeightsReady(
+            version=offer.version,
+            digest=whole_digest(held, self._specs),
+            route=route,
+            receive_seconds=receive_seconds,
+            load_seconds=load_seconds,
+        )
+        self._ready = (ready, held)
+        await self._confirm(ready, held)
 
-    def _join(self, announcement: Weights, timeout: timedelta) -> ProcessGroupGloo:
-        if not 1 <= announcement.rank < announcement.world_size:
-            raise ValueError(f"rank {announcement.rank} of {announcement.world_size}")
-        if self._store is None:
-            self._store = TCPStore(
-                self._host,
-                announcement.store_port,
-                is_master=False,
-                timeout=timeout,
-                wait_for_workers=False,
-            )
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timeout
-        options._devices = [ProcessGroupGloo.create_device(hostname=self._own_address)]
-        store = PrefixStore(f"weights/{announcement.epoch}", self._store)
-        return ProcessGroupGloo(store, announcement.rank, announcement.world_size, options)
+    async def _confirm(self, ready: WeightsReady, held: bytes) -> None:
+        # From here on the same offer is a new question.
+        self._taking = None
+        await self._link.send(ready, [held])
+
+    def _allocate(self) -> ReceiveBuffer:
+        size = total_bytes(self._specs)
+        try:
+            return ReceiveBuffer(self._engine.allocate(size), self._specs)
+        except (RuntimeError, MemoryError, OSError) as error:
+            raise EngineError(f"no {size} bytes to receive weights in: {brief(error)}") from error

@@ -33,7 +33,8 @@ from learner.coordinator import Coordinator
 from learner.data import PromptStream
 from learner.journal import Arrival, Journal
 from learner.membership import Outgoing
-from learner.snapshots import SnapshotStore, pack
+from learner.packing import MemoryPool, pack
+from learner.snapshots import SnapshotStore
 from learner.work import WorkQueue
 from protocol.framing import Buffer, decode_to_learner, encode
 from protocol.groups import Group, Rollout, pack_group
@@ -47,7 +48,7 @@ from protocol.messages import (
     WeightsReady,
     Welcome,
 )
-from protocol.weights import layout
+from protocol.weights import layout, total_bytes
 
 SIZES = ((4, 25), (16, 1024))
 OUTSTANDING = (16, 256)
@@ -144,7 +145,7 @@ class Bench:
         self._config = config
         self._store = store
         model, specs = _model()
-        snapshots = SnapshotStore(pack(0, model, specs))
+        snapshots = SnapshotStore(pack(0, model, specs, MemoryPool(total_bytes(specs))))
         self._buffer = ReplayBuffer.of(config)
         self._coordinator = Coordinator(
             config,
@@ -157,12 +158,13 @@ class Bench:
             vocab_size=VOCAB,
             journal=store,
             clock=time.monotonic,
+            on_pull=lambda session, pull: None,
         )
         self._frames = _frames(rollouts, tokens)
         self.waits: list[float] = []
         """Seconds from arrival to acknowledgement."""
         self._arrived: dict[int, float] = {}
-        self._coordinator.outbox = self._outbox = _Outbox(self._arrived, self.waits)
+        self._coordinator.roster.outbox = self._outbox = _Outbox(self._arrived, self.waits)
         self._acknowledged = Event()
         if isinstance(store, Journal):
             store.start(self._stored, self._coordinator.fail)

@@ -1,8 +1,6 @@
 """``python -m deploy`` is the `gdpo` command."""
 
-import sys
-
-from deploy.cli import main
+from deploy.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -6,10 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from deploy import FAILURE, INTERRUPTED, USER_ERROR
 from protocol.errors import AsyncGdpoError, ConfigError, RewardError
+from protocol.process import leave
+
+
+def run() -> NoReturn:
+    """The command as a process."""
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,6 +122,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     change.set_defaults(command=_set)
 
+    top = commands.add_parser("top", help="watch a running learner, its actors and its weights")
+    top.add_argument(
+        "target",
+        nargs="?",
+        default="http://127.0.0.1:9400",
+        metavar="TARGET",
+        help="the run folder, or http://HOST:PORT of the learner's metrics (default: %(default)s)",
+    )
+    top.add_argument(
+        "--interval",
+        type=_seconds,
+        default=1.0,
+        metavar="SECONDS",
+        help="from one look to the next (default: 1)",
+    )
+    top.add_argument(
+        "--once", action="store_true", help="print it and leave; so it is without a terminal"
+    )
+    top.set_defaults(command=_top)
+
     journal = commands.add_parser("journal", help="print what the journal of a run holds")
     journal.add_argument("run", type=Path, metavar="FOLDER")
     journal.add_argument(
@@ -160,6 +186,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait")
+    return seconds
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -291,6 +324,12 @@ def _set(options: Any) -> int:
 
     set_rewards(options.run, options.assignments)
     return 0
+
+
+def _top(options: Any) -> int:
+    from deploy.top import top
+
+    return top(options.target, interval_s=options.interval, once=options.once)
 
 
 def _journal(options: Any) -> int:

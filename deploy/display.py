@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from threading import Event, Thread
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-Status = dict[str, Any]
+from deploy.status import Status
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 5.0
@@ -57,70 +58,86 @@ class Display:
             status = self._source()
             line = render_line(status) if status else ""
             if line and line != last:
-                self._console.print(line, highlight=False, soft_wrap=True)
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
                 last = line
 
 
 def render_line(status: Status) -> str:
     """The status as one plain line."""
-    parts = [status["phase"], f"step {status['step']}/{status['steps']}"]
-    if status["rewards"]:
-        parts += [f"{name} {value:.3f}" for name, value in status["rewards"].items()]
+    parts = [status.phase, f"step {status.step}/{status.steps}"]
+    if status.staleness_mean is not None:
+        parts += [f"{name} {value:.3f}" for name, value in status.rewards.items()]
         parts += [
-            f"generated {status['tokens_generated_per_s']:.0f} tok/s",
-            f"trained {status['tokens_trained_per_s']:.0f} tok/s",
-            f"staleness {status['staleness_mean']:.1f} (max {status['staleness_max']})",
-            f"buffer {status['buffer_groups']}",
+            f"generated {status.tokens_generated_per_s:.0f} tok/s",
+            f"trained {status.tokens_trained_per_s:.0f} tok/s",
+            f"staleness {status.staleness_mean:.1f} (max {status.staleness_max})",
+            f"buffer {status.buffer_groups}",
         ]
-    parts.append(f"actors {status['actors_live']}")
-    if status["bottleneck"]:
-        parts.append(f"bottleneck {status['bottleneck']}")
-    if status["seconds_left"] is not None and status["phase"] == "training":
-        parts.append(f"{_duration(status['seconds_left'])} left")
+    parts.append(f"actors {status.actors_live}")
+    if status.bottleneck:
+        parts.append(f"bottleneck {status.bottleneck}")
+    if status.seconds_left is not None and status.phase == "training":
+        parts.append(f"{duration(status.seconds_left)} left")
     return " | ".join(parts)
 
 
-def render_panel(status: Status) -> Panel:
-    """The status as a panel for a terminal."""
+def render_panel(status: Status, width: int | None = 76) -> Panel:
+    """The status as a panel for a terminal; ``width`` None: as wide as that is."""
+    table = facts()
+    steps = f"{status.step} of {status.steps}"
+    if status.seconds_left is not None and status.phase == "training":
+        steps += f", {duration(status.seconds_left)} left"
+    add_row(table, "phase", status.phase)
+    add_row(table, "step", steps)
+    table.add_row("", ProgressBar(total=status.steps, completed=status.step, width=40))
+    if status.staleness_mean is not None:
+        for name, value in status.rewards.items():
+            add_row(table, name, f"{value:.3f}")
+        add_row(
+            table,
+            "tokens",
+            f"{status.tokens_generated_per_s:,.0f} generated, "
+            f"{status.tokens_trained_per_s:,.0f} trained a second",
+        )
+        add_row(
+            table,
+            "staleness",
+            f"{status.staleness_mean:.1f} on average, {status.staleness_max} at most "
+            f"(limit {status.max_staleness})",
+        )
+    add_row(
+        table,
+        "buffer",
+        f"{status.buffer_groups} groups, {status.buffer_bytes / 1e6:.1f} MB "
+        f"(a batch takes {status.batch_groups})",
+    )
+    wanted = f", {status.actors_wanted} would do" if status.actors_wanted else ""
+    add_row(table, "actors", f"{status.actors_live} live{wanted}")
+    if status.bottleneck:
+        add_row(
+            table,
+            "idle",
+            f"actors {status.actor_idle_share:.0%}, learner {status.learner_wait_share:.0%}",
+        )
+        add_row(table, "bottleneck", _BOTTLENECKS[status.bottleneck])
+    return Panel(table, title=Text(f"gdpo · {status.run}"), width=width)
+
+
+def facts() -> Table:
+    """An empty table of names and what is to be said about them."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    steps = f"{status['step']} of {status['steps']}"
-    if status["seconds_left"] is not None and status["phase"] == "training":
-        steps += f", {_duration(status['seconds_left'])} left"
-    table.add_row("phase", status["phase"])
-    table.add_row("step", steps)
-    table.add_row("", ProgressBar(total=status["steps"], completed=status["step"], width=40))
-    for name, value in status["rewards"].items():
-        table.add_row(name, f"{value:.3f}")
-    if status["rewards"]:
-        table.add_row(
-            "tokens",
-            f"{status['tokens_generated_per_s']:,.0f} generated, "
-            f"{status['tokens_trained_per_s']:,.0f} trained a second",
-        )
-        table.add_row(
-            "staleness",
-            f"{status['staleness_mean']:.1f} on average, {status['staleness_max']} at most "
-            f"(limit {status['max_staleness']})",
-        )
-    table.add_row(
-        "buffer",
-        f"{status['buffer_groups']} groups, {status['buffer_bytes'] / 1e6:.1f} MB "
-        f"(a batch takes {status['batch_groups']})",
-    )
-    wanted = f", {status['actors_wanted']} would do" if status["actors_wanted"] else ""
-    table.add_row("actors", f"{status['actors_live']} live{wanted}")
-    if status["bottleneck"]:
-        table.add_row(
-            "idle",
-            f"actors {status['actor_idle_share']:.0%}, learner {status['learner_wait_share']:.0%}",
-        )
-        table.add_row("bottleneck", _BOTTLENECKS[status["bottleneck"]])
-    return Panel(table, title=f"gdpo · {status['run']}", width=76)
+    return table
 
 
-def _duration(seconds: float) -> str:
+def add_row(table: Table, *cells: str) -> None:
+    """As it is: not as the markup that a name from the network may hold."""
+    table.add_row(*map(Text, cells))
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -21,8 +21,8 @@ from actors.rollout import RolloutWorker
 from learner.config import RunConfig
 from learner.data import evaluation_work, load_rows
 from learner.evaluation import Evaluation
+from learner.packing import pack_into
 from learner.policy import Policy, load_policy
-from learner.snapshots import pack
 from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
 from protocol.weights import total_bytes
@@ -89,7 +89,7 @@ async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
         config.for_actors().model_copy(update={"sampling": sampling, "max_leases": IN_FLIGHT}),
     )
     packed = engine.allocate(total_bytes(policy.specs))
-    packed.copy_(pack(0, policy.model, policy.specs).packed)
+    pack_into(packed, policy.model, policy.specs)
     await engine.load_weights(0, packed, policy.specs)
     return engine
 

@@ -4,9 +4,11 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import IO, Any
 
 from protocol.errors import PeerLost, Refused
+
+MAX_ANSWER_BYTES = 1 << 24
 
 # A proxy of the environment is for the world outside, and would get to see the token.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -30,20 +32,35 @@ def post_json(url: str, body: Any, *, token: str, timeout_s: float) -> dict[str,
 def _open(request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
     try:
         with _OPENER.open(request, timeout=timeout_s) as response:
-            answer = json.load(response)
+            answer = _decode(response)
     except urllib.error.HTTPError as error:
         raise Refused(_reason(error)) from error
     except (OSError, http.client.HTTPException) as error:
         raise PeerLost(f"nothing answers at {request.full_url}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PeerLost(f"something else answers at {request.full_url}") from error
     if not isinstance(answer, dict):
         raise PeerLost(f"something else answers at {request.full_url}")
     return answer
 
 
+def _decode(response: IO[bytes]) -> Any:
+    """Raises ``ValueError`` or ``RecursionError`` for what none of our processes would say."""
+    body = response.read(MAX_ANSWER_BYTES + 1)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes")
+    return json.loads(body)
+
+
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.load(error)["error"])
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return str(_decode(error)["error"])
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+        RecursionError,
+        KeyError,
+        TypeError,
+    ):
         return f"{error.url} answers {error.code} {error.reason}"

@@ -19,12 +19,12 @@ from typing import Any
 
 from deploy import INTERRUPTED, USER_ERROR
 from deploy.display import Display
-from deploy.http import get_json
 from deploy.plot import plot_run
 from deploy.report import print_summary
+from deploy.status import Status, fetch_status
 from learner.config import RunConfig
 from learner.runlog import RunFolder
-from protocol.errors import ConfigError, PeerLost, Refused, TrainingError
+from protocol.errors import ConfigError, ProtocolError, TrainingError
 
 _ERROR = "gdpo: error: "
 STOP_TIMEOUT_S = 5.0
@@ -139,13 +139,13 @@ class Launcher:
     def stop_requested(self) -> bool:
         return self._stop_requested_at is not None
 
-    def status(self) -> dict[str, Any] | None:
+    def status(self) -> Status | None:
         """The learner's live status; None while it does not answer."""
         if not self._metrics_url or self._learner.process.poll() is not None:
             return None
         try:
-            return get_json(self._metrics_url.removesuffix("/metrics") + "/status", timeout_s=2.0)
-        except (PeerLost, Refused):
+            return fetch_status(self._metrics_url.removesuffix("/metrics"))
+        except ProtocolError:
             return None
 
     # --- supervision ----------------------------------------------------------------------------

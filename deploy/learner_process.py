@@ -1,5 +1,6 @@
 """A learner as a process: with the live display, or quiet as a child of the launcher."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from deploy.display import Display
 from deploy.lifeline import when_parent_dies
 from deploy.plot import plot_run
 from deploy.report import print_summary
+from deploy.status import Status, read_status
 from learner.app import Learner
 from learner.config import RunConfig
 from learner.main import run_learner
@@ -24,7 +26,11 @@ def run_with_display(config: RunConfig, folder: RunFolder, *, resume: bool, as_c
         if as_child:
             when_parent_dies(lambda: learner.stop("the launcher is gone"))
 
-    display = Display(lambda: status_report(learners[0]) if learners else None)
+    def status() -> Status | None:
+        # By way of JSON, as for everybody else: it makes lists of tuples and words of keys.
+        return read_status(json.loads(json.dumps(status_report(learners[0])))) if learners else None
+
+    display = Display(status)
     with nullcontext() if as_child else display:
         summary = run_learner(config, folder, resume=resume, on_start=on_start)
     if not as_child:

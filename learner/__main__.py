@@ -10,6 +10,7 @@ from pathlib import Path
 from learner.config_file import load_config
 from learner.runlog import RunFolder
 from protocol.errors import AsyncGdpoError, ConfigError
+from protocol.process import leave
 
 
 def main(arguments: list[str]) -> int:
@@ -42,4 +43,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from learner.buffer import Cut, ReplayBuffer
 from learner.checkpoints import Checkpoint, newest
+from learner.chunks import Answer, ChunkSource
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream, check_work, evaluation_work, load_rows
@@ -34,15 +35,18 @@ from learner.history import JOURNAL_TIMEOUT_S, History, Resumed
 from learner.intake import Intake
 from learner.journal import Arrival
 from learner.metrics import StateCollector, StepMetrics
+from learner.packing import MemoryPool, pack
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.replay import load_trainer
 from learner.report import evaluation_report, status_report, step_line, summary_report
 from learner.reward_settings import RewardSetting, RewardSettings
+from learner.routes import place_of
 from learner.runlog import RunFolder
 from learner.selfcheck import SelfCheck
-from learner.snapshots import Snapshot, SnapshotStore, pack
+from learner.snapshots import Snapshot, SnapshotStore
 from learner.state import RunState
+from learner.stream import WeightsStream
 from learner.trainer import StepResult
 from learner.work import WorkQueue, group_limits
 from protocol.errors import ConfigError, TrainingError, brief
@@ -50,6 +54,7 @@ from protocol.keys import AllowList
 from protocol.messages import Welcome
 from protocol.observability import Heartbeat, ObservabilityServer
 from protocol.sockets import bind_learner, is_wildcard, parse_tcp
+from protocol.weights import item_bytes, total_bytes
 
 log = logging.getLogger("learner")
 
@@ -101,6 +106,7 @@ class Learner:
         self._stream = PromptStream(rows, config)
         self._heartbeat = Heartbeat("trainer", limit_s=120.0)
         self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
+        self._place = place_of(config, next(self.policy.model.parameters()).device)
         self.rewards = RewardSettings(config.rewards, config.learner.steps)
         self.history = History(self.folder, config, self.policy)
         self.buffer = ReplayBuffer.of(config)
@@ -109,8 +115,20 @@ class Learner:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
         self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
+        self._memory = MemoryPool(
+            total_bytes(self.policy.specs),
+            pinned=any(parameter.is_cuda for parameter in self.policy.model.parameters()),
+        )
         self._snapshots = SnapshotStore(self._packed())
+        self.weights_stream = WeightsStream(
+            ChunkSource(
+                self._snapshots,
+                width=item_bytes(self.policy.specs),
+                compress=config.weights.compress,
+            )
+        )
         self._work = WorkQueue(self._stream)
+        self._pacing = config.pacing()
         self.coordinator = Coordinator(
             config,
             welcome=Welcome(
@@ -123,11 +141,12 @@ class Learner:
             files=tuple(self.policy.files.values()),
             work=self._work,
             buffer=self.buffer,
-            pacing=config.pacing(),
+            pacing=self._pacing,
             snapshots=self._snapshots,
             vocab_size=self.policy.vocab_size,
             journal=self.history.journal,
             clock=time.monotonic,
+            on_pull=self.weights_stream.pull,
             self_check=self._self_check,
             checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
         )
@@ -185,17 +204,26 @@ class Learner:
         if journal := self.history.journal:
             journal.start(self._stored, self.coordinator.fail)
             self.rewards.record = self._record_command
+        self.weights_stream.start(self._answer_pull, self.coordinator.fail)
         self.publisher = Publisher(
-            self.coordinator,
+            self.coordinator.feeding,
             self._snapshots,
+            self.weights_stream,
             config.weights,
+            self._place,
             config.collective_address,
             self._intake.wake,
+            self.coordinator.fail,
         )
         registry = CollectorRegistry()
         registry.register(
             StateCollector(
-                self.coordinator, self.gate, self.buffer, self.progress, self.history.journal
+                self.coordinator,
+                self.gate,
+                self.buffer,
+                self.progress,
+                self.history.journal,
+                self.weights_stream,
             )
         )
         self._metrics = StepMetrics(registry)
@@ -249,6 +277,7 @@ class Learner:
             self.completed = False
             self.interrupted = self.interrupted or brief(error)
         self._leave()
+        self._note_weights()
         # Nothing changes the books any more.
         self._intake.close()
         self.history.close()
@@ -268,6 +297,7 @@ class Learner:
     def close(self) -> None:
         """Threads and ports; after `run`."""
         self.publisher.close()
+        self.weights_stream.close()
         self._intake.close()
         self.history.close()
         if self._self_check is not None:
@@ -293,7 +323,8 @@ class Learner:
             # Nobody may see a version that a resumed run would not make again.
             self.history.wait()
             self.coordinator.advance(step.version)
-            self._publish()
+            if self._pacing.is_pushed(step.version):
+                self._publish()
             self._intake.wake()
             self.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
@@ -356,12 +387,17 @@ class Learner:
 
     def _packed(self) -> Snapshot:
         """The weights of the trainer's version."""
-        return pack(self.trainer.version, self.policy.model, self.policy.specs)
+        return pack(self.trainer.version, self.policy.model, self.policy.specs, self._memory)
 
     def _publish(self) -> None:
         started = time.monotonic()
-        self.publisher.publish(self._packed())
-        self._metrics.packed(time.monotonic() - started)
+        snapshot = self._packed()
+        self.publisher.publish(snapshot, time.monotonic() - started)
+
+    def _answer_pull(self, session: str, answer: Answer) -> None:
+        """On the weights stream's thread."""
+        self.coordinator.feeding.answer_pull(session, answer)
+        self._intake.wake()
 
     def _next_batch(self) -> Cut | None:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
@@ -393,7 +429,10 @@ class Learner:
             return None
 
     def _evaluate(self, phase: str) -> dict[str, Any] | None:
-        """Roll the held-out prompts out under the current version; None if stopped or no data."""
+        """Roll the held-out prompts out under the current version; None if stopped or no data.
+
+        Actors get this version: it is the first one, the last one, or where a resume led to.
+        """
         if not self._heldout or self.interrupted:
             return None
         self.phase = phase
@@ -408,7 +447,7 @@ class Learner:
             if self.interrupted:
                 return None
             # The time runs while there is somebody to evaluate.
-            if not self.coordinator.ready_sessions():
+            if not self.coordinator.feeding.ready_actors():
                 deadline = math.inf
             elif deadline == math.inf:
                 deadline = time.monotonic() + self.config.eval.timeout_s
@@ -427,11 +466,15 @@ class Learner:
         self._note(step)
         self.progress.sample()
         self._metrics.step(step, seconds)
+        self._note_weights()
+        self.folder.append_step(step_line(self, step, seconds))
+
+    def _note_weights(self) -> None:
+        """What pushes and actors have reported since this was last called."""
         self._metrics.actor_phases(self.coordinator.timings)
         for report in self.publisher.take_reports():
             self._metrics.push(report)
         self.phase_seconds = self._metrics.mean_seconds
-        self.folder.append_step(step_line(self, step, seconds))
 
     def _note(self, step: StepResult) -> None:
         self.last_step = step

@@ -21,6 +21,7 @@ from protocol.errors import ConfigError
 from protocol.keys import AllowList, KeyPair, load_key
 from protocol.messages import MAX_COLLECTIVE_S, MAX_TEMPERATURE
 from protocol.sockets import is_loopback, parse_tcp
+from protocol.weights import CHUNK_BYTES
 
 EstimatorName = Literal[
     "gdpo", "grpo", "grpo_no_std", "grpo_batch_norm", "dvao", "corr_grpo", "gd2po"
@@ -150,12 +151,28 @@ class CheckpointsConfig(StrictModel):
 class WeightsConfig(StrictModel):
     """The weight push."""
 
+    backend: Literal["auto", "nccl", "gloo", "shared", "stream"] = "auto"
+    """``nccl`` and ``gloo`` broadcast, without encryption or authentication: naming one says that
+    the network is private. ``shared`` is for actors on this machine; with ``stream`` every actor
+    pulls from the learner's socket. ``auto``: on loopback NCCL or gloo, beyond it ``stream``."""
     timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 10.0
-    """Deadline of a collective: joining it, each bucket, and each actor's confirmation."""
-    bucket_bytes: PositiveInt = 32 << 20
-    collective: bool | None = None
-    """Broadcast by gloo, which neither encrypts nor authenticates: true says that the network is
-    private. None: only on loopback. Without it every actor pulls from the learner's socket."""
+    """Longest wait of a push without progress: for actors to meet, for a bucket, for a
+    confirmation."""
+    push_timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 60.0
+    """Longest push; actors that are later catch up by themselves."""
+    push_every: PositiveInt = 1
+    """Training batches between two pushes; the last version is pushed in any case.
+
+    A push overlaps the next training steps by itself, at 1 too: it has a thread of its own, and
+    actors go on generating. More than 1 saves the time of packing, sending and loading, and costs
+    staleness: actors are up to push_every - 1 versions behind when a push begins. So
+    learner.max_staleness must be at least push_every + buffer.max_uses - 2; at exactly that nothing
+    is leased while a push goes on.
+    """
+    bucket_bytes: Annotated[int, Field(gt=0, multiple_of=CHUNK_BYTES)] = 4 << 20
+    """Weights in one broadcast call; whole MiB."""
+    compress: bool = False
+    """Compress weights that are pulled in full (differences always are): for slow links."""
     address: IPv4Address | None = None
     """Of this machine, where actors reach the broadcast; None: that of learner.bind."""
 
@@ -310,18 +327,18 @@ class RunConfig(StrictModel):
         address = self.collective_address
         if address is not None and not is_loopback(address) and not _is_ipv4(address):
             raise ValueError(
-                "weights.collective needs an IPv4 address of this machine, and learner.bind names "
-                "none: set weights.address"
+                f'weights.backend = "{self.weights.backend}" needs an IPv4 address of this '
+                "machine, and learner.bind names none: set weights.address"
             )
         return self
 
     @property
     def collective_address(self) -> str | None:
-        """Where the broadcast of weights listens; None if weights are pulled only."""
+        """Where the broadcast of weights listens; None if there is none."""
         host, _ = parse_tcp(self.learner.bind)
         address = str(self.weights.address or host)
-        wanted = self.weights.collective
-        if wanted is None:
+        wanted = self.weights.backend in ("nccl", "gloo")
+        if self.weights.backend == "auto":
             wanted = is_loopback(host) and is_loopback(address)
         return address if wanted else None
 
@@ -357,6 +374,7 @@ class RunConfig(StrictModel):
             ),
             max_uses=self.buffer.max_uses,
             lag=self.buffer.lag,
+            push_every=self.weights.push_every,
         )
 
     def for_actors(self) -> ActorConfig:

@@ -27,6 +27,10 @@ class ActorState:
     """Public key that it joined with; empty without keys."""
     version: int = -1
     route: str = ""
+    offered: int = -1
+    """Version that it was last told of."""
+    fed_at: float = 0.0
+    """When it was last offered weights, asked for a chunk, or confirmed a version."""
     status: Status | None = None
     failures: int = 0
     """Rows in a row that failed when they were tried first."""
@@ -39,8 +43,8 @@ class ActorState:
     pongs: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=PONGS_REMEMBERED))
     """(sequence, number of the first lease issued after it) of the last answers to its status."""
     groups: int = 0
-    check: Literal["due", "out", "scoring", "passed"] = "due"
-    """See `learner.selfcheck`."""
+    check: Literal["off", "due", "out", "scoring", "passed"] = "off"
+    """See `learner.selfcheck`; off where nobody is checked."""
     check_snapshot: Snapshot | None = None
     """Of the version that it is going to be checked with."""
     check_difference: float | None = None
@@ -49,6 +53,11 @@ class ActorState:
     @property
     def ready(self) -> bool:
         return self.version >= 0
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether it may get real work, as far as the check goes."""
+        return self.check in ("off", "passed")
 
     @property
     def room(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,7 +14,9 @@ from learner.gate import Gate
 from learner.journal import Journal
 from learner.progress import Progress
 from learner.publisher import PushReport
+from learner.stream import WeightsStream
 from learner.trainer import StepResult
+from protocol.messages import Route
 
 
 class StepMetrics:
@@ -76,10 +78,17 @@ class StepMetrics:
         self._push_seconds = Histogram(
             "gdpo_weight_push_seconds", "Phases of a weight push", ("phase",), registry=registry
         )
-        self._pushes = Counter(
-            "gdpo_weight_pushes", "Weight pushes by route", ("route",), registry=registry
-        )
+        self._pushes = Counter("gdpo_weight_pushes", "Weight pushes", registry=registry)
         self._epoch = gauge("gdpo_weight_epoch", "Current epoch of the collective")
+        self._members = gauge(
+            "gdpo_weight_push_actors", "Actors of the last push, by route", ("route",)
+        )
+        self._evictions = Counter(
+            "gdpo_weight_evictions",
+            "Actors because of which an epoch ended, by cause",
+            ("cause",),
+            registry=registry,
+        )
         self._checkpoint_seconds = Histogram(
             "gdpo_checkpoint_copy_seconds",
             "Time that training waited for a checkpoint",
@@ -123,15 +132,17 @@ class StepMetrics:
         self._checkpoint_seconds.observe(seconds)
         self._count("checkpoint_copy", seconds)
 
-    def packed(self, seconds: float) -> None:
-        """The trainer copied the weights for a push."""
-        self._push_phase("pack", seconds)
-
     def push(self, report: PushReport) -> None:
-        self._pushes.labels("collective" if report.by_collective else "stream").inc()
-        self._epoch.set(report.epoch)
-        for phase in ("join", "broadcast", "confirm"):
-            self._push_phase(phase, getattr(report, f"{phase}_seconds"))
+        self._pushes.inc()
+        if report.epoch:
+            self._epoch.set(report.epoch)
+        for route in get_args(Route):
+            self._members.labels(route).set(report.routes.get(route, 0))
+        for cause in report.evicted.values():
+            self._evictions.labels(cause).inc()
+        for phase, seconds in report.phases.items():
+            self._push_phase(phase, seconds)
+        self._push_phase("whole", report.seconds)
 
     @property
     def mean_seconds(self) -> dict[str, float]:
@@ -157,7 +168,9 @@ class StateCollector(Collector):
         buffer: ReplayBuffer,
         progress: Progress,
         journal: Journal | None,
+        stream: WeightsStream,
     ) -> None:
+        self._stream = stream
         self._coordinator = coordinator
         self._gate = gate
         self._buffer = buffer
@@ -224,7 +237,27 @@ class StateCollector(Collector):
             "Actors that reported other weights",
             counters.digest_mismatches,
         )
+        yield _counter(
+            "gdpo_weight_stream_bytes", "Sent to actors that pull", self._stream.sent_bytes
+        )
+        yield _counter(
+            "gdpo_weight_stream_seconds",
+            "Processor time of the thread that encodes and answers pulls",
+            self._stream.busy_seconds,
+        )
+        yield self._actor_weights()
         yield from self._leases()
+
+    def _actor_weights(self) -> Metric:
+        """The version that each actor samples from, and how it got there."""
+        family = GaugeMetricFamily(
+            "gdpo_actor_version",
+            "Policy version that an actor samples from, and the route by which it came",
+            labels=["actor", "route"],
+        )
+        for actor in self._coordinator.actors():
+            family.add_metric([str(actor.number), actor.route], actor.version)
+        return family
 
     def _leases(self) -> Iterator[Metric]:
         issued = CounterMetricFamily("gdpo_leases_issued", "Leases issued", labels=["purpose"])

@@ -14,6 +14,17 @@ and, as no more than the rest of the run can be used, while
 With max_uses above 1 a batch of groups lasts for that many steps: both bounds are then divided by
 it, the first rounded down to whole batches, the second up.
 
+Only every push_every-th version is pushed, so that V - a reaches push_every - 1 before a push even
+begins. A batch must fit into the first bound there as well, or training waits for a version that
+only training can make:
+
+    push_every <= max_staleness + 2 - max_uses
+
+Above max_staleness + 1 no run gets past that point, as all that it has is too stale. In between,
+where max_uses is above 1, a run goes on while it has a batch to use again, and stops when a batch
+is used up at that point; a resume without a journal is enough to get there. A run of fewer steps
+than push_every ends before.
+
 A fixed lag (see `learner.buffer`) takes the place of max_staleness in the first bound.
 
 Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
@@ -38,6 +49,7 @@ class Pacing:
     """Largest size of one group."""
     max_uses: int = 1
     lag: int | None = None
+    push_every: int = 1
 
     def __post_init__(self) -> None:
         held = min(1 + (self.lag or 0), self.steps) * self.batch_groups
@@ -59,12 +71,29 @@ class Pacing:
                 f"buffer.max_uses = {self.max_uses} needs learner.max_staleness of at least "
                 f"{self.max_uses - 1}: every further use is one version later"
             )
+        if self.lag is not None and self.push_every > 1:
+            raise ConfigError(
+                f"buffer.lag = {self.lag} needs weights.push_every = 1: every batch is sampled "
+                "from a version of its own"
+            )
+        behind = min(self.push_every, self.steps) - 1
+        if self.max_staleness + 1 - behind < self.max_uses:
+            raise ConfigError(
+                f"weights.push_every = {self.push_every} needs learner.max_staleness of at least "
+                f"{behind + self.max_uses - 1}: training would wait for ever for groups that are "
+                f"not too stale, because actors are up to {behind} versions behind before a push"
+                + (", and every further use is one version later" if self.max_uses > 1 else "")
+            )
         if self.max_bytes < held * self.group_bytes:
             raise ConfigError(
                 f"buffer.max_bytes = {self.max_bytes} may not hold {what}: they take up to "
                 f"{held * self.group_bytes} bytes; raise it, or lower sampling.max_tokens or "
                 "learner.batch_groups"
             )
+
+    def is_pushed(self, version: int) -> bool:
+        """Whether actors get this version: by its number, so that a resumed run pushes the same."""
+        return version % self.push_every == 0 or version == self.steps
 
     def allowed(
         self,

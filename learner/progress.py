@@ -118,6 +118,17 @@ class Progress:
             totals = self._totals()
             return _share(totals.stalled, totals.uptime)
 
+    def shares(self, session: str) -> tuple[float, float] | None:
+        """Of one actor's time since it was first heard: idle, and stalled for weights.
+
+        As of the last `sample`; None if it had not told anything then.
+        """
+        with self._lock:
+            if session not in self._last:
+                return None
+            counted = self._last[session].since(self._first[session][0])
+        return _share(counted.idle, counted.uptime), _share(counted.stalled, counted.uptime)
+
     @property
     def wait_seconds(self) -> float:
         """The learner's time without a batch, a wait that still goes on included."""

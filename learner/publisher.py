@@ -1,104 +1,137 @@
 """The sending end of weights: one push at a time on a side thread, while training goes on.
 
-    publish(v) ─► newest wins ─► announce to the ready actors ─► gloo broadcast ─► confirmations
-                                        │                             │ any failure, any deadline
-                                        └──── everybody pulls v ◄─────┘ ends the epoch
+    publish(v) ─► newest wins ─► routes ─┬─► broadcast to the epoch ─┐
+                                         ├─► offer of shared memory ─┼─► confirmations ─► report
+                                         └─► offer to pull ──────────┘
+                                               ▲     │ a member gone, an error, a deadline
+                                               └─────┘ ends the epoch: its members pull the rest
 
-An epoch is a gloo group with fixed members. The same members as last time: the same epoch;
-otherwise a new one under a new name. Actors that joined since the push began pull their weights
-by themselves. A push never waits longer than its deadlines, and training never waits for a push:
-actors whose weights are too old just get no leases.
+The members of an epoch are fixed (see `learner.epochs`); who joined since the last push, or has
+caught up, is in the next one. A push never waits longer than its deadlines, and training never
+waits for a push: actors whose weights are too old just get no leases.
 """
 
 import logging
-import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from threading import Condition, Thread
 
-import msgspec
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import ProcessGroupGloo
-
 from learner.config import WeightsConfig
-from learner.coordinator import Coordinator
+from learner.epochs import EpochRecord, Epochs
+from learner.feeding import Feeding
+from learner.membership import ActorState
+from learner.routes import Place, Probation, plan_routes
 from learner.snapshots import Snapshot, SnapshotStore
-from protocol.errors import TrainingError, brief
-from protocol.messages import Weights
-from protocol.weights import chunks
+from learner.stream import WeightsStream
+from protocol.errors import AsyncGdpoError, TrainingError
+from protocol.messages import Route
+from transfer.collective import create_backend
 
 log = logging.getLogger("learner")
 
 CLOSE_TIMEOUT_S = 1.0
+PUSHES_REMEMBERED = 20
+_UNKNOWN = "an actor late or unreachable"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PushReport:
     """How one push went."""
 
     version: int
     epoch: int
-    members: int
-    by_collective: bool
-    join_seconds: float
-    broadcast_seconds: float
-    confirm_seconds: float
-    behind: int
-    """Members that had not confirmed the version at the deadline."""
+    """That it was broadcast in; 0 if it was not."""
+    routes: dict[str, int]
+    """Actors by the route that they were offered."""
+    phases: dict[str, float]
+    """Seconds to pack, join, broadcast and confirm."""
+    seconds: float = 0.0
+    """From the announcement to the last confirmation, or the deadline."""
+    evicted: dict[int, str] = field(default_factory=dict)
+    """Why the epoch ended, by the actor's number: ``gone``, ``absent`` (it did not come to the
+    epoch) or ``late``."""
+    behind: list[int] = field(default_factory=list)
+    """Actors that had not confirmed the version at the deadline."""
 
 
 class Publisher:
     """Pushes the newest snapshot to every ready actor.
 
-    By collective on ``address``; None: nothing listens there, and everybody pulls every version.
+    By broadcast on ``address``; None: nothing listens there.
     """
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        feeding: Feeding,
         snapshots: SnapshotStore,
+        stream: WeightsStream,
         config: WeightsConfig,
+        place: Place,
         address: str | None,
         wake_intake: Callable[[], None],
+        fail: Callable[[AsyncGdpoError], None],
     ) -> None:
-        self._coordinator = coordinator
+        self._feeding = feeding
         self._snapshots = snapshots
+        self._stream = stream
         self._config = config
+        self._place = place
         self._wake_intake = wake_intake
-        self._collective = (
-            _Collective(address, timedelta(seconds=config.timeout_s)) if address else None
-        )
+        self._fail = fail
+        self._epochs: Epochs | None = None
+        if place.backend == "gloo" or place.backend == "nccl":
+            assert address is not None
+            self._epochs = Epochs(
+                create_backend(place.backend, own_address=address, device=place.device),
+                address,
+                timeout_s=config.timeout_s,
+                bucket_bytes=config.bucket_bytes,
+            )
+        self._probation = Probation()
         self._changed = Condition()
-        self._pending: Snapshot | None = None
+        self._pending: tuple[Snapshot, float] | None = None
         self._pushed = snapshots.latest.version
         """Version of the last push."""
+        self._base: Snapshot | None = None
+        """The last one pushed, while somebody pulls every version."""
         self._closing = False
-        self.reports: list[PushReport] = []
-        """Of the pushes since they were last taken."""
+        self._reports: list[PushReport] = []
+        self.history: deque[PushReport] = deque(maxlen=PUSHES_REMEMBERED)
+        """The newest last."""
+        self.pushes = 0
+        """Versions offered, those included that nobody was there to take, or that were replaced."""
+        self.evictions: Counter[str] = Counter()
+        """From epochs, by cause."""
         self._thread = Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
-    def publish(self, snapshot: Snapshot) -> None:
+    @property
+    def backend(self) -> str:
+        return self._place.backend
+
+    @property
+    def epochs(self) -> tuple[EpochRecord, ...]:
+        """The last ones, the newest last."""
+        return tuple(self._epochs.records) if self._epochs else ()
+
+    def publish(self, snapshot: Snapshot, pack_seconds: float) -> None:
         """Push ``snapshot``; one that still waits for an earlier push is replaced by it."""
         self._snapshots.publish(snapshot)
         with self._changed:
-            self._pending = snapshot
+            self.pushes += 1
+            self._pending = (snapshot, pack_seconds)
             self._changed.notify_all()
 
     def take_reports(self) -> list[PushReport]:
+        """Of the pushes since this was last called."""
         with self._changed:
-            reports, self.reports = self.reports, []
+            reports, self._reports = self._reports, []
             return reports
 
     def close(self) -> None:
-        """End after the push at hand, or without it when it takes long.
-
-        A collective with a hung actor cannot be interrupted: it lasts until its deadline, longer
-        than whoever stops a learner waits. Its thread changes nothing any more and ends by itself,
-        with the process at the latest.
-        """
+        """End after the push at hand, or without it when it takes long."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -107,143 +140,219 @@ class Publisher:
     def _run(self) -> None:
         try:
             self._serve()
+            if self._epochs is not None:
+                # NCCL's communicators should not be left to the end of the process.
+                self._epochs.end("the run is over")
         except Exception as error:
             log.exception("publisher died")
-            self._coordinator.fail(TrainingError(f"publisher died: {error}"))
+            self._fail(TrainingError(f"publisher died: {error}"))
 
     def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending is not None or self._closing)
-                snapshot, self._pending = self._pending, None
-            if snapshot is None or self._closing:
+                pending, self._pending = self._pending, None
+            if pending is None or self._closing:
                 return
-            report = self._push(snapshot)
+            snapshot, pack_seconds = pending
+            # Only those that kept up: an actor that is behind pulls until it has caught up, so a
+            # slow or broken one costs one push its deadlines, not every push.
+            actors = self._feeding.begin_push(snapshot.version, self._pushed)
+            if actors:
+                self._note(self._push(snapshot, actors, pack_seconds))
+            self._feeding.end_push()
             self._pushed = snapshot.version
-            if report:
-                with self._changed:
-                    self.reports.append(report)
 
-    def _push(self, snapshot: Snapshot) -> PushReport | None:
-        # Only those that kept up: an actor that is behind pulls until it has caught up, so a slow
-        # or broken one costs one push its deadlines, not every push.
-        members = self._coordinator.ready_sessions(self._pushed)
-        if not members:
-            return None
-        started = joined = broadcast = time.monotonic()
-        by_collective = False
-        if self._collective is None:
-            self._announce_stream(members, snapshot)
-        else:
-            by_collective, joined = self._broadcast(self._collective, members, snapshot)
-            broadcast = time.monotonic()
-        behind = self._coordinator.wait_for_version(
-            members, snapshot.version, self._config.timeout_s
+    def _note(self, report: PushReport) -> None:
+        self.evictions.update(report.evicted.values())
+        self.history.append(report)
+        with self._changed:
+            self._reports.append(report)
+
+    # --- one push -------------------------------------------------------------------------------
+
+    def _push(
+        self, snapshot: Snapshot, actors: list[ActorState], pack_seconds: float
+    ) -> PushReport:
+        started = time.monotonic()
+        deadline = started + self._config.push_timeout_s
+        routes = self._routes(actors)
+        report = PushReport(
+            snapshot.version, 0, dict(Counter(routes.values())), {"pack": pack_seconds}
         )
-        if behind:
-            log.warning("%d actors are late with version %d", len(behind), snapshot.version)
-            if self._collective is not None:
-                self._collective.end()
-                self._announce_stream(behind, snapshot)
-        return PushReport(
-            version=snapshot.version,
-            epoch=self._collective.epoch if self._collective else 0,
-            members=len(members),
-            by_collective=by_collective,
-            join_seconds=joined - started,
-            broadcast_seconds=broadcast - joined,
-            confirm_seconds=time.monotonic() - broadcast,
-            behind=len(behind),
-        )
+        self._prepare_stream(snapshot, routes)
+        for session, route in routes.items():
+            if route != "collective":
+                self._feeding.announce(session, snapshot.announcement(route), snapshot)
+        self._wake_intake()
+        everybody = {actor.session: actor.number for actor in actors}
+        members = {s: number for s, number in everybody.items() if routes[s] == "collective"}
+        newcomers: tuple[str, ...] = ()
+        if self._epochs is not None:
+            newcomers = self._broadcast(self._epochs, snapshot, members, deadline, report)
+        sent = time.monotonic()
+        self._confirmations(snapshot, everybody, members, deadline, report)
+        if self._epochs is not None:
+            self._judge(self._epochs, members, newcomers, report)
+        report.phases["confirm"] = time.monotonic() - sent
+        report.seconds = time.monotonic() - started
+        return report
+
+    def _routes(self, actors: list[ActorState]) -> dict[str, Route]:
+        # Not only these: who is behind may be so because the broadcast did not reach it.
+        self._probation.next_push(self._feeding.sessions)
+        routes = plan_routes(actors, self._place)
+        for session in routes:
+            if not self._probation.admits(session):
+                routes[session] = "stream"
+        return routes
+
+    def _prepare_stream(self, snapshot: Snapshot, routes: dict[str, Route]) -> None:
+        """Who pulls gets differences: every version, or to the next one if it takes that long."""
+        wanted = "stream" in routes.values() or self._snapshots.is_pulled
+        base = self._base or self._snapshots.kept(self._pushed)
+        if wanted and base is not None:
+            self._stream.keep_differences(base, snapshot)
+        self._base = snapshot if wanted else None
 
     def _broadcast(
-        self, collective: "_Collective", members: tuple[str, ...], snapshot: Snapshot
-    ) -> tuple[bool, float]:
-        """Whether it went well, and when all had joined; else the members are told to pull."""
-        collective.begin(members)
-        for rank, session in enumerate(members, start=1):
-            offer = self._offer(collective, snapshot, rank, len(members) + 1)
-            self._coordinator.announce(session, offer)
-        self._wake_intake()
-        try:
-            collective.join()
-            joined = time.monotonic()
-            collective.broadcast(snapshot, self._config.bucket_bytes)
-        except RuntimeError as error:
-            log.warning(
-                "push of version %d by collective failed, because an actor left or was late; the "
-                "others pull it",
-                snapshot.version,
-            )
-            log.debug("%s", brief(error))
-            collective.end()
-            self._announce_stream(members, snapshot)
-            return False, time.monotonic()
-        return True, joined
+        self,
+        epochs: Epochs,
+        snapshot: Snapshot,
+        members: dict[str, int],
+        deadline: float,
+        report: PushReport,
+    ) -> tuple[str, ...]:
+        """Returns when it is done, or has failed and its members were told to pull.
 
-    def _offer(
-        self, collective: "_Collective", snapshot: Snapshot, rank: int, world_size: int
-    ) -> Weights:
-        return msgspec.structs.replace(
-            snapshot.announcement(),
-            epoch=collective.epoch,
-            rank=rank,
-            world_size=world_size,
-            store_port=collective.store_port,
-            bucket_bytes=self._config.bucket_bytes,
-            timeout_s=self._config.timeout_s,
+        Who of them is new to the epoch.
+        """
+        newcomers = epochs.enter(members, snapshot.version)
+        if not members:
+            return ()
+        report.epoch = epochs.number
+        for session, offer in epochs.offers(snapshot).items():
+            self._feeding.announce(session, offer, snapshot)
+        self._wake_intake()
+        began = time.monotonic()
+        broadcast = epochs.broadcast(snapshot, self._feeding.notify)
+        self._feeding.wait_until(
+            lambda: broadcast.done or self._should_leave(members), deadline - time.monotonic()
         )
+        seconds = time.monotonic() - began
+        # Without a meeting all of the time went into it.
+        join_seconds = broadcast.join_seconds or seconds
+        report.phases |= {"join": join_seconds, "broadcast": seconds - join_seconds}
+        if self._feeding.gone(members):
+            self._leave_those_who_are_gone(epochs, snapshot, members, report)
+        elif (broadcast.error or not broadcast.done) and not self._feeding.draining:
+            log.debug("%s", broadcast.error)
+            missing = [members[session] for session in broadcast.missing]
+            report.evicted |= dict.fromkeys(missing, "absent")
+            cause = _reasons(report.evicted) or _UNKNOWN
+            self._end_epoch(epochs, snapshot, members, cause)
+        return newcomers
 
-    def _announce_stream(self, members: tuple[str, ...], snapshot: Snapshot) -> None:
-        for session in members:
-            self._coordinator.announce(session, snapshot.announcement())
+    def _should_leave(self, members: dict[str, int]) -> bool:
+        return self._feeding.draining or bool(self._feeding.gone(members))
+
+    def _leave_those_who_are_gone(
+        self, epochs: Epochs, snapshot: Snapshot, members: dict[str, int], report: PushReport
+    ) -> None:
+        """The others may wait for them until the deadline of the collective."""
+        gone = [members[session] for session in self._feeding.gone(members)]
+        report.evicted |= dict.fromkeys(gone, "gone")
+        self._end_epoch(epochs, snapshot, members, _reasons(report.evicted))
+
+    def _end_epoch(
+        self, epochs: Epochs, snapshot: Snapshot, members: dict[str, int], cause: str
+    ) -> None:
+        log.warning("epoch %d ended with version %d: %s", epochs.number, snapshot.version, cause)
+        epochs.end(cause)
+        self._have_pulled(snapshot, self._feeding.behind(members, snapshot.version))
+
+    def _confirmations(
+        self,
+        snapshot: Snapshot,
+        actors: dict[str, int],
+        members: dict[str, int],
+        deadline: float,
+        report: PushReport,
+    ) -> None:
+        """Wait for all, as long as there is progress.
+
+        Without progress the epoch ends, because one member holds up those that get the bytes from
+        it: they pull. Who is behind after that is late.
+        """
+        feeding, epochs, version = self._feeding, self._epochs, snapshot.version
+        while (behind := feeding.behind(actors, version)) and not feeding.draining:
+
+            def progress(before: dict[str, int] = behind) -> bool:
+                return feeding.draining or feeding.behind(actors, version) != before
+
+            patience_s = min(self._config.timeout_s, deadline - time.monotonic())
+            goes_on = feeding.wait_until(progress, patience_s)
+            if epochs is not None and epochs.lasts and behind.keys() & members:
+                if feeding.gone(members):
+                    self._leave_those_who_are_gone(epochs, snapshot, members, report)
+                    goes_on = True
+                elif not goes_on:
+                    self._end_epoch(epochs, snapshot, members, _UNKNOWN)
+                    goes_on = True
+            if not goes_on:
+                self._leave_behind(snapshot, behind, members, report)
+                return
+
+    def _leave_behind(
+        self,
+        snapshot: Snapshot,
+        behind: dict[str, int],
+        members: dict[str, int],
+        report: PushReport,
+    ) -> None:
+        """They have been told to pull, and are back in an epoch when they have caught up."""
+        report.behind = list(behind.values())
+        late = dict.fromkeys(report.behind, "late")
+        log.warning("version %d: %s", snapshot.version, _reasons(late))
+        for session in behind.keys() & members:
+            report.evicted.setdefault(members[session], "late")
+
+    def _judge(
+        self,
+        epochs: Epochs,
+        members: dict[str, int],
+        newcomers: tuple[str, ...],
+        report: PushReport,
+    ) -> None:
+        """Find out who broke the epoch, and keep it out of broadcasts for a while.
+
+        A killed member breaks it before anybody knows that it is gone: then nobody else is to
+        blame. Otherwise it is who did not come, or is late; if everybody could pull, most likely
+        who is new.
+        """
+        if epochs.lasts or self._feeding.draining:
+            for session in members:
+                self._probation.passed(session)
+            return
+        gone = self._feeding.gone(members)
+        for session in gone:
+            report.evicted.setdefault(members[session], "gone")
+        if report.evicted:
+            epochs.ended(_reasons(report.evicted))
+        if not gone:
+            known = tuple(s for s, number in members.items() if number in report.evicted)
+            for session in known or newcomers or members:
+                self._probation.failed(session)
+
+    def _have_pulled(self, snapshot: Snapshot, sessions: Iterable[str]) -> None:
+        for session in sessions:
+            self._feeding.announce(session, snapshot.announcement("stream"), snapshot)
         self._wake_intake()
 
 
-class _Collective:
-    """The gloo group of the current epoch; the learner is rank 0."""
-
-    def __init__(self, address: str, timeout: timedelta) -> None:
-        self._timeout = timeout
-        self._address = address
-        # TCPStore alone would listen on every interface, whatever address it is given.
-        with socket.create_server((address, 0)) as listener:
-            self.store_port: int = listener.getsockname()[1]
-            self._store = TCPStore(
-                address,
-                self.store_port,
-                is_master=True,
-                timeout=timeout,
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
-        self.epoch = 0
-        self._members: tuple[str, ...] = ()
-        self._group: ProcessGroupGloo | None = None
-
-    def begin(self, members: tuple[str, ...]) -> None:
-        """Stay in the epoch if its members are the same, else begin the next."""
-        if self._group is None or members != self._members:
-            self.end()
-            self.epoch += 1
-            self._members = members
-
-    def join(self) -> None:
-        """Meet the members; RuntimeError if one of them does not come in time."""
-        if self._group is None:
-            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._timeout = self._timeout
-            options._devices = [ProcessGroupGloo.create_device(hostname=self._address)]
-            store = PrefixStore(f"weights/{self.epoch}", self._store)
-            self._group = ProcessGroupGloo(store, 0, len(self._members) + 1, options)
-
-    def broadcast(self, snapshot: Snapshot, bucket_bytes: int) -> None:
-        """Send all buckets; RuntimeError if a member is gone or late."""
-        assert self._group is not None
-        for offset, num_bytes in chunks(len(snapshot.packed), bucket_bytes):
-            bucket = snapshot.packed[offset : offset + num_bytes]
-            self._group.broadcast(bucket, 0, self._timeout).wait(self._timeout)  # type: ignore[attr-defined]
-
-    def end(self) -> None:
-        """The epoch is over; the next push begins a new one."""
-        self._group = None
+def _reasons(evicted: dict[int, str]) -> str:
+    """``actor 3 did not come, actor 4 gone``."""
+    return ", ".join(
+        f"actor {number} {'did not come' if cause == 'absent' else cause}"
+        for number, cause in evicted.items()
+    )

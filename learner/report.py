@@ -1,11 +1,14 @@
 """What the learner tells people: the live status, the line per step, the summary at the end."""
 
+import time
 from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation import Evaluation
+from learner.membership import ActorState
 from learner.trainer import StepResult
+from protocol.weights import total_bytes
 
 if TYPE_CHECKING:
     from learner.app import Learner
@@ -40,20 +43,25 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         "learner_wait_share": rates.learner_wait_share,
         **_refused(learner),
         "bottleneck": rates.bottleneck if done and live and free else None,
-        "actors": [
-            {
-                "number": actor.number,
-                "host": actor.hello.host,
-                "pid": actor.hello.pid,
-                "version": actor.version,
-                "route": actor.route,
-                "leases": actor.held,
-                "groups": actor.groups,
-                "check": actor.check if learner.config.learner.self_check else "off",
-                "check_difference": actor.check_difference,
-            }
-            for actor in learner.coordinator.actors()
-        ],
+        "weights": weights_report(learner),
+        "actors": [_actor(learner, actor) for actor in learner.coordinator.actors()],
+    }
+
+
+def weights_report(learner: "Learner") -> dict[str, Any]:
+    """Epochs, the last pushes, and what pulling costs."""
+    publisher, stream = learner.publisher, learner.weights_stream
+    return {
+        "backend": publisher.backend,
+        "push_every": learner.config.weights.push_every,
+        "pushes": publisher.pushes,
+        "num_bytes": total_bytes(learner.policy.specs),
+        "stream_share": stream.share,
+        "stream_bytes": stream.sent_bytes,
+        "stream_plain_bytes": stream.plain_bytes,
+        "epochs": [asdict(epoch) for epoch in publisher.epochs],
+        "last_pushes": [asdict(push) for push in tuple(publisher.history)],
+        "evictions": dict(publisher.evictions),
     }
 
 
@@ -135,10 +143,32 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             "version": learner.trainer.version,
             "digest_mismatches": learner.coordinator.counters.digest_mismatches,
             "actors_stalled_share": learner.progress.stalled_share,
+            "pushes": learner.publisher.pushes,
+            "evictions": dict(learner.publisher.evictions),
+            "stream_share": learner.weights_stream.share,
         },
         "checkpoint": str(learner.folder.checkpoint.resolve())
         if learner.folder.checkpoint.exists()
         else None,
+    }
+
+
+def _actor(learner: "Learner", actor: ActorState) -> dict[str, Any]:
+    idle, stalled = learner.progress.shares(actor.session) or (None, None)
+    return {
+        "number": actor.number,
+        "host": actor.hello.host,
+        "pid": actor.hello.pid,
+        "version": actor.version,
+        "route": actor.route,
+        "leases": actor.held,
+        "groups": actor.groups,
+        "check": actor.check,
+        "check_difference": actor.check_difference,
+        "idle_share": idle,
+        "stalled_share": stalled,
+        # By the coordinator's clock.
+        "silent_s": max(0.0, time.monotonic() - actor.last_heard),
     }
 
 

@@ -13,7 +13,7 @@ attention would train on without any other sign.
 import copy
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -28,7 +28,7 @@ from learner.policy import Policy
 from learner.snapshots import Snapshot
 from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
 from protocol.groups import Group
-from protocol.weights import TensorSpec
+from transfer.packed import view
 
 log = logging.getLogger("learner")
 
@@ -44,7 +44,7 @@ class CheckResult:
     """What the comparison found."""
 
     num_tokens: int
-    """Compared; 0 if all of them came from versions that are gone."""
+    """Compared; 0 if all of them came from other versions."""
     mean_difference: float
     largest_difference: float
     likely_cause: str = ""
@@ -70,18 +70,18 @@ class SelfCheck:
     def submit(
         self,
         group: Group,
-        snapshots: Mapping[int, Snapshot],
+        snapshot: Snapshot,
         report: Callable[[CheckResult], None],
         fail: Callable[[AsyncGdpoError], None],
     ) -> None:
-        """Compare ``group`` with the snapshots of its versions; ``report`` is called later.
+        """Compare ``group`` with the snapshot of its version; ``report`` is called later.
 
         Or ``fail``, if it cannot be done: without it no actor would ever get work.
         """
 
         def job() -> None:
             try:
-                result = self.compare(group, snapshots)
+                result = self.compare(group, snapshot)
             except Exception as error:
                 log.exception("check of a new actor")
                 fail(TrainingError(f"the check of a new actor failed: {brief(error)}; {WITHOUT}"))
@@ -90,16 +90,18 @@ class SelfCheck:
 
         self._queue.put(job)
 
-    def compare(self, group: Group, snapshots: Mapping[int, Snapshot]) -> CheckResult:
-        """Difference of the actor's and the learner's log-probabilities."""
+    def compare(self, group: Group, snapshot: Snapshot) -> CheckResult:
+        """Difference of the actor's and the learner's log-probabilities, over the tokens that were
+        sampled from the snapshot's version.
+        """
         temperature = self._config.sampling.temperature
-        here = self._differences(group, snapshots, temperature)
+        here = self._differences(group, snapshot, temperature)
         if len(here) == 0:
             return CheckResult(0, 0.0, 0.0)
         result = CheckResult(len(here), here.mean().item(), here.max().item())
         if self._agrees(here):
             return result
-        at_one = self._differences(group, snapshots, 1.0)
+        at_one = self._differences(group, snapshot, 1.0)
         return CheckResult(
             result.num_tokens,
             result.mean_difference,
@@ -123,18 +125,14 @@ class SelfCheck:
         while job := self._queue.get():
             job()
 
-    def _differences(
-        self, group: Group, snapshots: Mapping[int, Snapshot], temperature: float
-    ) -> torch.Tensor:
-        """[N] of the tokens that were sampled from one of the snapshots."""
+    def _differences(self, group: Group, snapshot: Snapshot, temperature: float) -> torch.Tensor:
+        """[N] of the tokens that were sampled from the snapshot."""
         batch = collate([group], torch.device("cpu"))
-        found = []
-        for version, snapshot in snapshots.items():
-            chosen_BT = batch.mask_BT & (batch.versions_BT == version)
-            if chosen_BT.any():
-                logprobs_BT = self._reference.logprobs(snapshot, batch, temperature)
-                found.append((logprobs_BT - batch.behaviour_BT)[chosen_BT].abs())
-        return torch.cat(found) if found else torch.empty(0)
+        chosen_BT = batch.mask_BT & (batch.versions_BT == snapshot.version)
+        if not chosen_BT.any():
+            return torch.empty(0)
+        logprobs_BT = self._reference.logprobs(snapshot, batch, temperature)
+        return (logprobs_BT - batch.behaviour_BT)[chosen_BT].abs()
 
     def _agrees(self, differences: torch.Tensor) -> bool:
         # Not "is above": a NaN is no agreement.
@@ -189,18 +187,12 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, snapshot: Snapshot, batch: Batch, temperature: float) -> torch.Tensor:
         """Log-probability [B, T] of every next token under the snapshot's policy."""
-        weights = {spec.name: self._parameter(snapshot, spec) for spec in self._specs}
+        weights = {
+            spec.name: view(snapshot.packed, spec).to(self._model.dtype) for spec in self._specs
+        }
         output = torch.func.functional_call(
             self._model,
             {**weights, **self._buffers},
             kwargs={"input_ids": batch.tokens_BL[:, :-1], "use_cache": False},
         )
         return gdpo.token_logprobs(output.logits, batch.tokens_BL[:, 1:], temperature=temperature)
-
-    def _parameter(self, snapshot: Snapshot, spec: TensorSpec) -> torch.Tensor:
-        raw = snapshot.packed[spec.offset : spec.offset + spec.num_bytes]
-        # A view needs its type's alignment, which an offset among mixed types may lack.
-        if spec.offset % 4:
-            raw = raw.clone()
-        values = raw.view(getattr(torch, spec.dtype)).view(spec.shape)
-        return values.to(self._model.dtype)

@@ -2,17 +2,19 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
 import torch
 
-from protocol.messages import Weights
-from protocol.weights import TensorSpec, packed_digest, total_bytes
+from protocol.messages import Route, Weights
+from protocol.weights import TensorSpec, differing
 
 STILL_PULLED_S = 10.0
 _REMEMBERED_DIGESTS = 10_000
+_REMEMBERED_TENSOR_DIGESTS = 16
+"""Versions; those of a large model are 10 kB and more each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,22 +24,22 @@ class Snapshot:
     version: int
     packed: torch.Tensor
     """uint8 [num_bytes] in CPU memory."""
+    digests: bytes
+    """Of every parameter, in the order of the manifest."""
     digest: str
+    """Of them all."""
+    specs: Sequence[TensorSpec]
+    path: str
+    """See `learner.packing.Memory`."""
 
-    def announcement(self) -> Weights:
-        """By stream; the publisher fills in a collective."""
-        return Weights(version=self.version, num_bytes=len(self.packed), digest=self.digest)
-
-
-def pack(version: int, model: torch.nn.Module, specs: list[TensorSpec]) -> Snapshot:
-    """Copy the model's parameters, cast to the types of ``specs``, into one CPU buffer."""
-    packed = torch.empty(total_bytes(specs), dtype=torch.uint8)
-    parameters = dict(model.named_parameters())
-    for spec in specs:
-        tensor = parameters[spec.name].detach().to("cpu", getattr(torch, spec.dtype))
-        raw = tensor.contiguous().view(-1).view(torch.uint8)
-        packed[spec.offset : spec.offset + spec.num_bytes] = raw
-    return Snapshot(version, packed, packed_digest(packed.numpy().data, specs))
+    def announcement(self, route: Route) -> Weights:
+        """What an actor is told; for a collective `learner.epochs` fills in the rest."""
+        return Weights(
+            version=self.version,
+            num_bytes=len(self.packed),
+            digest=self.digest,
+            shared=self.path if route == "shared" else "",
+        )
 
 
 class SnapshotStore:
@@ -48,8 +50,10 @@ class SnapshotStore:
         self._lock = Lock()
         self._kept: dict[int, Snapshot] = {first.version: first}
         self._pulled_at: dict[int, float] = {}
-        self._digests: OrderedDict[int, str] = OrderedDict({first.version: first.digest})
+        self._digests: OrderedDict[int, str] = OrderedDict()
+        self._tensor_digests: OrderedDict[int, bytes] = OrderedDict()
         self._latest = first
+        self._remember(first)
 
     @property
     def latest(self) -> Snapshot:
@@ -61,24 +65,51 @@ class SnapshotStore:
             now = self._clock()
             pulled = [v for v in self._kept if now - self._pulled_at.get(v, -1e9) < STILL_PULLED_S]
             keep = pulled[:1]
-            self._kept = {v: self._kept[v] for v in keep} | {snapshot.version: snapshot}
+            # Memory goes with the last reference, which may take long: after the lock.
+            before = self._kept
+            self._kept = {v: before[v] for v in keep} | {snapshot.version: snapshot}
             self._pulled_at = {v: self._pulled_at[v] for v in keep}
-            self._digests[snapshot.version] = snapshot.digest
-            if len(self._digests) > _REMEMBERED_DIGESTS:
-                self._digests.popitem(last=False)
+            self._remember(snapshot)
             self._latest = snapshot
 
-    def read(self, version: int, offset: int, num_bytes: int) -> memoryview | None:
-        """Bytes of a version; None if it is gone or the range is not inside it."""
+    def kept(self, version: int) -> Snapshot | None:
+        """A snapshot, if it is not gone."""
+        return self._kept.get(version)
+
+    @property
+    def is_pulled(self) -> bool:
+        """Whether somebody pulls now."""
+        with self._lock:
+            now = self._clock()
+            return any(now - at < STILL_PULLED_S for at in self._pulled_at.values())
+
+    def pulled(self, version: int) -> Snapshot | None:
+        """A snapshot that somebody is pulling now; None if it is gone."""
         with self._lock:
             snapshot = self._kept.get(version)
-            if snapshot is None or offset < 0 or num_bytes < 1:
-                return None
-            if offset + num_bytes > len(snapshot.packed):
-                return None
-            self._pulled_at[version] = self._clock()
-            return snapshot.packed[offset : offset + num_bytes].numpy().data
+            if snapshot is not None:
+                self._pulled_at[version] = self._clock()
+            return snapshot
 
     def digest(self, version: int) -> str | None:
         """Digest of a version; None if it was never published, or very long ago."""
         return self._digests.get(version)
+
+    def wrong_tensors(self, version: int, digests: bytes) -> list[str]:
+        """Names of the parameters of a version that should have other digests.
+
+        Empty if the version is neither kept nor one of the last few, or they are not as many.
+        """
+        kept = self._kept.get(version)
+        ours = kept.digests if kept is not None else self._tensor_digests.get(version)
+        if ours is None or len(ours) != len(digests):
+            return []
+        return differing(self._latest.specs, ours, digests)
+
+    def _remember(self, snapshot: Snapshot) -> None:
+        self._digests[snapshot.version] = snapshot.digest
+        if len(self._digests) > _REMEMBERED_DIGESTS:
+            self._digests.popitem(last=False)
+        self._tensor_digests[snapshot.version] = snapshot.digests
+        if len(self._tensor_digests) > _REMEMBERED_TENSOR_DIGESTS:
+            self._tensor_digests.popitem(last=False)

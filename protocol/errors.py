@@ -4,6 +4,7 @@ AsyncGdpoError
 ├── ConfigError          what the user wrote (configuration, command line, data)
 ├── ProtocolError
 │   ├── BadMessage       a peer sent bytes that are no valid message
+│   ├── CollectiveError  a broadcast between several processes did not come about, or broke off
 │   └── Refused          the other side refused us, and says why
 ├── PeerLost             the other side is unreachable or silent for too long
 ├── EngineError          the inference engine failed
@@ -29,6 +30,15 @@ class ProtocolError(AsyncGdpoError):
 
 class BadMessage(ProtocolError):
     """A peer sent frames that are not a valid message. Never trained on, never a crash."""
+
+
+class CollectiveError(ProtocolError):
+    """A member of a collective is gone or late, so that it is over for all of them."""
+
+    def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
+        """``missing`` are the ranks that did not come to it, where it was a matter of that."""
+        super().__init__(message)
+        self.missing = missing
 
 
 class Refused(ProtocolError):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever a peer of the old version could misread a message of the new one."""
 
 MAX_LEASES = 8192
@@ -34,12 +34,16 @@ Label = Annotated[
     ),
 ]
 """A name, shown in logs as it is: no control characters, which could forge lines of a log."""
+SharedMemory = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^(/proc/[0-9]+/fd/[0-9]+)?\Z")]
+"""An open file of another process of this machine."""
 Session = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[!-~]*\Z")]
 """ASCII without spaces, as it is a ZeroMQ routing id too."""
 MAX_PAYLOADS = 63
 """Payload frames of one message."""
 Verdict = Literal["accepted", "duplicate", "rejected"]
 FinishReason = Literal["stop", "length"]
+Route = Literal["collective", "shared", "stream"]
+"""By which weights reach an actor: broadcast, the memory of the same machine, or pulled chunks."""
 
 
 MAX_TEMPERATURE = 1e6
@@ -78,6 +82,10 @@ class Hello(Header, tag="hello", frozen=True):
     metrics_host: Label = ""
     """Not believed: the learner puts the address that the message came from in its place."""
     metrics_port: Port = 0
+    machine: Label = ""
+    """`protocol.machine.machine_id`: on the learner's own, its memory can be read."""
+    gpu: Label = ""
+    """UUID of the GPU that it receives weights on; empty if it has none, or cannot use NCCL."""
 
 
 class GroupHeader(Header, tag="group", frozen=True):
@@ -128,19 +136,23 @@ class Status(Header, tag="status", frozen=True):
 
 
 class WeightsPull(Header, tag="weights_pull", frozen=True):
-    """Ask for ``num_bytes`` of the packed weights of ``version`` from ``offset`` on."""
+    """Ask for chunk number ``chunk`` of the packed weights of ``version``."""
 
     version: Version
-    offset: Count
-    num_bytes: Count
+    chunk: Count
+    base: Version | None = None
+    """Of the bytes that the actor has there: the difference to them will do."""
 
 
 class WeightsReady(Header, tag="weights_ready", frozen=True):
-    """The engine now samples from ``version``, and its parameters have this digest."""
+    """The engine now samples from ``version``, and its parameters have this digest.
+
+    Payload frame: the digests of the single tensors (see `protocol.weights`).
+    """
 
     version: Version
     digest: Label
-    route: Literal["collective", "stream"]
+    route: Route
     receive_seconds: Seconds
     load_seconds: Seconds
 
@@ -192,13 +204,20 @@ class Ack(Header, tag="ack", frozen=True):
 
 
 class Weights(Header, tag="weights", frozen=True):
-    """A new version exists. ``epoch`` None: pull it with `WeightsPull`."""
+    """A new version exists. Payload frame: the digests of its tensors (see `protocol.weights`).
+
+    With an ``epoch`` it is broadcast, with ``shared`` it lies in this machine's memory; without
+    them, and whatever fails, it is pulled.
+    """
 
     version: Version
     num_bytes: Count
     digest: Label
+    shared: SharedMemory = ""
+    """File that holds the packed weights, until they are replaced by another version's."""
     epoch: Count | None = None
     """The collective to receive it in; the fields below belong to it."""
+    backend: Literal["gloo", "nccl"] = "gloo"
     rank: Count = 0
     world_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_WORLD_SIZE)] = 0
     store_port: Port = 0
@@ -207,10 +226,19 @@ class Weights(Header, tag="weights", frozen=True):
 
 
 class WeightsChunk(Header, tag="weights_chunk", frozen=True):
-    """Payload frame: the bytes asked for by `WeightsPull`; none if the version is gone."""
+    """Answer to `WeightsPull`. No payload frame: the version is gone.
+
+    Otherwise one frame, the chunk, or with a ``base`` its differences from that version on, to be
+    applied in order (see `protocol.chunk_codec`).
+    """
 
     version: Version
-    offset: Count
+    chunk: Count
+    base: Version | None = None
+    encoding: Literal["raw", "zstd"] = "raw"
+    """Of a whole chunk."""
+    checksum: Label = ""
+    """Of the chunk's bytes in ``version``."""
 
 
 class Pong(Header, tag="pong", frozen=True):

@@ -1,15 +1,20 @@
 """How weights are laid out, cut and checked; no tensors here, so any language can follow.
 
 Every parameter is written once (tied parameters under their first name), contiguous and
-little-endian, one after the other in the order of the manifest, without gaps. The digest of a
-version is taken over the parameters themselves, name by name, so that an actor computes it from
-what its engine holds, not from what it received. (vLLM fuses and repacks: there it is computed
-from the memory that the engine loaded from, after it has.)
+little-endian, one after the other in the order of the manifest, without gaps.
+
+Digests guard against mistakes of ours and of memory, disks and networks, not against forgery (who
+may send at all is up to `protocol.keys`). So every parameter has a digest as fast as its memory is
+read, the version's digest is taken over names and digests, and a mismatch names the parameter. An
+actor computes them from what its engine holds, not from what it received. (vLLM fuses and repacks:
+there they are computed from the memory that the engine loaded from, after it has.)
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import xxhash
 
 from protocol.framing import Buffer
 
@@ -19,8 +24,11 @@ MAX_DIMENSIONS = 16
 MAX_TOTAL_BYTES = 1 << 44
 """16 TiB: a manifest that asks for more memory is no model's."""
 
+DIGEST_BYTES = 16
+"""Of one parameter."""
+
 CHUNK_BYTES = 1 << 20
-"""One `WeightsPull`: small enough that other messages are not held up behind it."""
+"""What is pulled at once: so little that other messages are not held up behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +70,47 @@ def total_bytes(specs: list[TensorSpec]) -> int:
     return specs[-1].offset + specs[-1].num_bytes if specs else 0
 
 
-def digest(tensors: Iterable[tuple[str, Buffer]]) -> str:
-    """Digest of (name, bytes) pairs, in order: BLAKE2b of the names and per-tensor digests."""
-    whole = hashlib.blake2b(digest_size=16)
-    for name, data in tensors:
-        whole.update(name.encode() + b"\0" + hashlib.blake2b(data, digest_size=16).digest())
+def tensor_digest(data: Buffer) -> bytes:
+    """XXH3-128 of one parameter's bytes, in its canonical (big-endian) form."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def packed_digests(packed: Buffer, specs: Iterable[TensorSpec]) -> bytes:
+    """`tensor_digest` of every parameter in packed weights, one after the other."""
+    view = memoryview(packed)
+    return b"".join(tensor_digest(view[s.offset : s.offset + s.num_bytes]) for s in specs)
+
+
+def whole_digest(digests: bytes, specs: Sequence[TensorSpec]) -> str:
+    """A version's digest: BLAKE2b (16 bytes, hex) over each parameter's name, a zero byte, and
+    its digest; raises ValueError if there are not as many digests as parameters.
+    """
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for spec, digest in zip(specs, _each(digests, len(specs)), strict=True):
+        whole.update(spec.name.encode() + b"\0" + digest)
     return whole.hexdigest()
 
 
-def packed_digest(packed: Buffer, specs: Iterable[TensorSpec]) -> str:
-    """`digest` of the parameters as they lie in packed weights."""
-    view = memoryview(packed)
-    return digest((s.name, view[s.offset : s.offset + s.num_bytes]) for s in specs)
+def differing(specs: Sequence[TensorSpec], ours: bytes, theirs: bytes) -> list[str]:
+    """Names of the parameters whose digests differ, in the order of ``specs``.
+
+    Raises ValueError if there are not as many digests as parameters.
+    """
+    pairs = zip(_each(ours, len(specs)), _each(theirs, len(specs)), strict=True)
+    return [spec.name for spec, (a, b) in zip(specs, pairs, strict=True) if a != b]
 
 
-def chunks(num_bytes: int, size: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """(offset, length) pairs that cover ``num_bytes``."""
-    for offset in range(0, num_bytes, size):
-        yield offset, min(size, num_bytes - offset)
+def _each(digests: bytes, expected: int) -> list[bytes]:
+    if len(digests) != expected * DIGEST_BYTES:
+        raise ValueError(f"{len(digests)} bytes of digests for {expected} parameters")
+    return [digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)]
+
+
+def num_chunks(num_bytes: int) -> int:
+    """Chunks of `CHUNK_BYTES`, the last one possibly shorter."""
+    return -(-num_bytes // CHUNK_BYTES)
+
+
+def item_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Size of one number, for differences: that of the smallest type among the parameters."""
+    return min((DTYPE_BYTES[spec.dtype] for spec in specs), default=1)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from deploy.cli import main
+from protocol.process import leave
 from tests.chaos.points import POINTS, arm
 from tests.chaos.record import Record, record_actor, record_learner
 
@@ -40,4 +41,4 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))

@@ -39,9 +39,11 @@ POINTS = {
     "upload": Point("actors.link:LearnerLink.send", "before", of="GroupHeader"),
     "upload.sent": Point("actors.link:LearnerLink.send", "after", of="GroupHeader"),
     # Actor: the learner already waits in the collective; then the others wait too.
-    "push": Point("actors.weights:_Collective.receive", "before"),
-    "push.joined": Point("actors.weights:_Collective._join", "after"),
-    "push.received": Point("actors.weights:_Collective.receive", "after"),
+    "push": Point("actors.collective:Collective.receive", "before"),
+    "push.joined": Point("actors.collective:Collective._meet", "after"),
+    # Before each bucket of every broadcast; on the learner, too.
+    "push.bucket": Point("transfer.collective:_GlooGroup.broadcast", "before"),
+    "push.received": Point("actors.collective:Collective.receive", "after"),
     "push.loaded": Point("actors.link:LearnerLink.send", "before", of="WeightsReady"),
     "goodbye": Point("actors.link:LearnerLink.send", "before", of="Goodbye"),
     # Learner.
@@ -53,9 +55,9 @@ POINTS = {
     "learner.step": Point("learner.trainer:Trainer.step", "before"),
     "learner.step.inside": Point("learner.trainer:Trainer._minibatch", "before"),
     "learner.step.done": Point("learner.trainer:Trainer.step", "after"),
-    "learner.push": Point("learner.publisher:_Collective.join", "before"),
-    "learner.push.joined": Point("learner.publisher:_Collective.join", "after"),
-    "learner.push.done": Point("learner.publisher:_Collective.broadcast", "after"),
+    "learner.push": Point("learner.epochs:Epochs._meet", "before"),
+    "learner.push.joined": Point("learner.epochs:Epochs._meet", "after"),
+    "learner.push.done": Point("learner.epochs:Epochs._send", "after"),
     "learner.save": Point("learner.checkpoints:Checkpoints._write", "before"),
     "learner.save.half": Point("transformers:PreTrainedModel.save_pretrained", "after"),
     "learner.save.done": Point("learner.checkpoints:Checkpoints._write", "after"),

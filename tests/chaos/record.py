@@ -11,7 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+
 from tests.chaos.points import wrap
+
+Event = dict[str, Any]
 
 
 class Record:
@@ -25,12 +30,29 @@ class Record:
         os.write(self._file, json.dumps(line).encode() + b"\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; the last one may be of a process that died while it wrote."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+class Tail:
+    """What is appended to a record from now on; reading all of it again takes ever longer."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[Event]:
+        """Complete lines since the last call; the last line may be of a process that died while it
+        wrote."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            lines = file.read()
+        lines = lines[: lines.rfind(b"\n") + 1]
+        self._offset += len(lines)
+        return [json.loads(line) for line in lines.splitlines()]
+
+
+def read(path: Path) -> list[Event]:
+    """All complete lines."""
+    return Tail(path).read()
 
 
 def record_actor(record: Record) -> None:
@@ -41,11 +63,19 @@ def record_actor(record: Record) -> None:
         if type(header).__name__ == "Ack":
             record.write("acked", lease=header.lease, verdict=header.verdict)
 
+    def confirms(arguments: tuple[Any, ...]) -> None:
+        message = arguments[1]
+        if type(message).__name__ == "WeightsReady":
+            record.write(
+                "confirmed", version=message.version, digest=message.digest, route=message.route
+            )
+
     wrap("actors.link:LearnerLink.receive", after=received)
+    wrap("actors.link:LearnerLink.send", before=confirms)
 
 
 def record_learner(record: Record) -> None:
-    """Write down leases, batches, weights and actors of a learner in this process."""
+    """Write down leases, batches, steps, weights and actors of a learner in this process."""
 
     def leased(arguments: tuple[Any, ...], lease: Any) -> None:
         _, work, holder, *_ = arguments
@@ -79,20 +109,67 @@ def record_learner(record: Record) -> None:
         before=lambda a: record.write("failed", lease=a[1].lease, cause=a[2]),
     )
 
+    def added(arguments: tuple[Any, ...]) -> None:
+        group = arguments[1]
+        record.write("added", lease=group.lease, versions=sorted(group.versions))
+
+    def published(arguments: tuple[Any, ...]) -> None:
+        snapshot = arguments[1]
+        record.write(
+            "published",
+            version=snapshot.version,
+            digest=snapshot.digest,
+            content=content(snapshot.packed),
+        )
+
     def retaken(arguments: tuple[Any, ...], cut: Any) -> None:
         record.write("trained_again", version=arguments[3], tickets=cut.tickets)
 
     wrap("learner.buffer:ReplayBuffer.take", after=taken)
     wrap("learner.buffer:ReplayBuffer.retake", after=retaken)
+    wrap("learner.buffer:ReplayBuffer.add", before=added)
+    wrap("learner.snapshots:SnapshotStore.publish", before=published)
     wrap(
-        "learner.snapshots:SnapshotStore.publish",
-        before=lambda a: record.write("published", version=a[1].version, digest=a[1].digest),
-    )
-    wrap(
-        "learner.coordinator:Coordinator._hello",
+        "learner.newcomers:Newcomers.hello",
         after=lambda a, _: record.write("joined", session=a[1], actor_pid=a[2].pid),
     )
     wrap(
-        "learner.coordinator:Coordinator._forget",
+        "learner.roster:Roster.forget",
         before=lambda a: record.write("left", session=a[1].session, actor_pid=a[1].hello.pid),
     )
+    _record_steps(record)
+    _record_pushes(record)
+
+
+def _record_steps(record: Record) -> None:
+    """When the trainer computes, and when it is held up to give its weights away."""
+    wrap(
+        "learner.trainer:Trainer.step",
+        before=lambda a: record.write("step", version=a[0].version + 1),
+        after=lambda _, step: record.write("stepped", version=step.version, tokens=step.num_tokens),
+    )
+    wrap(
+        "learner.app:Learner._publish",
+        before=lambda _: record.write("packing"),
+        after=lambda *_: record.write("packed"),
+    )
+
+
+def _record_pushes(record: Record) -> None:
+    """When each push begins and ends, to whom, and in which epoch."""
+    wrap(
+        "learner.publisher:Publisher._push",
+        before=lambda a: record.write(
+            "push", version=a[1].version, sessions=[actor.session for actor in a[2]]
+        ),
+        after=lambda a, _: record.write("pushed", version=a[1].version),
+    )
+    wrap(
+        "learner.epochs:Epochs.broadcast",
+        before=lambda a: record.write("broadcast", epoch=a[0].number, version=a[1].version),
+    )
+
+
+def content(packed: torch.Tensor) -> str:
+    """A digest of packed weights as a whole: not by tensors, as the product's own digests are."""
+    return xxhash.xxh3_128_hexdigest(packed.numpy().data)

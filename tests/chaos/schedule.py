@@ -39,3 +39,66 @@ def schedule(seed: int, seconds: float, actors: int) -> list[Fault]:
             faults.append(Fault(at_s, kind, draw.randrange(actors), draw.uniform(0.5, 5.0)))
             at_s += draw.expovariate(1 / every_s)
     return sorted(faults)
+
+
+Moment = Literal["", "push", "push.joined", "push.bucket", "push.received", "push.loaded"]
+"""Of `tests.chaos.points`; empty for none in particular."""
+MOMENTS: dict[Moment, int] = {
+    "push.bucket": 5,
+    "push": 2,
+    "push.joined": 2,
+    "push.received": 1,
+    "push.loaded": 1,
+    "": 2,
+}
+"""How likely each is."""
+SHORT_STOP_S, LONG_STOP_S = (0.2, 1.5), (2.5, 5.0)
+"""Shorter than what a push waits for, and longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One of the actors that follow each other in a place, and its fate."""
+
+    after: int
+    """Pushes without anybody, before it is started."""
+    end: Literal["leave", "kill", "stop"]
+    """A stopped one is continued, and leaves some time later."""
+    moment: Moment
+    passage: int
+    """Of the moment, at which it happens; without one, pushes that it has taken part in."""
+    lasts_s: float
+    """Of a stop."""
+    stays: int
+    """Pushes that it takes part in after a stop, until it leaves."""
+
+    def __str__(self) -> str:
+        where = f"{self.moment} {self.passage}" if self.moment else f"push {self.passage}, anywhere"
+        match self.end:
+            case "leave":
+                what = f"SIGTERM at {where}"
+            case "kill":
+                what = f"kill -9 at {where}"
+            case "stop":
+                what = f"SIGSTOP at {where} for {self.lasts_s:.1f} s, {self.stays} pushes more"
+        return f"after {self.after}: {what}"
+
+
+def lives(seed: int, place: int, count: int, buckets: int) -> list[Life]:
+    """Of one place among several; a broadcast consists of so many ``buckets``."""
+    draw = random.Random(f"{seed} {place}")
+    moments, weights = list(MOMENTS), list(MOMENTS.values())
+    found = []
+    for _ in range(count):
+        end: Literal["leave", "kill", "stop"] = draw.choice(
+            ("leave", "kill", "kill", "stop", "stop")
+        )
+        moment: Moment = "" if end == "leave" else draw.choices(moments, weights)[0]
+        pushes = draw.randint(1, 8)
+        # An epoch is joined once, and lasts some pushes.
+        passage = 1 + pushes // 5 if moment == "push.joined" else pushes
+        if moment == "push.bucket":
+            passage = (pushes - 1) * buckets + draw.randint(1, buckets)
+        lasts_s = draw.uniform(*draw.choice((SHORT_STOP_S, LONG_STOP_S)))
+        found.append(Life(draw.randint(0, 3), end, moment, passage, lasts_s, draw.randint(2, 6)))
+    return found

@@ -153,6 +153,10 @@ class Chaos(System):
         toy = ("--toy", "--group-s", str(group_s), "--start-s", str(start_s))
         return self.entry(name, "actor", "--learner", url, *options, crash=crash, test=toy)
 
+    def start_actor(self, name: str, *arguments: str) -> Process:
+        """A real one."""
+        return self.entry(name, "actor", "--learner", self.url, *arguments)
+
     def entry(
         self, name: str, *command: str, crash: At | None = None, test: tuple[str, ...] = ()
     ) -> Process:
@@ -214,6 +218,10 @@ class Chaos(System):
     def sessions(self, pid: int) -> set[str]:
         """Under which the actor with this process id has joined: one at a time."""
         return {e["session"] for e in self.events("joined") if e["actor_pid"] == pid}
+
+    def holders_of(self, version: int) -> set[int]:
+        """Process ids of the toys that have loaded it, or a later one."""
+        return {e["pid"] for e in self.events("loaded") if e["version"] >= version}
 
     def expect_crash(self, process: Process, timeout_s: float = 60.0) -> Incident:
         """Wait until a process has reached its crash point."""

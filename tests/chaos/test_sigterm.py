@@ -111,7 +111,7 @@ def test_a_learner_in_the_middle_of_something(
     assert_nothing_is_left(chaos, shared_memory)
 
 
-@pytest.mark.parametrize("point", ["push", "push.joined"])
+@pytest.mark.parametrize("point", ["push", "push.joined", "push.bucket"])
 def test_a_learner_that_pushes_to_a_frozen_actor(
     chaos: Chaos, shared_memory: Any, figures: Any, point: str
 ):
@@ -166,7 +166,7 @@ def test_actors_at_every_moment(chaos: Chaos, shared_memory: Any, figures: Any):
     wait_for(lambda: (chaos.actor(generating.pid) or {}).get("leases"), "its leases")
     figures(moment="generating", gone_s=gone_after_s(generating, term(generating), (0,)))
 
-    for point in ("push", "push.joined"):
+    for point in ("push", "push.joined", "push.bucket"):
         pushing = chaos.start_toy(point, crash=At(point, 1, "term"))
         since = chaos.expect_crash(pushing).at
         figures(moment=point, gone_s=gone_after_s(pushing, since, (0,)))

@@ -14,8 +14,8 @@ import torch
 
 from actors.engine import EngineStats, Request
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec, packed_digest
-from tests.chaos.record import Record
+from protocol.weights import TensorSpec, packed_digests, whole_digest
+from tests.chaos.record import Record, content
 
 TOKENS = 8
 """Of every completion; half of them before, half of them after the middle of its time."""
@@ -39,6 +39,8 @@ class ToyEngine:
 
     toy: Toy
     version: int = -1
+    in_place: bool = True
+    _packed: torch.Tensor | None = None
     _active: int = 0
     _idle_since: float | None = field(default_factory=time.monotonic)
     _stats: EngineStats = field(default_factory=EngineStats)
@@ -80,13 +82,22 @@ class ToyEngine:
 
     async def load_weights(
         self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
-    ) -> tuple[str, float]:
+    ) -> float:
         started = time.monotonic()
-        digest = packed_digest(packed.numpy().data, specs)
+        record = self.toy.record
+        if record is not None and self._packed is not None:
+            # Nothing may have written there while they were in use.
+            record.write("replaced", version=self.version, content=content(self._packed))
+        self._packed = packed
         self.version = version
-        if self.toy.record is not None:
-            self.toy.record.write("loaded", version=version, digest=digest)
-        return digest, time.monotonic() - started
+        if record is not None:
+            digest = whole_digest(self.digests(specs), specs)
+            record.write("loaded", version=version, digest=digest, content=content(packed))
+        return time.monotonic() - started
+
+    def digests(self, specs: list[TensorSpec]) -> bytes:
+        assert self._packed is not None
+        return packed_digests(self._packed.numpy().data, specs)
 
     async def close(self) -> None:
         """Nothing to stop."""

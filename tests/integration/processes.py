@@ -12,6 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from learner.journal_reader import JournalReader
+
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "examples" / "tool_calling_tiny.toml"
 
@@ -196,6 +200,16 @@ def resident_bytes(pid: int) -> int:
     """Memory of a process that is in RAM."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def versions_sampled_from(run_folder: Path) -> set[int]:
+    """Of all tokens in the journal."""
+    journal = JournalReader.open(run_folder / "journal.sqlite")
+    found: set[int] = set()
+    for _, _, (_, _, _, _, spans, _) in journal.headers():
+        found |= set(np.frombuffer(spans, "<i4").reshape(-1, 3)[:, 2].tolist())
+    journal.close()
+    return found
 
 
 def assert_books_balance(summary: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from tests.integration.processes import (
     assert_books_balance,
     children_of,
     is_alive,
+    versions_sampled_from,
     wait_for,
 )
 
@@ -70,6 +71,37 @@ def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: Syst
     assert_books_balance(summary)
     assert summary["books"]["groups"]["trained"] == 40 * 8
     assert len(stored) <= summary["books"]["groups"]["accepted"]
+
+
+def test_a_resumed_learner_pushes_the_versions_that_it_would_have_pushed(system: System):
+    bind = f"learner.bind=tcp://127.0.0.1:{free_port()}"
+    rare = ("weights.push_every=3", "learner.max_staleness=4")
+    system.start_learner("learner.steps=31", *FAST, bind, *rare)
+    actor = system.start_actor("actor")
+    system.wait_for_step(8)
+    system.learner.signal(signal.SIGKILL)
+    system.learner.wait()
+    journal = JournalReader.open(system.run_folder / "journal.sqlite")
+    reached = journal.cuts()[-1].step
+    journal.close()
+    before = {line["step"]: line["loss"] for line in steps(system)}
+
+    system.resume_learner()
+    assert system.learner.wait(60) == 0, system.learner.output
+    assert actor.wait(20) == 0, actor.output
+    after = {line["step"]: line["loss"] for line in steps(system)}
+    assert list(after) == list(range(1, 32))
+    assert before.items() <= after.items()
+    summary = system.summary
+    assert_books_balance(summary)
+    assert summary["staleness"]["largest"] <= 4
+    assert summary["weights"]["digest_mismatches"] == 0
+    assert summary["rewards"]["after"]["version"] == 31
+    assert summary["rewards"]["after"]["prompts"] == 8
+    # Of 3, 6, ... 30 those above where it went on, and 31.
+    assert summary["weights"]["pushes"] == 10 - reached // 3 + 1
+    # Actors have what the resume reached, too, until the next one comes.
+    assert versions_sampled_from(system.run_folder) <= {reached, *range(0, 31, 3)}
 
 
 def test_a_run_that_was_stopped_goes_on_under_the_launcher(system: System):

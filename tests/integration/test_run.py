@@ -15,6 +15,7 @@ from tests.integration.processes import (
     assert_books_balance,
     children_of,
     is_alive,
+    versions_sampled_from,
     wait_for,
 )
 
@@ -63,6 +64,24 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
         printed = re.search(rf"{name}: (\S+)", evaluation.output)
         assert printed is not None
         assert float(printed[1]) == pytest.approx(mean, abs=1e-4)
+
+
+def test_every_third_version_is_pushed_and_the_last_one(system):
+    run = start_run(system, "learner.steps=10", "learner.max_staleness=4", "weights.push_every=3")
+    assert run.wait(100) == 0, run.output
+    summary = system.summary
+    assert summary["completed"]
+    assert summary["steps"] == 10
+    assert_books_balance(summary)
+    assert summary["books"]["groups"]["trained"] == 10 * 8
+    assert summary["staleness"]["largest"] <= 4
+    # 3, 6, 9 and 10, which is the one that is evaluated; actors began with 0.
+    assert summary["weights"]["pushes"] == 4
+    assert summary["weights"]["digest_mismatches"] == 0
+    assert summary["rewards"]["after"]["version"] == 10
+    assert summary["rewards"]["after"]["prompts"] == 8
+    # The journal keeps all groups of so short a run.
+    assert {0, 3} <= versions_sampled_from(system.run_folder) <= {0, 3, 6, 9}
 
 
 def test_a_dead_actor_is_started_again(system):

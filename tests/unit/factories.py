@@ -7,11 +7,13 @@ import numpy as np
 import torch
 
 from learner.buffer import ReplayBuffer
+from learner.chunks import ChunkSource
 from learner.config import RunConfig
 from learner.coordinator import Coordinator
 from learner.data import PromptStream
 from learner.journal import Journal
-from learner.snapshots import Snapshot, SnapshotStore, pack
+from learner.packing import MemoryPool, pack
+from learner.snapshots import Snapshot, SnapshotStore
 from learner.work import WorkQueue
 from protocol.errors import BadMessage
 from protocol.framing import Buffer, decode_to_learner, encode
@@ -26,10 +28,11 @@ from protocol.messages import (
     Lease,
     Status,
     ToLearner,
+    WeightsPull,
     WeightsReady,
     Welcome,
 )
-from protocol.weights import TensorSpec, layout
+from protocol.weights import TensorSpec, layout, total_bytes
 
 REWARDS = ("format", "correctness")
 VOCAB = 50
@@ -140,22 +143,33 @@ def make_model(value: float = 0.0) -> tuple[torch.nn.Module, list[TensorSpec]]:
 
 
 def make_snapshot(version: int) -> Snapshot:
-    return pack(version, *make_model(float(version)))
+    return pack_alone(version, *make_model(float(version)))
+
+
+def pack_alone(version: int, model: torch.nn.Module, specs: list[TensorSpec]) -> Snapshot:
+    """A snapshot whose memory nobody uses again."""
+    return pack(version, model, specs, MemoryPool(total_bytes(specs)))
 
 
 class Cluster:
     """A real coordinator between fake actors, which speak to it in encoded messages."""
 
     def __init__(
-        self, config: RunConfig | None = None, num_rows: int = 6, journal: Journal | None = None
+        self,
+        config: RunConfig | None = None,
+        num_rows: int = 6,
+        journal: Journal | None = None,
+        self_check: Any = None,
     ) -> None:
         self.config = config or make_config()
         self.clock = FakeClock()
         self.buffer = ReplayBuffer.of(self.config)
         self.snapshots = SnapshotStore(make_snapshot(0), self.clock)
+        self.chunks = ChunkSource(self.snapshots, width=4)
         rows = [{"prompt": f"p{i}"} for i in range(num_rows)]
         self.stream = PromptStream(rows, self.config)
         self.work = WorkQueue(self.stream)
+        self.pacing = self.config.pacing()
         self.coordinator = Coordinator(
             self.config,
             welcome=Welcome(
@@ -164,12 +178,16 @@ class Cluster:
             files=(b"{}",),
             work=self.work,
             buffer=self.buffer,
-            pacing=self.config.pacing(),
+            pacing=self.pacing,
             snapshots=self.snapshots,
             vocab_size=VOCAB,
             clock=self.clock,
             journal=journal,
+            on_pull=self.answer,
+            self_check=self_check,
+            checks=[make_work(f"check-{i}", purpose="check") for i in range(3)],
         )
+        self.feeding = self.coordinator.feeding
         self.version = 0
         self._inboxes: dict[str, list[tuple[Header, tuple[Buffer, ...]]]] = {}
 
@@ -212,11 +230,15 @@ class Cluster:
     def weights_ready(
         self, session: str, version: int = 0, digest: str | None = None, route: Any = "stream"
     ) -> None:
-        digest = make_snapshot(version).digest if digest is None else digest
+        snapshot = make_snapshot(version)
         message = WeightsReady(
-            version=version, digest=digest, route=route, receive_seconds=0, load_seconds=0
+            version=version,
+            digest=snapshot.digest if digest is None else digest,
+            route=route,
+            receive_seconds=0,
+            load_seconds=0,
         )
-        self.say(session, message)
+        self.say(session, message, [snapshot.digests])
 
     def join(self, session: str, capacity: int = 4) -> None:
         """Hello, the current weights, and room for ``capacity`` leases."""
@@ -239,6 +261,14 @@ class Cluster:
 
     # --- what the learner does ------------------------------------------------------------------
 
+    def answer(self, session: str, pull: WeightsPull) -> None:
+        """At once; a real learner has a thread for it."""
+        self.feeding.answer_pull(session, self.chunks.answer(pull))
+
+    def ready(self, version: int = 0) -> list[str]:
+        """Sessions that may get work and sample from ``version`` or later."""
+        return [actor.session for actor in self.feeding.ready_actors(version)]
+
     def open_training(self) -> None:
         self.coordinator.open_training()
         self.coordinator.tick()
@@ -254,7 +284,8 @@ class Cluster:
             return False
         self.version += 1
         self.coordinator.advance(self.version)
-        self.snapshots.publish(make_snapshot(self.version))
+        if self.pacing.is_pushed(self.version):
+            self.snapshots.publish(make_snapshot(self.version))
         return True
 
 

@@ -2,15 +2,20 @@
 
 import inspect
 import itertools
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from tests.chaos.points import POINTS, _owner, wrap
-from tests.chaos.schedule import schedule
+from tests.chaos.record import Tail
+from tests.chaos.schedule import lives, schedule
 from tests.chaos.toy import toy_rollout
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS.keys())
@@ -48,6 +53,41 @@ def test_a_schedule_is_repeated_by_its_seed_and_kills_every_twenty_seconds_on_av
     assert all(a.at_s <= b.at_s for a, b in itertools.pairwise(faults))
     # 1000 expected, with a standard deviation of sqrt(1000) = 32.
     assert sum(fault.kind == "kill" for fault in faults) == pytest.approx(1000, abs=100)
+
+
+def test_lives_are_repeated_by_their_seed_and_end_in_the_middle_of_some_broadcast():
+    assert lives(7, 0, 20, 23) == lives(7, 0, 20, 23)
+    assert lives(7, 0, 20, 23) not in (lives(7, 1, 20, 23), lives(8, 0, 20, 23))
+    many = lives(7, 0, 1000, 23)
+    assert all(life.passage >= 1 for life in many)
+    # Whoever leaves in order does so by a signal from outside.
+    assert not any(life.moment for life in many if life.end == "leave")
+    assert all(life.moment in POINTS for life in many if life.moment)
+    buckets = {life.passage % 23 for life in many if life.moment == "push.bucket"}
+    assert buckets == set(range(23))
+
+
+def test_the_tail_of_a_record_waits_for_the_end_of_a_line(tmp_path):
+    path = tmp_path / "record.jsonl"
+    tail = Tail(path)
+    assert tail.read() == []
+    path.write_text('{"event": "a"}\n{"eve')
+    assert tail.read() == [{"event": "a"}]
+    with path.open("a") as file:
+        file.write('nt": "b"}\n')
+    assert tail.read() == [{"event": "b"}]
+    assert tail.read() == []
+
+
+@pytest.mark.parametrize("recorder", ["record_actor", "record_learner"])
+def test_everything_that_is_recorded_is_a_method_of_the_product(recorder, tmp_path):
+    # In a process of its own, because it wraps them.
+    script = f"""
+from pathlib import Path
+from tests.chaos.record import Record, {recorder}
+{recorder}(Record(Path({str(tmp_path / "record")!r})))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=50)
 
 
 def test_what_a_toy_says_depends_on_seed_rollout_and_version_only():

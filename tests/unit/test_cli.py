@@ -9,7 +9,19 @@ import pytest
 from deploy.cli import main
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "zmq", "pydantic", "rich")
-COMMANDS = ("run", "learner", "actor", "check", "eval", "compare", "set", "keygen", "plot")
+COMMANDS = (
+    "run",
+    "learner",
+    "actor",
+    "check",
+    "eval",
+    "compare",
+    "set",
+    "top",
+    "journal",
+    "keygen",
+    "plot",
+)
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -18,10 +30,11 @@ def python(*arguments: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize("arguments", [["--help"], ["top", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
     program = (
         "import sys, deploy.cli\n"
-        "try: deploy.cli.main(['--help'])\n"
+        f"try: deploy.cli.main({arguments})\n"
         f"finally: print('heavy:', sorted(set({HEAVY}) & set(sys.modules)))"
     )
     result = python("-c", program)
@@ -53,6 +66,10 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
         (["learner", "none.toml"], "cannot read none.toml"),
         (["eval", "none.toml"], "cannot read none.toml"),
         (["plot", "none"], "cannot read none/metrics.jsonl"),
+        (["top", "none"], "there is no run folder none; write runs/NAME or http://HOST:PORT"),
+        (["top", "tcp://127.0.0.1:5555"], "write http://HOST:PORT"),
+        (["top", "http://127.0.0.1:65536"], "write http://HOST:PORT"),
+        (["top", "http://user@host/x:1"], "write http://HOST:PORT"),
         (["set", "none", "rewards.format.weight=1"], "no learner to command in none"),
         (["set", "none", "learner.lr=1"], "cannot change in a run; what can: rewards."),
         (["set", "none", "weight"], "cannot change in a run; what can: rewards."),

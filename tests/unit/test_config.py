@@ -211,6 +211,8 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("sampling.top_p=0.9", "top_p cannot be set: the learner computes the log-probabilities"),
         ("buffer.lag=5", "buffer.lag = 5 is above learner.max_staleness = 4"),
         ("buffer.max_groups=3", "can never hold"),
+        ("weights.push_every=0", "weights.push_every: "),
+        ("weights.push_every=6", "push_every = 6 needs learner.max_staleness of at least 5"),
         (
             "rewards.format.schedule=[{from_step=5,weight=1},{from_step=5,weight=2}]",
             "the schedule's steps are [5, 5]: write each once, in order",

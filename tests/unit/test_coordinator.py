@@ -27,7 +27,7 @@ def test_an_actor_is_welcomed_with_the_model_files_and_told_of_the_weights():
     cluster.hello("a")
     [(welcome, files)] = cluster.heard_with_payloads("a", Welcome)
     assert (welcome.run_id, welcome.files, files) == ("test/1", ("tokenizer.json",), (b"{}",))
-    assert cluster.heard("a", Weights) == [make_snapshot(0).announcement()]
+    assert cluster.heard("a", Weights) == [make_snapshot(0).announcement("stream")]
     assert cluster.coordinator.num_live == 1
 
 
@@ -73,7 +73,7 @@ def test_whoever_has_not_said_hello_is_told_so():
     for message, payloads in (
         cluster.group_message(lease),
         (Failed(lease=lease, kind="prompt", cause="x"), []),
-        (WeightsPull(version=0, offset=0, num_bytes=1), []),
+        (WeightsPull(version=0, chunk=0), []),
         (Goodbye(cause="x"), []),
     ):
         cluster.say("stranger", message, payloads)

@@ -5,9 +5,18 @@ from threading import Timer
 
 import msgspec
 
-from learner import coordinator
+from learner.feeding import OFFER_AGAIN_S
+from protocol.chunk_codec import checksum
 from protocol.framing import encode
-from protocol.messages import Failed, Goodbye, Lease, Weights, WeightsChunk, WeightsPull
+from protocol.messages import (
+    Failed,
+    Goodbye,
+    Lease,
+    Weights,
+    WeightsChunk,
+    WeightsPull,
+    WeightsReady,
+)
 from tests.unit.factories import Cluster, joined, make_config, make_snapshot, make_work
 
 NAN = math.nan
@@ -16,25 +25,24 @@ NAN = math.nan
 # ---- Weights -----------------------------------------------------------------------------------
 
 
-def test_an_actor_pulls_the_weights_in_pieces():
+def test_an_actor_pulls_the_weights_in_chunks():
     cluster = Cluster()
     cluster.hello("a")
+    cluster.say("a", WeightsPull(version=0, chunk=0))
+    [(chunk, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
     packed = bytes(make_snapshot(0).packed.numpy())
-    for offset, size in ((0, 20), (20, 12)):
-        cluster.say("a", WeightsPull(version=0, offset=offset, num_bytes=size))
-        [(chunk, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
-        assert chunk == WeightsChunk(version=0, offset=offset)
-        assert bytes(payloads[0]) == packed[offset : offset + size]
-        assert encode(chunk, payloads)
+    assert chunk == WeightsChunk(version=0, chunk=0, checksum=checksum(packed))
+    assert [bytes(payload) for payload in payloads] == [packed]
+    assert encode(chunk, payloads)
 
 
-def test_no_piece_is_larger_than_the_limit_whatever_is_asked_for(monkeypatch):
-    monkeypatch.setattr(coordinator, "CHUNK_BYTES", 8)
+def test_there_are_no_chunks_behind_the_last_one():
     cluster = Cluster()
     cluster.hello("a")
-    cluster.say("a", WeightsPull(version=0, offset=4, num_bytes=2**40))
-    [(_, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
-    assert [len(payload) for payload in payloads] == [8]
+    for chunk in (1, 2**63 - 1):
+        cluster.say("a", WeightsPull(version=0, chunk=chunk))
+        [(_, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
+        assert payloads == ()
 
 
 def test_a_pull_of_a_version_that_is_gone_is_answered_with_the_newest():
@@ -42,10 +50,27 @@ def test_a_pull_of_a_version_that_is_gone_is_answered_with_the_newest():
     cluster.hello("a")
     cluster.snapshots.publish(make_snapshot(1))
     cluster.heard("a", Weights)
-    cluster.say("a", WeightsPull(version=0, offset=0, num_bytes=8))
+    cluster.say("a", WeightsPull(version=0, chunk=0))
     [(_, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
     assert payloads == ()
-    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement()]
+    newest = make_snapshot(1)
+    assert cluster.heard_with_payloads("a", Weights) == [
+        (newest.announcement("stream"), (newest.digests,))
+    ]
+
+
+def test_a_wrong_tensor_is_named(caplog):
+    """The weight's digest is right, the bias's is not."""
+    cluster = joined("a")
+    right = make_snapshot(0).digests
+    wrong = right[:16] + bytes(16)
+    ready = WeightsReady(
+        version=0, digest="wrong", route="stream", receive_seconds=0, load_seconds=0
+    )
+    for digests, text in ((wrong, "version 0: bias"), (b"", "it does not say which tensors")):
+        caplog.clear()
+        cluster.say("a", ready, [digests])
+        assert text in caplog.text
 
 
 def test_an_actor_with_other_weights_than_announced_is_fed_again():
@@ -54,8 +79,8 @@ def test_an_actor_with_other_weights_than_announced_is_fed_again():
     cluster.heard("a", Weights)
     cluster.weights_ready("a", digest="wrong")
     cluster.status("a")
-    assert cluster.heard("a", Weights) == [make_snapshot(0).announcement()]
-    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.heard("a", Weights) == [make_snapshot(0).announcement("stream")]
+    assert cluster.ready() == []
     assert cluster.leases("a") == []
     assert cluster.coordinator.counters.digest_mismatches == 1
     cluster.weights_ready("a")
@@ -66,7 +91,7 @@ def test_an_actor_that_got_a_later_version_wrong_is_not_ready_any_more():
     cluster = joined("a")
     cluster.snapshots.publish(make_snapshot(1))
     cluster.weights_ready("a", version=1, digest="wrong", route="collective")
-    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.ready() == []
 
 
 def test_an_actor_that_worked_for_long_has_time_to_get_weights_right_again():
@@ -79,7 +104,7 @@ def test_an_actor_that_worked_for_long_has_time_to_get_weights_right_again():
     cluster.pass_time(1)
     assert cluster.coordinator.num_live == 1
     cluster.weights_ready("a", version=1)
-    assert cluster.coordinator.ready_sessions() == ("a",)
+    assert cluster.ready() == ["a"]
 
 
 def test_weights_that_nobody_published_make_no_actor_ready():
@@ -87,7 +112,7 @@ def test_weights_that_nobody_published_make_no_actor_ready():
     cluster.hello("a")
     cluster.status("a")
     cluster.weights_ready("a", version=7, digest="anything")
-    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.ready() == []
     assert cluster.leases("a") == []
 
 
@@ -97,30 +122,76 @@ def test_an_actor_that_pulled_an_old_version_is_told_of_the_newest():
     cluster.snapshots.publish(make_snapshot(1))
     cluster.heard("a", Weights)
     cluster.weights_ready("a", version=0)
-    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement()]
+    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement("stream")]
 
 
-def test_waiting_for_a_version_names_the_actors_that_are_behind():
+def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again():
+    """The offer may have been lost with a connection, or the answer to it."""
+    cluster = joined("a", actor_timeout_s=1000)
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.feeding.begin_push(1, since=0)
+    cluster.heard("a", Weights)
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert cluster.heard("a", Weights) == []  # the push takes care of it
+    cluster.feeding.end_push()
+    cluster.pass_time(0.1)
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
+    for _ in range(3):  # as long as it pulls, it is left alone
+        cluster.pass_time(OFFER_AGAIN_S - 1)
+        cluster.say("a", WeightsPull(version=1, chunk=0))
+        assert cluster.heard("a", Weights) == []
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
+    cluster.weights_ready("a", version=1)
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert cluster.heard("a", Weights) == []
+
+
+def test_an_actor_that_was_late_by_whichever_route_catches_up():
+    cluster = joined("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.feeding.begin_push(1, since=0)
+    cluster.feeding.end_push()
+    cluster.snapshots.publish(make_snapshot(2))
+    cluster.feeding.begin_push(2, since=1)
+    cluster.heard("a", Weights)
+    cluster.weights_ready("a", version=1, route="collective")
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [2]
+
+
+def test_who_is_behind_a_version_and_who_is_gone():
     cluster = joined("a", "b")
     cluster.hello("loading")
-    assert cluster.coordinator.ready_sessions() == ("a", "b")
+    assert cluster.ready() == ["a", "b"]
     cluster.snapshots.publish(make_snapshot(1))
     cluster.weights_ready("a", version=1)
-    assert cluster.coordinator.wait_for_version(("a", "b"), 1, timeout_s=0.02) == ("b",)
-    Timer(0.05, cluster.weights_ready, ["b", 1]).start()
-    assert cluster.coordinator.wait_for_version(("a", "b"), 1, timeout_s=10) == ()
+    assert cluster.feeding.behind({"a": 1, "b": 2, "stranger": 3}, 1) == {"b": 2}
+    assert cluster.feeding.gone({"a": 1, "b": 2, "stranger": 3}) == ("stranger",)
     # Nobody waits for an actor that has gone.
     cluster.say("b", Goodbye(cause="x"))
-    assert cluster.coordinator.wait_for_version(("a", "b"), 1, timeout_s=0) == ()
+    assert cluster.feeding.behind({"a": 1, "b": 2}, 1) == {}
+    assert cluster.feeding.gone({"a": 1, "b": 2}) == ("b",)
+
+
+def test_a_wait_ends_with_what_it_waits_for_or_with_its_time():
+    feeding = (cluster := joined("a")).feeding
+    cluster.snapshots.publish(make_snapshot(1))
+    assert not feeding.wait_until(lambda: not feeding.behind({"a": 1}, 1), timeout_s=0.02)
+    Timer(0.05, cluster.weights_ready, ["a", 1]).start()
+    assert feeding.wait_until(lambda: not feeding.behind({"a": 1}, 1), timeout_s=10)
+    events = []
+    Timer(0.05, lambda: (events.append(1), feeding.notify())).start()
+    assert feeding.wait_until(lambda: bool(events), timeout_s=10)
 
 
 def test_announcements_go_to_live_actors_only():
     cluster = joined("a")
     cluster.heard("a", Weights)
-    offer = msgspec.structs.replace(make_snapshot(1).announcement(), epoch=1, rank=1)
-    cluster.coordinator.announce("a", offer)
-    cluster.coordinator.announce("gone", offer)
-    assert cluster.heard("a", Weights) == [offer]
+    snapshot = make_snapshot(1)
+    offer = msgspec.structs.replace(snapshot.announcement("collective"), epoch=1, rank=1)
+    cluster.feeding.announce("a", offer, snapshot)
+    cluster.feeding.announce("gone", offer, snapshot)
+    assert cluster.heard_with_payloads("a", Weights) == [(offer, (snapshot.digests,))]
     assert cluster.heard("gone", Weights) == []
 
 

@@ -1,66 +1,29 @@
 """What people see of a run, from its first moment to its end."""
 
 import io
+from threading import Semaphore
 
 from rich.console import Console
 
 from deploy.display import Display, render_line, render_panel
 from deploy.report import print_summary
-
-EARLY = {
-    "run": "tiny",
-    "phase": "evaluating before",
-    "step": 0,
-    "steps": 100,
-    "seconds_left": None,
-    "rewards": {},
-    "tokens_generated_per_s": 0.0,
-    "tokens_trained_per_s": 0.0,
-    "staleness_mean": None,
-    "staleness_max": None,
-    "max_staleness": 2,
-    "buffer_groups": 0,
-    "buffer_bytes": 0,
-    "batch_groups": 32,
-    "actors_live": 0,
-    "actors_wanted": None,
-    "actor_idle_share": 0.0,
-    "learner_wait_share": 0.0,
-    "bottleneck": None,
-    "actors": [],
-}
-RUNNING = EARLY | {
-    "phase": "training",
-    "step": 40,
-    "seconds_left": 3725.4,
-    "rewards": {"format": 0.51234, "correctness": -0.25},
-    "tokens_generated_per_s": 12345.6,
-    "tokens_trained_per_s": 999.4,
-    "staleness_mean": 0.75,
-    "staleness_max": 2,
-    "buffer_groups": 17,
-    "buffer_bytes": 1_540_000,
-    "actors_live": 2,
-    "actors_wanted": 3,
-    "actor_idle_share": 0.05,
-    "learner_wait_share": 0.405,
-    "bottleneck": "actors",
-}
+from deploy.status import Status, read_status
+from tests.unit.status_examples import EARLY, RUNNING
 
 
 def panel_text(status: dict) -> str:
     console = Console(file=io.StringIO(), width=80)
-    console.print(render_panel(status))
+    console.print(render_panel(read_status(status)))
     return console.file.getvalue()
 
 
 def test_the_line_of_an_early_run_says_that_nothing_has_happened_yet():
-    assert render_line(EARLY) == "evaluating before | step 0/100 | actors 0"
+    assert render_line(read_status(EARLY)) == "evaluating before | step 0/100 | actors 0"
 
 
 def test_the_line_of_a_running_run_holds_what_matters():
     # 3725 s = 1 h 2 min 5 s
-    assert render_line(RUNNING) == (
+    assert render_line(read_status(RUNNING)) == (
         "training | step 40/100 | format 0.512 | correctness -0.250 | generated 12346 tok/s | "
         "trained 999 tok/s | staleness 0.8 (max 2) | buffer 17 | actors 2 | bottleneck actors | "
         "1:02:05 left"
@@ -93,8 +56,27 @@ def test_the_panel_of_a_running_run_names_the_bottleneck():
 
 def test_a_reward_that_never_applied_is_shown():
     status = RUNNING | {"rewards": {"format": float("nan")}}
-    assert "format nan" in render_line(status)
+    assert "format nan" in render_line(read_status(status))
     assert "nan" in panel_text(status)
+
+
+def test_a_name_of_a_run_or_reward_is_shown_as_it_is(monkeypatch):
+    monkeypatch.setattr("deploy.display.LINE_EVERY_S", 0.01)
+    status = RUNNING | {"run": "[red]tiny", "rewards": {"[bold]format[/]": 0.5}}
+    asked = Semaphore(0)
+
+    def source() -> Status:
+        asked.release()
+        return read_status(status)
+
+    console = Console(file=io.StringIO(), width=200)
+    with Display(source, console):
+        # With the second question the first answer has been printed.
+        assert asked.acquire(timeout=10)
+        assert asked.acquire(timeout=10)
+    assert "[bold]format[/] 0.500" in console.file.getvalue()
+    assert "[red]tiny" in panel_text(status)
+    assert "[bold]format[/]" in panel_text(status)
 
 
 def test_the_display_ends_at_once_though_there_was_nothing_to_show():

@@ -190,7 +190,9 @@ class Learner:
         for actor in coordinator.actors():
             assert actor.held == len(coordinator.leases.held_by(actor.session))
         # From actors that all send nothing but nonsense the run ends, and in no other way.
-        assert coordinator.failure is None or isinstance(coordinator.failure, TrainingError)
+        assert coordinator.roster.failure is None or isinstance(
+            coordinator.roster.failure, TrainingError
+        )
         rates = self.progress.sample()
         assert all(
             math.isfinite(rate) for rate in (rates.actor_idle_share, rates.actors_wanted or 0)

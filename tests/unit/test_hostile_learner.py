@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from actors.app import Actor, ActorOptions
+from actors.collective import Collective
 from actors.engine import UnusableRow
 from actors.model_files import write_model_files
 from actors.rollout import RolloutWorker
-from actors.weights import WeightsReceiver, _Collective
-from protocol.errors import BadMessage, EngineError, brief, one_line
+from actors.weights import WeightsReceiver
+from protocol.errors import AsyncGdpoError, BadMessage, EngineError, brief, one_line
 from protocol.messages import Lease, Weights
-from protocol.weights import MAX_TOTAL_BYTES, layout
+from protocol.weights import CHUNK_BYTES, MAX_TOTAL_BYTES, layout
 from tests.unit.wire_examples import LEASE
+
+CPU = torch.device("cpu")
 
 # ---- The welcome -------------------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ def test_weights_for_which_there_is_no_memory_are_an_error_of_the_engine():
     # 2^62 bytes are more than any address space has.
     specs = [SimpleNamespace(offset=0, num_bytes=2**62)]
     with pytest.raises(EngineError, match=f"no {2**62} bytes"):
-        WeightsReceiver(link, SimpleNamespace(allocate=allocate), specs, 1.0)  # type: ignore[arg-type]
+        WeightsReceiver(link, SimpleNamespace(allocate=allocate), specs, 1.0, CPU)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -88,16 +91,18 @@ def test_weights_for_which_there_is_no_memory_are_an_error_of_the_engine():
         {"rank": 3},
         {"world_size": 0},
         {"bucket_bytes": 0},
+        {"bucket_bytes": CHUNK_BYTES + 1},
         {"store_port": 0},
         {"timeout_s": 0.0},
     ],
 )
 def test_a_collective_that_cannot_be_is_left_at_once(changes):
-    good = {"rank": 1, "world_size": 3, "store_port": 1, "bucket_bytes": 8, "timeout_s": 0.2}
+    good = {"rank": 1, "world_size": 3, "store_port": 1, "bucket_bytes": CHUNK_BYTES}
+    good |= {"timeout_s": 0.2}
     offer = Weights(version=1, num_bytes=8, digest="d", epoch=1, **{**good, **changes})
     # What is raised makes the receiver pull the version instead.
-    with pytest.raises((ValueError, RuntimeError)):
-        _Collective("tcp://127.0.0.1:5555").receive(offer, torch.empty(8, dtype=torch.uint8))
+    with pytest.raises((ValueError, AsyncGdpoError)):
+        Collective("tcp://127.0.0.1:5555", CPU).receive(offer, lambda offset, data: None)
 
 
 # ---- Leases ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import msgpack
 import msgspec
 import pytest
 
-from learner.coordinator import MAX_CHECKS_WAITING
+from learner.newcomers import MAX_CHECKS_GOING_ON
 from protocol.errors import BadMessage
 from protocol.framing import MAX_FRAMES, decode_to_actor, encode
 from protocol.groups import pack_group
@@ -82,8 +82,8 @@ BAD_VALUES = {
     ],
     "weights_pull": [
         *({"version": version} for version in (-1, 2**31, 1 << 40, HUGE)),
-        *({"offset": offset} for offset in (-1, HUGE)),
-        *({"num_bytes": size} for size in (-1, HUGE)),
+        *({"chunk": chunk} for chunk in (-1, HUGE)),
+        *({"base": base} for base in (-1, 2**31, HUGE)),
     ],
     "weights_ready": [
         *({"version": version} for version in (-1, 2**31)),
@@ -210,8 +210,8 @@ def test_what_is_valid_but_not_true_is_refused_in_its_own_way():
         cluster.say("a", GroupHeader(**{**header_fields(), "lease": wrong}))
         cluster.say("a", Failed(lease=wrong, kind="prompt", cause="x"))
     assert [ack.verdict for ack in cluster.heard("a", Ack)] == ["rejected"] * 4
-    for version, offset, size in ((5, 0, 8), (0, 2**63 - 1, 2**63 - 1), (0, 32, 1), (0, 0, 0)):
-        cluster.say("a", WeightsPull(version=version, offset=offset, num_bytes=size))
+    for version, chunk, base in ((5, 0, None), (5, 0, 5), (0, 2**63 - 1, None), (0, 1, 7)):
+        cluster.say("a", WeightsPull(version=version, chunk=chunk, base=base))
         assert [p for _, p in cluster.heard_with_payloads("a", WeightsChunk)] == [()]
     for session in ("b", "c"):
         cluster.hello("a", session=session)
@@ -294,13 +294,13 @@ def test_no_reported_duration_is_longer_than_the_actor_has_been_there():
 def test_actors_that_come_and_go_do_not_pile_up_checks():
     # Each waiting check keeps a snapshot of the weights alive.
     cluster, check = checked_cluster()
-    for number in range(3 * MAX_CHECKS_WAITING):
+    for number in range(3 * MAX_CHECKS_GOING_ON):
         session = f"s{number}"
         cluster.join(session)
         for lease in cluster.leases(session):
             cluster.finish(session, lease)
         cluster.say(session, Goodbye(cause="x"))
-    assert len(check.submitted) == MAX_CHECKS_WAITING
+    assert len(check.submitted) == MAX_CHECKS_GOING_ON
     cluster.join("good")
     assert cluster.leases("good") == []
     check.judge(PASSED)
@@ -361,8 +361,16 @@ BAD_TO_ACTOR = {
         {"bucket_bytes": -1},
         {"timeout_s": math.inf},
         {"timeout_s": 1e12},
+        {"backend": "mpi"},
+        *({"shared": path} for path in ("/etc/passwd", "/proc/1/fd/2\n", "/proc/x/fd/1", 7)),
     ],
-    "weights_chunk": [{"version": -1}, {"offset": -1}, {"offset": HUGE}],
+    "weights_chunk": [
+        {"version": -1},
+        {"chunk": -1},
+        {"chunk": HUGE},
+        {"base": -1},
+        {"encoding": "pickle"},
+    ],
     "pong": [{"version": 2**31}],
     "error": [{"code": "whatever"}],
 }

@@ -1,10 +1,10 @@
 """The pacing rule: by hand, and in simulated runs with the real buffer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from learner.buffer import ReplayBuffer
@@ -102,6 +102,36 @@ def test_the_largest_group_is_what_the_buffer_counts_for_it():
     assert largest_group_bytes(2, 2, 4, 2) == 88 == make_group(lengths=(4, 4)).size_bytes
 
 
+@pytest.mark.parametrize(
+    ("push_every", "changes", "needed"),
+    [
+        (3, {}, None),  # one batch more may be leased even at version 2: (2 + 1 - 2) * 10
+        (4, {}, 3),
+        (50, {}, 49),
+        (50, {"steps": 3}, None),  # version 2 is the last one that is trained from
+        (50, {"steps": 4}, 3),
+        (3, {"max_staleness": 3, "max_uses": 2}, None),
+        (4, {"max_staleness": 3, "max_uses": 2}, 4),
+        (1, {"max_staleness": 0}, None),
+        (2, {"max_staleness": 0}, 1),
+    ],
+)
+def test_pushes_that_come_too_seldom_are_refused(push_every, changes, needed):
+    if needed is None:
+        make_pacing(push_every=push_every, **changes)
+        return
+    why = rf"push_every = {push_every} needs learner\.max_staleness of at least {needed}:"
+    with pytest.raises(ConfigError, match=why):
+        make_pacing(push_every=push_every, **changes)
+    make_pacing(push_every=push_every, **{**changes, "max_staleness": needed})
+
+
+def test_every_third_version_is_pushed_and_the_last_one():
+    pacing = make_pacing(push_every=3, steps=10)
+    assert [v for v in range(1, 11) if pacing.is_pushed(v)] == [3, 6, 9, 10]
+    assert all(make_pacing(steps=10).is_pushed(v) for v in range(1, 11))
+
+
 def test_a_lag_leaves_room_for_its_own_batches_only():
     pacing = make_pacing(max_staleness=8, lag=1)
     assert allowed(pacing) == 20
@@ -117,6 +147,8 @@ def test_a_lag_that_could_never_be_kept_is_refused():
         make_pacing(lag=3)
     with pytest.raises(ConfigError, match=r"needs buffer\.max_uses = 1"):
         make_pacing(lag=1, max_uses=2)
+    with pytest.raises(ConfigError, match=r"buffer\.lag = 1 needs weights\.push_every = 1"):
+        make_pacing(lag=1, push_every=2)
     with pytest.raises(ConfigError, match=r"can never hold 30 groups \(for buffer\.lag = 2\)"):
         make_pacing(lag=2, max_groups=29)
     with pytest.raises(ConfigError, match=r"max_bytes = 29999 may not hold 30 groups \(for"):
@@ -139,7 +171,12 @@ class Run:
     in_order: bool
     sampling: str = "fifo"
     failure_rate: float = 0.0
+    resumes: int = 0
+    """How often the learner is still to be killed."""
+    journal: bool = True
     version: int = 0
+    pushed: int = 0
+    """Newest version that actors can have."""
     training: bool = False
     num_leased: int = 0
     outstanding: list[tuple[int, int]] = field(default_factory=list)
@@ -149,7 +186,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.versions = [0] * self.num_actors
-        self.buffer = ReplayBuffer(
+        self.buffer = self.make_buffer()
+
+    def make_buffer(self) -> ReplayBuffer:
+        return ReplayBuffer(
             max_groups=self.pacing.max_groups,
             max_bytes=self.pacing.max_bytes,
             max_staleness=self.pacing.max_staleness,
@@ -164,6 +204,8 @@ class Run:
         for _ in range(NEVER_STOPS):
             if self.version == self.pacing.steps:
                 return
+            if self.resumes and self.random.random() < 0.02:
+                self.resume()
             self.random.choice(turns)()
             assert len(self.buffer) + len(self.outstanding) <= self.pacing.max_groups
         raise AssertionError(f"stuck at step {self.version} of {self.pacing.steps}")
@@ -190,7 +232,7 @@ class Run:
                 self.buffer.add(make_group(lease, version=version), lease)
 
     def follow(self) -> None:
-        self.versions[self.random.randrange(self.num_actors)] = self.version
+        self.versions[self.random.randrange(self.num_actors)] = self.pushed
 
     def take(self) -> None:
         if not self.training:
@@ -211,15 +253,31 @@ class Run:
             self.training = False
             self.version += 1
             self.buffer.step_done()
+            if self.pacing.is_pushed(self.version):
+                self.pushed = self.version
+
+    def resume(self) -> None:
+        """The learner is killed, and resumed: where it was, or without a journal before that."""
+        self.resumes -= 1
+        if self.journal:
+            self.step()
+        else:
+            self.training = False
+            self.version = self.random.randint(0, self.version)
+            self.buffer = self.make_buffer()
+        self.outstanding.clear()
+        self.pushed = self.version
+        self.versions = [self.version] * self.num_actors
 
 
 @st.composite
 def runs(draw: st.DrawFn, max_uses: int = 1, lag: int | None = None, **values) -> Run:
+    max_staleness = draw(st.integers(lag or max_uses - 1, 4))
     batch_groups = draw(st.integers(1, 5))
     steps = draw(st.integers(1, 12))
     held = min(1 + (lag or 0), steps) * batch_groups
     pacing = Pacing(
-        max_staleness=draw(st.integers(lag or max_uses - 1, 4)),
+        max_staleness=max_staleness,
         batch_groups=batch_groups,
         steps=steps,
         max_groups=draw(st.integers(held, 6 * batch_groups)),
@@ -227,6 +285,7 @@ def runs(draw: st.DrawFn, max_uses: int = 1, lag: int | None = None, **values) -
         group_bytes=GROUP_BYTES,
         max_uses=max_uses,
         lag=lag,
+        push_every=1 if lag is not None else draw(st.integers(1, max_staleness + 2 - max_uses)),
     )
     return Run(pacing, draw(st.integers(1, 4)), Random(draw(st.integers(0, 2**32))), **values)
 
@@ -269,3 +328,94 @@ def test_with_a_lag_every_batch_is_exactly_so_stale(run):
     # Nothing is left at the end.
     assert run.buffer.books.trained == run.pacing.steps * run.pacing.batch_groups
     assert len(run.buffer) == 0
+
+
+# ---- Pushes that are rare ----------------------------------------------------------------------
+
+
+def unchecked(pacing: Pacing, push_every: int) -> Pacing:
+    """As if the constructor refused nothing."""
+    with pytest.raises(ConfigError, match="push_every"):
+        replace(pacing, push_every=push_every)
+    object.__setattr__(pacing, "push_every", push_every)
+    return pacing
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(1, 3), st.booleans())
+def test_no_resume_stops_a_run_whose_pushes_are_not_too_rare(data, max_uses, journal):
+    run = data.draw(
+        runs(
+            max_uses=max_uses,
+            in_order=False,
+            failure_rate=0.1,
+            resumes=data.draw(st.integers(0, 3)),
+            journal=journal,
+        )
+    )
+    run.finish()
+    assert run.buffer.books.balanced
+    assert run.buffer.largest_staleness <= run.pacing.max_staleness
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(1, 3))
+def test_no_run_survives_pushes_that_are_rarer_than_its_staleness(data, max_uses):
+    run = data.draw(runs(max_uses=max_uses, in_order=True))
+    limit = run.pacing.max_staleness + 1
+    assume(run.pacing.steps > limit)
+    run.pacing = unchecked(run.pacing, data.draw(st.integers(limit + 1, 20)))
+    with pytest.raises(AssertionError, match="stuck"):
+        run.finish()
+    assert run.version <= limit
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 4).flatmap(lambda lag: runs(lag=lag, in_order=True)), st.integers(2, 5))
+def test_with_a_lag_no_run_survives_rare_pushes(run, push_every):
+    assume(run.pacing.steps > run.pacing.lag + 1)
+    run.pacing = unchecked(run.pacing, push_every)
+    with pytest.raises(AssertionError, match="stuck at step 1 "):
+        run.finish()
+
+
+def lazy_course(pacing: Pacing, resumed_at: int) -> int:
+    """Version that training reaches if no group is leased before it is needed.
+
+    Without a journal: what is buffered is lost when the run is resumed at ``resumed_at``.
+    """
+    version = pushed = uses_left = 0
+    while version < pacing.steps:
+        if version == resumed_at:
+            pushed, uses_left = version, 0
+        if not uses_left:
+            if allowed(pacing, trainer_version=version, actor_version=pushed) < pacing.batch_groups:
+                return version
+            uses_left = pacing.max_uses
+        uses_left -= 1
+        version += 1
+        if pacing.is_pushed(version):
+            pushed = version
+    return version
+
+
+@pytest.mark.parametrize("max_uses", [1, 2, 3, 4])
+def test_exactly_those_pushes_are_refused_after_which_a_run_may_stop(max_uses):
+    """The bound is not too strict either: for all that it refuses there is a course that stops."""
+    for max_staleness in range(max_uses - 1, 7):
+        pacing = make_pacing(max_staleness=max_staleness, max_uses=max_uses)
+        for push_every in range(1, 10):
+            try:
+                tried, refused = replace(pacing, push_every=push_every), False
+            except ConfigError:
+                tried, refused = unchecked(replace(pacing), push_every), True
+            reached = min(lazy_course(tried, resumed_at) for resumed_at in range(30))
+            assert (reached < pacing.steps) == refused, (max_staleness, push_every)
+
+
+def test_groups_that_are_used_twice_may_stop_a_run_that_went_well_so_far():
+    """Every second version is pushed, just when the batch is used up; a resume breaks the step."""
+    pacing = unchecked(make_pacing(max_staleness=1, max_uses=2), push_every=2)
+    assert lazy_course(pacing, resumed_at=0) == 100
+    # A batch is used for versions 4 and 5. At 5 actors have 4: (1 + 1 - 1) // 2 = 0 batches.
+    assert lazy_course(pacing, resumed_at=3) == 5

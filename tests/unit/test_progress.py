@@ -36,6 +36,19 @@ def test_rates_are_differences_over_the_time_between_samples():
     assert rates.actors_wanted == 1
 
 
+def test_the_shares_of_an_actor_are_of_its_time_since_it_was_first_heard():
+    cluster, progress = make_progress()
+    assert progress.shares("nobody") is None
+    cluster.join("b")
+    cluster.status("b", idle_seconds=50.0, stall_seconds=10.0, uptime_seconds=100.0)
+    progress.sample()
+    cluster.clock.advance(20)
+    cluster.status("b", idle_seconds=55.0, stall_seconds=11.0, uptime_seconds=120.0)
+    progress.sample()
+    # 5 and 1 of 20 seconds
+    assert progress.shares("b") == pytest.approx((0.25, 0.05))
+
+
 def test_a_wait_that_still_goes_on_counts_already():
     cluster, progress = make_progress()
     cluster.clock.advance(10)

@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from itertools import cycle
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -13,13 +13,14 @@ import torch
 
 from learner.config import RunConfig
 from learner.config_file import load_config
+from learner.feeding import MAX_SNAPSHOTS_HELD
 from learner.policy import Policy, load_policy
 from learner.selfcheck import CheckResult, SelfCheck
-from learner.snapshots import Snapshot, pack
+from learner.snapshots import STILL_PULLED_S, Snapshot
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
 from protocol.messages import Error, Failed, Lease, Weights, WeightsPull
-from tests.unit.factories import Cluster, make_config, make_snapshot, make_work
+from tests.unit.factories import Cluster, joined, make_snapshot, pack_alone
 
 PROMPT = np.array([7, 20, 30], dtype=np.int32)
 TOKENS = np.array([15, 9, 32, 16, 5, 8, 21, 1], dtype=np.int32)
@@ -58,8 +59,8 @@ def model_logprobs(policy: Policy, temperature: float) -> np.ndarray:
     return logits.log_softmax(-1)[torch.arange(len(TOKENS)), TOKENS].numpy()
 
 
-def snapshot_of(policy: Policy, version: int = 0) -> Mapping[int, Snapshot]:
-    return {version: pack(version, policy.model, policy.specs)}
+def snapshot_of(policy: Policy, version: int = 0) -> Snapshot:
+    return pack_alone(version, policy.model, policy.specs)
 
 
 def test_the_learners_own_log_probabilities_pass(check, policy):
@@ -101,7 +102,7 @@ def test_a_log_probability_that_is_no_number_does_not_pass(check, policy):
     assert check.compare(make_sequence(logprobs), snapshot_of(policy)).likely_cause
 
 
-def test_only_tokens_of_known_versions_are_compared(check, policy):
+def test_only_tokens_of_the_snapshots_version_are_compared(check, policy):
     logprobs = model_logprobs(policy, 0.7)
     logprobs[5:] = -50.0
     group = make_sequence(logprobs, spans=((0, 3), (5, 4)))
@@ -117,11 +118,11 @@ class FakeCheck:
     """Judges when the test says so."""
 
     def __init__(self) -> None:
-        self.submitted: list[tuple[Group, Mapping[int, Snapshot]]] = []
+        self.submitted: list[tuple[Group, Snapshot]] = []
         self._reports: list[Callable[[CheckResult], None]] = []
 
-    def submit(self, group, snapshots, report, fail) -> None:
-        self.submitted.append((group, snapshots))
+    def submit(self, group, snapshot, report, fail) -> None:
+        self.submitted.append((group, snapshot))
         self._reports.append(report)
 
     def judge(self, result: CheckResult) -> None:
@@ -129,11 +130,8 @@ class FakeCheck:
 
 
 def checked_cluster() -> tuple[Cluster, FakeCheck]:
-    cluster, check = Cluster(make_config()), FakeCheck()
-    cluster.coordinator._self_check = check  # type: ignore[assignment]
-    cluster.coordinator._checks = cycle(
-        [make_work(f"check-{i}", purpose="check") for i in range(3)]
-    )
+    check = FakeCheck()
+    cluster = Cluster(self_check=check)
     cluster.open_training()
     return cluster, check
 
@@ -156,6 +154,12 @@ def test_an_actor_gets_one_check_and_no_other_work_before_it_has_passed():
     assert cluster.coordinator.actors()[0].check_difference == 1e-6
 
 
+def test_where_nobody_is_checked_an_actor_gets_work_at_once():
+    cluster = joined("a")
+    assert set(purposes(cluster, "a")) == {"train"}
+    assert cluster.coordinator.actors()[0].check == "off"
+
+
 def test_a_check_whose_weights_changed_before_its_first_token_is_done_again():
     cluster, check = checked_cluster()
     cluster.join("a")
@@ -170,21 +174,25 @@ def test_an_actor_keeps_the_version_that_it_is_checked_with_and_then_catches_up(
     cluster, check = checked_cluster()
     cluster.hello("a")
     [announced] = cluster.heard("a", Weights)
+    cluster.say("a", WeightsPull(version=announced.version, chunk=0))
     for version in range(1, 4):
         cluster.version = version
         cluster.coordinator.advance(version)
+        cluster.clock.advance(2 * STILL_PULLED_S)
+        cluster.status("a", capacity=0, version=-1)
         cluster.snapshots.publish(make_snapshot(version))
+    assert cluster.snapshots.kept(announced.version) is None
     cluster.weights_ready("a", version=announced.version)
     cluster.status("a")
     # Pushes leave it out.
-    assert cluster.coordinator.ready_sessions() == ()
+    assert cluster.ready() == []
     assert cluster.heard("a", Weights) == []
     cluster.finish("a", *cluster.leases("a"), version=0)
-    [(_, snapshots)] = check.submitted
-    assert snapshots.keys() == {0}
+    [(_, snapshot)] = check.submitted
+    assert snapshot.version == 0
     check.judge(PASSED)
     assert [w.version for w in cluster.heard("a", Weights)] == [3]
-    assert cluster.coordinator.ready_sessions() == ("a",)
+    assert cluster.ready() == ["a"]
 
 
 def test_an_actor_that_has_to_pull_a_newer_version_is_checked_with_that():
@@ -193,12 +201,12 @@ def test_an_actor_that_has_to_pull_a_newer_version_is_checked_with_that():
     cluster.version = 1
     cluster.coordinator.advance(1)
     cluster.snapshots.publish(make_snapshot(1))
-    cluster.say("a", WeightsPull(version=0, offset=0, num_bytes=4))
+    cluster.say("a", WeightsPull(version=0, chunk=0))
     cluster.weights_ready("a", version=1)
     cluster.status("a")
     cluster.finish("a", *cluster.leases("a"))
-    [(_, snapshots)] = check.submitted
-    assert snapshots.keys() == {1}
+    [(_, snapshot)] = check.submitted
+    assert snapshot.version == 1
 
 
 def test_every_check_has_another_row_because_one_may_be_unusable():
@@ -224,8 +232,8 @@ def test_while_the_run_ends_no_check_is_leased():
 def test_a_comparison_that_fails_ends_the_run_instead_of_never_ending(check, policy):
     group = make_sequence(model_logprobs(policy, 0.7))
     failures: SimpleQueue = SimpleQueue()
-    broken = Snapshot(0, torch.zeros(3, dtype=torch.uint8), "")
-    check.submit(group, {0: broken}, report=failures.put, fail=failures.put)
+    broken = dataclasses.replace(snapshot_of(policy), packed=torch.zeros(3, dtype=torch.uint8))
+    check.submit(group, broken, report=failures.put, fail=failures.put)
     error = failures.get(timeout=20)
     assert isinstance(error, TrainingError)
     assert "learner.self_check=false leaves it out" in str(error)
@@ -319,3 +327,25 @@ def test_check_groups_are_not_trained_on():
     cluster.finish("a", *cluster.leases("a"))
     check.judge(PASSED)
     assert len(cluster.buffer) == cluster.buffer.books.accepted == 0
+
+
+def test_actors_that_still_start_keep_no_snapshots_and_those_that_pull_only_some():
+    """Starting an engine takes minutes, in which there are many versions."""
+    cluster, _ = checked_cluster()
+    kept = []
+    for version in range(1, 30):
+        session = f"s{version}"
+        cluster.hello(session)
+        snapshot = make_snapshot(version)
+        cluster.snapshots.publish(snapshot)
+        kept.append(weakref.ref(snapshot.packed))
+        if version > 10:
+            cluster.say(session, WeightsPull(version=version, chunk=0))
+        cluster.clock.advance(1)
+        cluster.heard(session, Weights)
+    del snapshot
+    cluster.coordinator.outbox.clear()
+    cluster._inboxes.clear()
+    assert sum(ref() is not None for ref in kept[:10]) == 0
+    # The newest, and the oldest that was pulled lately, are there in any case.
+    assert sum(ref() is not None for ref in kept) <= MAX_SNAPSHOTS_HELD + 2

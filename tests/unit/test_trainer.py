@@ -15,10 +15,10 @@ from learner.config import RunConfig
 from learner.config_file import load_config
 from learner.policy import load_policy
 from learner.reward_settings import RewardSetting
-from learner.snapshots import pack
 from learner.trainer import StepResult, Trainer, lr_factor
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
+from tests.unit.factories import pack_alone
 
 NUM_PROMPTS, NUM_ROLLOUTS = 6, 4
 
@@ -98,7 +98,7 @@ def test_microbatches_do_not_change_the_step(config):
         )
         losses.append(train(Trainer(policy, changed), groups).metrics["loss"])
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
-        digests.append(pack(1, policy.model, policy.specs).digest)
+        digests.append(pack_alone(1, policy.model, policy.specs).digest)
     for loss, weight in zip(losses[1:], weights[1:], strict=True):
         assert loss == pytest.approx(losses[0], abs=1e-6)
         # AdamW's first steps are lr * sign(gradient): only gradients near 0 may differ, by 2 lr
@@ -135,12 +135,12 @@ def test_a_weight_that_changes_between_steps_changes_what_the_same_groups_teach(
 
 def test_groups_without_any_difference_leave_the_weights_alone(config):
     policy = load_policy(config)
-    before = pack(0, policy.model, policy.specs).digest
+    before = pack_alone(0, policy.model, policy.specs).digest
     groups = make_groups(config)
     for group in groups:
         group.scores[:] = 1.0
     result = train(Trainer(policy, config), groups)
-    assert pack(1, policy.model, policy.specs).digest == before
+    assert pack_alone(1, policy.model, policy.specs).digest == before
     assert result.metrics["groups/dead"] == NUM_PROMPTS
 
 

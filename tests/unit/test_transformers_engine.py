@@ -1,6 +1,7 @@
 """The engine as actors use it: empty until it gets weights, never half loaded."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.engine import Request
-from actors.transformers_engine import TransformersEngine, unpack_weights
-from learner.snapshots import pack
+from actors.transformers_engine import TransformersEngine, take_weights
 from protocol.errors import ConfigError, EngineError
 from protocol.weights import TensorSpec, layout
+from tests.unit.factories import pack_alone
 
 
 def load(folder: Path):
@@ -36,10 +37,10 @@ def make_request(max_tokens: int = 16, temperature: float = 0.0) -> Request:
 
 async def test_weights_from_the_learner_give_its_digest_and_its_generations(base_folder):
     model, specs = load(base_folder)
-    snapshot = pack(5, model, specs)
+    snapshot = pack_alone(5, model, specs)
     engine = make_engine(base_folder)
-    digest, seconds = await engine.load_weights(5, snapshot.packed, specs)
-    assert digest == snapshot.digest
+    seconds = await engine.load_weights(5, snapshot.packed, specs)
+    assert engine.digests(specs) == snapshot.digests
     assert engine.version == 5
     assert seconds >= 0
     rollouts = await engine.generate(make_request())
@@ -55,12 +56,12 @@ async def test_weights_from_the_learner_give_its_digest_and_its_generations(base
 async def test_a_request_in_flight_continues_under_new_weights(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
     # Without an end token in sight the request runs until its limit.
     running = asyncio.create_task(engine.generate(make_request(max_tokens=200, temperature=50.0)))
     while engine.stats.tokens_generated < 20:
         await asyncio.sleep(0)
-    await engine.load_weights(1, pack(1, model, specs).packed, specs)
+    await engine.load_weights(1, pack_alone(1, model, specs).packed, specs)
     rollouts = await running
     assert any([version for _, version in r.spans] == [0, 1] for r in rollouts)
     await engine.close()
@@ -69,7 +70,7 @@ async def test_a_request_in_flight_continues_under_new_weights(base_folder):
 async def test_cancelling_a_request_ends_its_generation(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
     running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
     while engine.stats.tokens_generated < 10:
         await asyncio.sleep(0)
@@ -87,7 +88,7 @@ async def test_cancelling_a_request_ends_its_generation(base_folder):
 async def test_closing_ends_requests_in_flight(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack(0, model, specs).packed, specs)
+    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
     running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
     await asyncio.sleep(0)
     await engine.close()
@@ -107,15 +108,35 @@ async def test_an_engine_that_dies_tells_every_caller_why(base_folder):
     await engine.close()
 
 
-def test_weights_of_another_shape_change_nothing(base_folder):
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_weights_that_do_not_fit_change_nothing(base_folder, in_place, change):
     model, specs = load(base_folder)
-    before = pack(0, model, specs).digest
+    before = pack_alone(0, model, specs).digest
     last = specs[-1]
-    specs[-1] = TensorSpec(last.name, last.dtype, (*last.shape, 1), last.offset, last.num_bytes)
+    changes = {"shape": {"shape": (*last.shape, 1)}, "dtype": {"dtype": "bfloat16"}}
+    specs[-1] = replace(last, **changes[change])
     packed = torch.zeros(last.offset + last.num_bytes, dtype=torch.uint8)
     with pytest.raises(EngineError, match=last.name):
-        unpack_weights(model, packed, specs)
-    assert pack(0, model, load(base_folder)[1]).digest == before
+        take_weights(model, packed, specs, in_place=in_place)
+    assert pack_alone(0, model, load(base_folder)[1]).digest == before
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_are_taken_with_tied_parameters_once(base_folder, in_place):
+    """And in place they are the memory itself, so that nothing is copied."""
+    model, specs = load(base_folder)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied
+    snapshot = pack_alone(1, load(base_folder)[0], specs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    take_weights(model, snapshot.packed, specs, in_place=in_place)
+    assert pack_alone(0, model, specs).digest == snapshot.digest
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    snapshot.packed.zero_()
+    assert (model.get_input_embeddings().weight.abs().sum() == 0) == in_place
 
 
 async def test_a_folder_without_a_model_is_the_users_mistake(tmp_path):

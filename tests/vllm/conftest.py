@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.vllm_engine import VllmEngine
-from learner.snapshots import pack
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.weights import TensorSpec, layout, total_bytes
+from tests.unit.factories import pack_alone
 
 MAX_PROMPT_TOKENS, MAX_TOKENS = 160, 90
 
@@ -27,13 +27,14 @@ class Served:
     specs: list[TensorSpec]
     buffer: torch.Tensor
 
-    async def load(self, version: int) -> tuple[str, float]:
+    async def load(self, version: int) -> tuple[bytes, float]:
         """Have the engine load a model; its version becomes the newest one."""
-        snapshot = pack(version, self.models[version], self.specs)
+        snapshot = pack_alone(version, self.models[version], self.specs)
         self.buffer.copy_(snapshot.packed)
-        digest, seconds = await self.engine.load_weights(version, self.buffer, self.specs)
-        assert digest == snapshot.digest
-        return digest, seconds
+        seconds = await self.engine.load_weights(version, self.buffer, self.specs)
+        digests = self.engine.digests(self.specs)
+        assert digests == snapshot.digests
+        return digests, seconds
 
 
 def perturbed(model: Any, scale: float) -> Any:

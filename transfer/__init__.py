@@ -1,0 +1,1 @@
+"""The torch side of weights that learner and actors share."""

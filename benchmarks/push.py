@@ -4,19 +4,21 @@
 
 A real learner (nothing trains, but a tenth of all weights change in their last bit before each
 push), real `gdpo actor` processes with the transformers engine, all on this machine with one thread
-each. First the actors have nothing to do, then all of them generate all the time.
+each. The actors have nothing to do at first, and then generate all the time: each one group of four
+rollouts, of a few words and up to 32 tokens.
 
 The bare broadcast is gloo's, between as many processes of its own, in buckets of the same size, and
 nothing else: no announcement, no digests, no model. It takes turns with the pushes, so that both
 find the same machine: while the actors generate, they do so beside the bare broadcast too.
 
-A row is the median of the repeats, in brackets the best. "push" is the time from the announcement
-to the last confirmation, by which an actor says that its engine computes with digests that are
-right; "join" is that of the first push of the epoch. "send/bare" compares the broadcast inside of
-the push with the bare one, "push/bare" the whole push. GB/s are bytes of the weights in the time,
-whatever the number of actors. "stall" is the longest time that an actor's generation stood still,
-and its share of the push. The first pushes, in which memory is written for the first time, are not
-counted.
+A row is the median of the repeats; behind a ratio of medians stands, in brackets, that of the best.
+"push" is the time from the announcement to the last confirmation, by which an actor says that its
+engine computes with weights whose digests are right; "join" is that of the first push of the epoch,
+"receive" the longest of the actors'. GB/s are bytes of the weights in the time, whatever the number
+of actors. "send/bare" compares the broadcast inside of the push with the bare one, "push/bare" the
+whole push. "stall" is the longest time that an actor's generation stood still, and its share of the
+push: an actor that generates computes all tokens in flight anew. The first pushes, in which memory
+is written for the first time, are not counted.
 """
 
 import argparse
@@ -31,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,7 @@ from learner.config import RunConfig
 from learner.packing import MemoryPool, pack
 from learner.publisher import PushReport
 from learner.runlog import RunFolder
+from learner.snapshots import STILL_PULLED_S
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "examples" / "tool_calling_tiny" / "base"
@@ -59,6 +62,7 @@ SHAPES = {
     500: {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "layers": 24},
 }
 """By millions of parameters."""
+ENGINES = ("idle", "generate")
 ROLLOUTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 32
 WARM_UP = 3
 """Pushes and bare broadcasts: an actor has two buffers, the learner up to three."""
@@ -68,7 +72,7 @@ BARE_PROCESS_BYTES = 250e6
 START_TIMEOUT_S = 300.0
 COLUMNS = (
     ("actors", "right"),
-    ("", "left"),
+    ("engines", "left"),
     ("pack s", "right"),
     ("join s", "right"),
     ("send s", "right"),
@@ -176,20 +180,29 @@ class Cluster:
         for actor in self._actors[count:]:
             actor.stop()
         del self._actors[count:]
+        coordinator = self._learner.coordinator
         self._wait_until(
             lambda: (
-                self._learner.coordinator.num_live == count
-                and len(self._learner.coordinator.feeding.ready_actors(self._version)) == count
+                coordinator.num_live == count
+                and len(coordinator.feeding.ready_actors(self._version)) == count
             ),
             f"{count} actors",
         )
 
-    def generate(self) -> None:
-        """From now on every actor has always something to do."""
+    def settle(self) -> None:
+        """The learner computes differences for newcomers, for so long after their last pull."""
+        time.sleep(STILL_PULLED_S)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Meanwhile every actor has always something to do."""
         coordinator = self._learner.coordinator
         coordinator.open_training()
         generated = self._tokens()
         self._wait_until(lambda: self._tokens() > generated, "the first tokens")
+        yield
+        coordinator.close_training()
+        self._wait_until(lambda: not coordinator.leases.outstanding("train"), "the last tokens")
 
     def _tokens(self) -> int:
         return self._learner.progress.tokens_generated
@@ -197,7 +210,7 @@ class Cluster:
     def push(self) -> tuple[PushReport, dict[str, float]]:
         """A version that differs in a tenth of all weights.
 
-        Returns also the longest phases of the actors, in seconds.
+        Returns also the longest phases of the actors and of a copy, in seconds.
         """
         self._version += 1
         learner = self._learner
@@ -209,7 +222,6 @@ class Cluster:
         pack_seconds = time.monotonic() - started
         learner.coordinator.advance(self._version)
         learner.publisher.publish(snapshot, pack_seconds)
-        del snapshot
         reports: list[PushReport] = []
 
         def reported() -> bool:
@@ -223,13 +235,10 @@ class Cluster:
         phases: dict[str, float] = {}
         for phase, seconds in learner.coordinator.timings:
             phases[phase] = max(phases.get(phase, 0.0), seconds)
+        started = time.monotonic()
+        self._copy.copy_(snapshot.packed)
+        phases["copy"] = time.monotonic() - started
         return report, phases
-
-    def copy_seconds(self) -> float:
-        packed = pack(self._version, self._model, self._specs, self._pool).packed
-        started = time.perf_counter()
-        self._copy.copy_(packed)
-        return time.perf_counter() - started
 
     def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -335,14 +344,6 @@ class Sample:
     bare: float
     copy: float
 
-    @property
-    def send(self) -> float:
-        return self.report.phases.get("broadcast", 0.0)
-
-    @property
-    def stall_share(self) -> float:
-        return self.stall / self.report.seconds
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -353,36 +354,36 @@ class Cell:
     samples: Sequence[Sample]
 
     def row(self) -> tuple[str, ...]:
-        report = [sample.report for sample in self.samples]
+        reports = [sample.report for sample in self.samples]
+        push = [report.seconds for report in reports]
+        bare = [sample.bare for sample in self.samples]
+        send = [report.phases.get("broadcast", 0.0) for report in reports]
+        stall = [sample.stall for sample in self.samples]
         return (
-            self._of([r.phases["pack"] for r in report], "{:.3f}"),
-            f"{self.join:.3f}",
-            self._of([s.send for s in self.samples], "{:.3f}"),
-            self._of([r.phases["confirm"] for r in report], "{:.3f}"),
-            self._of([r.seconds for r in report], "{:.3f}"),
-            self._of([s.receive for s in self.samples], "{:.3f}"),
-            self._rate([r.seconds for r in report]),
-            self._rate([s.bare for s in self.samples]),
-            self._rate([s.copy for s in self.samples]),
-            self._of_bare([s.send for s in self.samples]),
-            self._of_bare([r.seconds for r in report]),
-            self._of([s.stall for s in self.samples], "{:.3f}"),
-            self._of([s.stall_share for s in self.samples], "{:.0%}"),
+            _seconds([report.phases["pack"] for report in reports]),
+            _seconds([self.join]),
+            _seconds(send),
+            _seconds([report.phases["confirm"] for report in reports]),
+            _seconds(push),
+            _seconds([sample.receive for sample in self.samples]),
+            *(
+                f"{self.num_bytes / statistics.median(seconds) / 1e9:.2f}"
+                for seconds in (push, bare, [sample.copy for sample in self.samples])
+            ),
+            _ratio(bare, send) if any(send) else "-",
+            _ratio(bare, push),
+            _seconds(stall),
+            _ratio(stall, push),
         )
 
-    def _of(self, values: Sequence[float], form: str) -> str:
-        return f"{form.format(statistics.median(values))} ({form.format(min(values))})"
 
-    def _rate(self, seconds: Sequence[float]) -> str:
-        rates = [self.num_bytes / s / 1e9 for s in seconds]
-        return f"{statistics.median(rates):.2f} ({max(rates):.2f})"
+def _seconds(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3f}"
 
-    def _of_bare(self, seconds: Sequence[float]) -> str:
-        if not min(seconds):
-            return "-"
-        bare = [s.bare for s in self.samples]
-        median = statistics.median(bare) / statistics.median(seconds)
-        return f"{median:.0%} ({min(bare) / min(seconds):.0%})"
+
+def _ratio(values: Sequence[float], of: Sequence[float]) -> str:
+    median = statistics.median(values) / statistics.median(of)
+    return f"{median:.0%} ({min(values) / min(of):.0%})"
 
 
 def measure(cluster: Cluster, bare: Callable[[], float], repeats: int) -> Cell:
@@ -401,7 +402,7 @@ def measure(cluster: Cluster, bare: Callable[[], float], repeats: int) -> Cell:
                 receive=phases["weights_receive"],
                 stall=phases["weights_load"],
                 bare=bare_seconds,
-                copy=cluster.copy_seconds(),
+                copy=phases["copy"],
             )
         )
     return Cell(cluster.num_bytes, join, samples)
@@ -429,39 +430,30 @@ def run_size(millions: int, options: argparse.Namespace, folder: Path, console: 
     available = available_bytes()
     needed = {actors: needed_bytes(2e6 * millions, actors) for actors in sorted(options.actors)}
     counts = [actors for actors in needed if needed[actors] <= available]
-    cells: dict[tuple[bool, int], Cell] = {}
+    cells: dict[tuple[str, int], Cell] = {}
     if counts:
         with ExitStack() as stack:
             bare = BareBroadcast(folder, stack, counts[-1] + 1)
             running = stack.enter_context(cluster(folder, millions, options.backend, bucket_bytes))
-
-            def fill(generating: bool, actors: int) -> None:
+            running.have_actors(counts[-1])
+            running.settle()
+            # Downwards, so that every actor is started only once.
+            for actors in reversed(counts):
                 running.have_actors(actors)
-                if generating:
-                    running.generate()
                 meeting = bare.meet(actors, running.num_bytes, bucket_bytes)
-                cells[generating, actors] = measure(running, meeting, options.repeats)
-
-            # Up and down again, so that every actor is started only once.
-            if "idle" in options.modes:
-                for actors in counts:
-                    fill(False, actors)
-            if "generating" in options.modes:
-                for actors in reversed(counts):
-                    fill(True, actors)
+                for engines in options.engines:
+                    with running.generating() if engines == "generate" else nullcontext():
+                        cells[engines, actors] = measure(running, meeting, options.repeats)
     num_bytes = next(iter(cells.values())).num_bytes if cells else 2e6 * millions
-    table = Table(
-        title=f"{num_bytes / 1e6:,.1f} MB of weights ({num_bytes / 2e6:.1f} M parameters)"
-    )
+    table = Table(title=f"{num_bytes / 2e6:.1f} M parameters, {num_bytes / 1e6:,.1f} MB")
     for name, justify in COLUMNS:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for actors, size in needed.items():
-        for mode in options.modes:
-            if cell := cells.get((mode == "generating", actors)):
-                table.add_row(str(actors), mode, *cell.row())
+        for engines in options.engines:
+            if cell := cells.get((engines, actors)):
+                table.add_row(str(actors), engines, *cell.row())
             else:
-                missing = f"not run: needs {size / 1e9:.0f} GB of memory"
-                table.add_row(str(actors), mode, missing)
+                table.add_row(str(actors), engines, f"not run: needs {size / 1e9:.0f} GB of memory")
     console.print(table)
 
 
@@ -474,17 +466,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", choices=("gloo", "shared", "stream"), default="gloo")
     parser.add_argument("--bucket", type=int, default=4, help="MiB")
-    parser.add_argument(
-        "--modes", nargs="+", choices=("idle", "generating"), default=["idle", "generating"]
-    )
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
-    console = Console(width=210, highlight=False)
+    console = Console(width=160, highlight=False)
     console.print(
         f"{options.backend}, buckets of {options.bucket} MiB, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, Python {platform.python_version()}; median (best) of "
-        f"{options.repeats}"
+        f"torch {torch.__version__}, Python {platform.python_version()}; {options.repeats} repeats"
     )
     with tempfile.TemporaryDirectory() as name:
         for millions in options.params:

@@ -113,8 +113,12 @@ async def failure(pool: RewardPool, name: str, completion: str = "a") -> RewardF
 
 
 def guards() -> list[int]:
-    """The processes that pools of this process started."""
-    return [pid for pid in children_of(os.getpid()) if is_alive(pid)]
+    """The processes that pools of this process started; other tests have helpers of their own."""
+    return [
+        pid
+        for pid in children_of(os.getpid())
+        if is_alive(pid) and b"reward_guard" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from tests.chaos.audit import audit
 from tests.chaos.incidents import Incident
+from tests.chaos.nursery import Nursery
 from tests.chaos.points import Deed
 from tests.chaos.proxy import Proxy
 from tests.chaos.record import read
@@ -93,6 +94,7 @@ class Chaos(System):
         self.mark = uuid.uuid4().hex
         """In the environment of every process, so that orphans are found."""
         self.proxy: Proxy | None = None
+        self.nursery: Nursery | None = None
         self.toys: list[Process] = []
         (folder / "chaos_rewards.py").write_text(REWARDS)
 
@@ -132,6 +134,10 @@ class Chaos(System):
         self.proxy = Proxy(self.url)
         return self.proxy
 
+    def open_nursery(self) -> None:
+        """Actors that start from now on are there at once."""
+        self.nursery = Nursery(self.folder, self.environment)
+
     def start_toys(self, count: int, *, group_s: float = 0.4) -> Self:
         """So many toy actors, all at work."""
         for _ in range(count):
@@ -165,7 +171,12 @@ class Chaos(System):
         if crash is not None:
             mark = str(self.mark_of(name))
             arguments += ["--at", f"{crash.point}:{crash.call}", "--do", crash.do, "--mark", mark]
-        return self.python(name, "-m", "tests.chaos.entry", *arguments, "--", *command)
+        arguments += ["--", *command]
+        if self.nursery is None or command[0] != "actor":
+            return self.python(name, "-m", "tests.chaos.entry", *arguments)
+        process = self.nursery.start(name, arguments)
+        self._processes.append(process)
+        return process
 
     def python(self, name: str, *arguments: str) -> Process:
         process = _Python(self.folder, name, self.environment, arguments)
@@ -264,6 +275,8 @@ class Chaos(System):
         if self.proxy is not None:
             self.proxy.close()
         super().close()
+        if self.nursery is not None:
+            self.nursery.close()
         for pid in self.processes_left():
             os.kill(pid, signal.SIGKILL)
 

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 PUSHES = 200
 PLACES = 4
-LIVES = 12
+LIVES = 20
 """In each place; more than there is time for."""
 BUCKET_BYTES = 1 << 20
 PUSH_TIMEOUT_S = 6.0
@@ -86,6 +86,7 @@ def test_two_hundred_pushes(
     print(f"\n    seed {seed}: repeat with --chaos-seed {seed}; {buckets} buckets in a push")
     print("\n".join(f"    place {p.number}, {life}" for p in places for life in p.plan))
 
+    chaos.open_nursery()
     chaos.start_learner(*settings(folder), f"weights.push_timeout_s={PUSH_TIMEOUT_S}")
     steady = chaos.start_toy("steady")
     chaos.wait_for_groups(steady)

@@ -324,7 +324,7 @@ def test_open_to_other_machines_everything_goes_over_the_encrypted_socket(encryp
     run.signal(signal.SIGINT)
     assert run.wait(30) == 130, run.output
     assert system.summary["weights"]["digest_mismatches"] == 0
-    assert system.summary["phase_seconds"]["weights_broadcast"] == 0
+    assert "weights_broadcast" not in system.summary["phase_seconds"]
     assert_books_balance(system.summary)
 
 

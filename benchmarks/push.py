@@ -4,7 +4,7 @@
 
 A real learner (nothing trains, but a tenth of all weights change in their last bit before each
 push), real `gdpo actor` processes with the transformers engine, all on this machine with one thread
-each. The actors have nothing to do at first, and then generate all the time: each one group of four
+each. The actors have nothing to do at first, and then generate all the time: each two groups of two
 rollouts, of a few words and up to 32 tokens.
 
 The bare broadcast is gloo's, between as many processes of its own, in buckets of the same size, and
@@ -13,12 +13,12 @@ find the same machine: while the actors generate, they do so beside the bare bro
 
 A row is the median of the repeats; behind a ratio of medians stands, in brackets, that of the best.
 "push" is the time from the announcement to the last confirmation, by which an actor says that its
-engine computes with weights whose digests are right; "join" is that of the first push of the epoch,
-"receive" the longest of the actors'. GB/s are bytes of the weights in the time, whatever the number
-of actors. "send/bare" compares the broadcast inside of the push with the bare one, "push/bare" the
-whole push. "stall" is the longest time that an actor's generation stood still, and its share of the
-push: an actor that generates computes all tokens in flight anew. The first pushes, in which memory
-is written for the first time, are not counted.
+engine computes with weights whose digests are right; "join" is how long the members of the epoch
+took to meet, once; "receive" the longest of the actors'. GB/s are bytes of the weights in the time,
+whatever the number of actors. "send/bare" compares the broadcast inside of the push with the bare
+one, "push/bare" the whole push. "stall" is the longest time that an actor's generation stood still,
+and its share of the push: an actor that generates computes all tokens in flight anew. The first
+pushes, in which memory is written for the first time, are not counted.
 """
 
 import argparse
@@ -63,7 +63,7 @@ SHAPES = {
 }
 """By millions of parameters."""
 ENGINES = ("idle", "generate")
-ROLLOUTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 32
+LEASES, ROLLOUTS, PROMPT_TOKENS, NEW_TOKENS = 2, 2, 32, 32
 WARM_UP = 3
 """Pushes and bare broadcasts: an actor has two buffers, the learner up to three."""
 PROCESS_BYTES = 450e6
@@ -188,6 +188,12 @@ class Cluster:
             ),
             f"{count} actors",
         )
+
+    @property
+    def form_seconds(self) -> float:
+        """In which the members of the last epoch met; 0 without one."""
+        epochs = self._learner.publisher.epochs
+        return epochs[-1].form_seconds if epochs else 0.0
 
     def settle(self) -> None:
         """The learner computes differences for newcomers, for so long after their last pull."""
@@ -324,7 +330,7 @@ def make_config(
             "actor": {
                 "engine": "transformers",
                 "device": "cpu",
-                "max_leases": 1,
+                "max_leases": LEASES,
                 "reward_processes": 1,
             },
         }
@@ -387,11 +393,9 @@ def _ratio(values: Sequence[float], of: Sequence[float]) -> str:
 
 
 def measure(cluster: Cluster, bare: Callable[[], float], repeats: int) -> Cell:
-    for number in range(WARM_UP):
+    for _ in range(WARM_UP):
         bare()
-        report, _ = cluster.push()
-        if number == 0:
-            join = report.phases.get("join", 0.0)
+        cluster.push()
     samples = []
     for _ in range(repeats):
         bare_seconds = bare()
@@ -405,7 +409,7 @@ def measure(cluster: Cluster, bare: Callable[[], float], repeats: int) -> Cell:
                 copy=phases["copy"],
             )
         )
-    return Cell(cluster.num_bytes, join, samples)
+    return Cell(cluster.num_bytes, cluster.form_seconds, samples)
 
 
 def needed_bytes(num_bytes: float, actors: int) -> float:
@@ -470,7 +474,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
-    console = Console(width=160, highlight=False)
+    console = Console(width=176, highlight=False)
     console.print(
         f"{options.backend}, buckets of {options.bucket} MiB, {os.cpu_count()} cores, "
         f"torch {torch.__version__}, Python {platform.python_version()}; {options.repeats} repeats"

@@ -70,8 +70,12 @@ class WeightsReceiver:
 
     def announce(self, offer: Weights, payloads: list[memoryview]) -> None:
         """A new version exists; `run` takes the newest."""
-        if offer == self._taking and not self._starts_over:
-            return
+        if self._offer is not None and not self._starts_over:
+            newest = self._offer[0]
+            # In a broadcast others wait for this actor, whatever it was offered since.
+            is_late = offer.version < newest.version and offer.epoch is None
+            if is_late or offer == newest == self._taking:
+                return
         self._offer = (offer, bytes(payloads[0]) if payloads else b"")
         self._announced.set()
 

@@ -75,7 +75,9 @@ class Feeding:
     def announce(self, session: str, weights: Weights, snapshot: Snapshot) -> None:
         """Offer a snapshot to an actor that lives."""
         with self._roster.lock:
-            if actor := self._roster.live.get(session):
+            actor = self._roster.live.get(session)
+            # It may have found out itself that it has to pull, and have been told of a newer one.
+            if actor and (weights.epoch is not None or actor.offered <= weights.version):
                 self._offer(actor, weights, snapshot)
 
     def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:

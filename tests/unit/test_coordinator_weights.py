@@ -147,6 +147,20 @@ def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again
     assert cluster.heard("a", Weights) == []
 
 
+def test_an_actor_is_not_offered_less_than_before_unless_others_wait_for_it():
+    cluster = joined("a")
+    for version in (1, 2):
+        cluster.snapshots.publish(make_snapshot(version))
+    cluster.say("a", WeightsPull(version=1, chunk=0))  # gone
+    assert [offer.version for offer in cluster.heard("a", Weights)][-1] == 2
+    older = make_snapshot(1)
+    cluster.feeding.announce("a", older.announcement("stream"), older)
+    assert cluster.heard("a", Weights) == []
+    broadcast = msgspec.structs.replace(older.announcement("collective"), epoch=1, rank=1)
+    cluster.feeding.announce("a", broadcast, older)
+    assert cluster.heard("a", Weights) == [broadcast]
+
+
 def test_an_actor_that_was_late_by_whichever_route_catches_up():
     cluster = joined("a")
     cluster.snapshots.publish(make_snapshot(1))

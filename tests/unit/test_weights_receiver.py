@@ -330,6 +330,22 @@ async def test_a_newer_offer_interrupts_a_broadcast_that_hangs_and_its_late_byte
     assert (ready.version, torch.equal(actor.engine.held, new.packed)) == (1, True)
 
 
+@pytest.mark.parametrize("order", [(2, 1), (1, 2, 1), (2, 1, 2)])
+async def test_an_older_offer_that_comes_later_changes_nothing(actor, order):
+    """Even if the version that is being taken is offered once more behind it."""
+    await actor.follow(*offer_of(actor.learner.snapshots.latest))
+    offers = {version: actor.learner.publish(version) for version in (1, 2)}
+    told = len(actor.learner.ready)
+    for version in order:
+        snapshot = offers[version]
+        actor.receiver.announce(snapshot.announcement("stream"), [memoryview(snapshot.digests)])
+        await asyncio.sleep(0)
+    deadline = time.monotonic() + 5
+    while len(actor.learner.ready) == told and time.monotonic() < deadline:
+        await asyncio.sleep(0.001)
+    assert actor.engine.version == 2
+
+
 async def test_being_cancelled_while_the_engine_loads_ends_the_receiver(actor, monkeypatch):
     loading = asyncio.Event()
 

@@ -35,13 +35,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from actors.batch_generator import BatchGenerator
 from actors.engine import Request
 from learner.config import RunConfig
+from learner.packing import MemoryPool, pack
 from learner.policy import Policy
 from learner.reward_settings import RewardSetting
-from learner.snapshots import pack
 from learner.trainer import Trainer
 from protocol.chunk_codec import apply_patches, decode_full, encode_full, encode_patch
 from protocol.groups import Group
-from protocol.weights import DTYPE_BYTES, chunks, layout
+from protocol.weights import CHUNK_BYTES, DTYPE_BYTES, layout, total_bytes
 
 LEARNING_RATES = (1e-6, 1e-5, 1e-4)
 TYPES = {"bfloat16": ("bfloat16",), "float32": ("bfloat16", "float32")}
@@ -138,7 +138,12 @@ def train(
         trainer.step(make_groups(model, trainer.version), setting)
 
     def packed() -> dict[str, np.ndarray]:
-        return {sent: pack(trainer.version, model, specs[sent]).packed.numpy() for sent in specs}
+        return {
+            sent: pack(
+                trainer.version, model, specs[sent], MemoryPool(total_bytes(specs[sent]))
+            ).packed.numpy()
+            for sent in specs
+        }
 
     for _ in range(warm_up):
         step()
@@ -169,8 +174,12 @@ class Figures:
         return 8e-9 * saved / (self.encode_s + self.apply_s - self.copy_s)
 
 
+def _chunks(num_bytes: int) -> list[slice]:
+    return [slice(begin, begin + CHUNK_BYTES) for begin in range(0, num_bytes, CHUNK_BYTES)]
+
+
 def measure(before: np.ndarray, after: np.ndarray, width: int, repeats: int) -> Figures:
-    pieces = [slice(offset, offset + size) for offset, size in chunks(len(after))]
+    pieces = _chunks(len(after))
     # Fresh memory is slow when it is first written: both targets are there, and touched, before.
     copied, patched = np.ones_like(after), np.ones_like(after)
     patches: list[bytes] = []

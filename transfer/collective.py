@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -179,17 +180,24 @@ def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
     return _within(timeout_s, f"the store at {host}:{port}", join)
 
 
-class _Gloo:
-    name: BackendName = "gloo"
-    device = torch.device("cpu")
-
-    def __init__(self, own_address: str) -> None:
-        self._own_address = own_address
+class _Meeting(ABC):
+    """How members come together is the same for all backends, how they connect is not."""
 
     def meet(
         self, store: TCPStore, epoch: int, rank: int, world_size: int, timeout_s: float
     ) -> Group:
         return _meet(self._connect, store, epoch, rank, world_size, timeout_s)
+
+    @abstractmethod
+    def _connect(self, store: Store, rank: int, world_size: int, timeout: timedelta) -> Group: ...
+
+
+class _Gloo(_Meeting):
+    name: BackendName = "gloo"
+    device = torch.device("cpu")
+
+    def __init__(self, own_address: str) -> None:
+        self._own_address = own_address
 
     def _connect(
         self, store: Store, rank: int, world_size: int, timeout: timedelta
@@ -239,7 +247,7 @@ class _GlooGroup:
         self._over = True
 
 
-class _Nccl:
+class _Nccl(_Meeting):
     """Torch's ProcessGroupNCCL, without the default group and without its guards.
 
     Non-blocking (``blocking = 0``), because NCCL's abort is safe only then. The communicator is
@@ -270,11 +278,6 @@ class _Nccl:
             os.environ.setdefault(variable, value)
         if INTERFACE not in os.environ:
             os.environ[INTERFACE] = "=" + _interface(own_address)
-
-    def meet(
-        self, store: TCPStore, epoch: int, rank: int, world_size: int, timeout_s: float
-    ) -> Group:
-        return _meet(self._connect, store, epoch, rank, world_size, timeout_s)
 
     def _connect(
         self, store: Store, rank: int, world_size: int, timeout: timedelta

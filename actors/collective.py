@@ -1,10 +1,10 @@
 """The actor's part in a broadcast: its own process receives while the engine generates.
 
-    group ──► staging ──► receive buffer       two staging buckets: one is being filled while the
-         └──► staging ──┘                      other one is copied
+    gloo ────────────────────────────► receive buffer     straight into what a turn lends
+    NCCL ──► a bucket on the GPU, copied ──┘
 
 A collective cannot be interrupted. One that is given up goes on until its deadline, in a thread
-that nobody waits for, and what still arrives ends in its staging buckets.
+that nobody waits for, and what still arrives does not reach the receive buffer.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,12 @@ from contextlib import suppress
 
 import torch
 
+from actors.receive_buffer import Superseded, Turn
 from protocol.errors import CollectiveError
 from protocol.messages import Weights
 from protocol.sockets import address_towards, parse_tcp
 from protocol.weights import CHUNK_BYTES
 from transfer.collective import Backend, Group, create_backend, join_store
-
-Sink = Callable[[int, torch.Tensor], None]
-"""Takes (offset, bytes) of the packed weights."""
 
 
 class Collective:
@@ -32,9 +30,8 @@ class Collective:
         self._backend: Backend | None = None
         self._group: Group | None = None
         self._epoch: int | None = None
-        self._staging: list[torch.Tensor] = []
 
-    def receive(self, offer: Weights, sink: Sink) -> None:
+    def receive(self, offer: Weights, turn: Turn) -> None:
         """Receive what is offered; blocks, up to the offer's deadline for each of its parts.
 
         Whatever is raised ends the membership: this object is of no more use then.
@@ -46,21 +43,17 @@ class Collective:
         if offer.epoch != self._epoch or self._group is None or self._backend is None:
             self._backend, self._group = self._meet(offer)
             self._epoch = offer.epoch
-        staging = self._staging_buckets(min(offer.bucket_bytes, offer.num_bytes))
-        _receive(self._group, self._backend, staging, offer, sink)
+        offsets = range(0, offer.num_bytes, offer.bucket_bytes)
+        spans = [(offset, min(offer.bucket_bytes, offer.num_bytes - offset)) for offset in offsets]
+        if self._backend.device.type == "cpu":
+            _receive(self._group, spans, turn)
+        else:
+            _receive_and_copy(self._group, self._backend, spans, turn)
 
     def abort(self) -> None:
         """Give up what is going on in another thread."""
         if self._group is not None:
             self._group.abort()
-
-    def _staging_buckets(self, size: int) -> list[torch.Tensor]:
-        """Kept from push to push: memory is slow when it is first written."""
-        if not self._staging or len(self._staging[0]) != size:
-            assert self._backend is not None
-            device = self._backend.device
-            self._staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        return self._staging
 
     def _meet(self, offer: Weights) -> tuple[Backend, Group]:
         assert offer.epoch is not None
@@ -73,22 +66,28 @@ class Collective:
         return backend, group
 
 
-def _receive(
-    group: Group, backend: Backend, staging: list[torch.Tensor], offer: Weights, sink: Sink
-) -> None:
-    offsets = range(0, offer.num_bytes, offer.bucket_bytes)
-    buckets = [staging[n % 2][: offer.num_bytes - offset] for n, offset in enumerate(offsets)]
-    pending: Callable[[], None] | None = group.begin(buckets[0])
-    for number, offset in enumerate(offsets):
+def _receive(group: Group, spans: list[tuple[int, int]], turn: Turn) -> None:
+    """Bucket by bucket; each is hashed while the next one arrives."""
+    pending: Callable[[], None] | None = group.begin(turn.lend(*spans[0]))
+    for span, following in zip(spans, [*spans[1:], None], strict=True):
         assert pending is not None
         pending()
-        pending = group.begin(buckets[number + 1]) if number + 1 < len(buckets) else None
+        pending = group.begin(turn.lend(*following)) if following else None
         try:
-            with backend.stream():
-                sink(offset, buckets[number])
-        except Exception:
+            turn.filled(*span)
+        except Superseded:
             if pending is not None:
                 # Here, where nobody waits: else whoever frees the group would.
                 with suppress(CollectiveError):
                     pending()
             raise
+
+
+def _receive_and_copy(
+    group: Group, backend: Backend, spans: list[tuple[int, int]], turn: Turn
+) -> None:
+    bucket = torch.empty(spans[0][1], dtype=torch.uint8, device=backend.device)
+    for offset, num_bytes in spans:
+        group.broadcast(bucket[:num_bytes])
+        with backend.stream():
+            turn.write(offset, bucket[:num_bytes])

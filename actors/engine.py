@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from protocol.errors import AsyncGdpoError
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec
+from transfer.shared_memory import SharedMemory
 
 
 class UnusableRow(AsyncGdpoError):
@@ -52,6 +51,9 @@ class Engine(Protocol):
     """Whether it computes in the memory that it loads from, which must not be written to then
     before it has loaded from another."""
 
+    pinned: bool
+    """Whether what it loads from should be page-locked, for a GPU."""
+
     @property
     def stats(self) -> EngineStats: ...
 
@@ -79,27 +81,23 @@ class Engine(Protocol):
         """
         ...
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Memory to receive weights in, uint8 [num_bytes], on the CPU.
-
-        Called once, for an engine that computes `in_place` twice.
-        """
-        ...
-
     async def load_weights(
-        self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
+        self, version: int, memory: SharedMemory, specs: list[TensorSpec]
     ) -> float:
         """Switch to new weights between two tokens; requests in flight continue under them.
 
-        ``packed`` is what `allocate` gave, in the layout of ``specs``.
+        ``memory`` is laid out by ``specs``, and always the same one; for an engine that computes
+        `in_place`, one of two in turn.
         Returns the seconds in which generation stood still.
         """
         ...
 
-    def digests(self, specs: list[TensorSpec]) -> bytes:
-        """Digest of each parameter that it holds (`protocol.weights`), while it generates.
+    def digests(self, specs: list[TensorSpec]) -> bytes | None:
+        """Digest of each parameter in its own copy of them (`protocol.weights`), while it
+        generates.
 
-        From an engine that fuses and repacks parameters: of the memory that it loaded them from.
+        None from an engine that has no such copy: it computes in the memory that it loaded from,
+        or has fused and repacked what it read there.
         Blocks; not to be called while weights are loaded.
         """
         ...

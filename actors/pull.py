@@ -9,7 +9,7 @@ from collections import deque
 import torch
 
 from actors.link import LearnerLink
-from actors.receive_buffer import ReceiveBuffer
+from actors.receive_buffer import ReceiveBuffer, Turn
 from protocol import chunk_codec
 from protocol.errors import BadMessage, PeerLost
 from protocol.messages import WeightsChunk, WeightsPull
@@ -27,28 +27,26 @@ class Gone(Exception):
 
 
 class Pull:
-    """Completes one version in a buffer."""
+    """Completes one version in the buffer of a turn."""
 
     def __init__(
         self,
         link: LearnerLink,
-        version: int,
-        target: ReceiveBuffer,
-        turn: int,
+        turn: Turn,
         loaded: ReceiveBuffer,
         width: int,
         timeout_s: float,
     ) -> None:
-        """``loaded`` may hold older chunks, as a base for differences; it may be the target.
+        """``loaded`` may hold older chunks, as a base for differences; it may be the turn's buffer.
         ``width`` is the size in bytes of one number (`protocol.weights.item_bytes`)."""
         self._link = link
-        self._version = version
-        self._target = target
+        self._version = turn.version
+        self._target = turn.buffer
         self._turn = turn
         self._loaded = loaded
         self._width = width
         self._timeout_s = timeout_s
-        self._todo = deque(target.missing(version))
+        self._todo = deque(self._target.missing(self._version))
         self._answers: dict[int, asyncio.Future[tuple[WeightsChunk, list[memoryview]]]] = {}
         self._answered_at = time.monotonic()
 
@@ -86,9 +84,7 @@ class Pull:
         if data is None or chunk_codec.checksum(data) != message.checksum:
             return False
         begin, _ = self._target.span(chunk)
-        self._target.write(
-            self._turn, begin, torch.frombuffer(data, dtype=torch.uint8), self._version
-        )
+        self._turn.write(begin, torch.frombuffer(data, dtype=torch.uint8))
         return True
 
     def _decode(

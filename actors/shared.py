@@ -6,17 +6,16 @@ the host's memory.
 
 import os
 import stat
-from collections.abc import Callable
 
-import torch
+from actors.receive_buffer import Turn
 
 BLOCK_BYTES = 16 << 20
 
 
-def read_shared(path: str, num_bytes: int, sink: Callable[[int, torch.Tensor], None]) -> None:
-    """Give all of a learner's snapshot to ``sink``, as (offset, bytes) of whole chunks.
+def read_shared(path: str, num_bytes: int, turn: Turn) -> None:
+    """Read all of a learner's snapshot in ``turn``.
 
-    Raises OSError, ValueError or what ``sink`` does. The learner may replace the bytes meanwhile:
+    Raises OSError, ValueError, or what the turn does. The learner may replace the bytes meanwhile:
     their digests tell.
     """
     # A path of a learner's choosing: a pipe must not block.
@@ -26,11 +25,10 @@ def read_shared(path: str, num_bytes: int, sink: Callable[[int, torch.Tensor], N
         if not stat.S_ISREG(status.st_mode) or status.st_size != num_bytes:
             raise ValueError(f"{path} is no memory of {num_bytes} bytes")
         # Read and not mapped: a file that becomes shorter would end the process.
-        block = torch.empty(min(BLOCK_BYTES, num_bytes), dtype=torch.uint8)
         for offset in range(0, num_bytes, BLOCK_BYTES):
-            part = block[: num_bytes - offset]
-            if os.preadv(descriptor, [part.numpy().data], offset) != len(part):
+            block = turn.lend(offset, min(BLOCK_BYTES, num_bytes - offset))
+            if os.preadv(descriptor, [block.numpy().data], offset) != len(block):
                 raise ValueError(f"{path} became shorter")
-            sink(offset, part)
+            turn.filled(offset, len(block))
     finally:
         os.close(descriptor)

@@ -20,6 +20,7 @@ from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec, tensor_digest
 from transfer.packed import view
+from transfer.shared_memory import SharedMemory
 
 CLOSE_TIMEOUT_S = 2.0
 """For the token at hand; `actors.app.DRAIN_TIMEOUT_S` counts on it."""
@@ -36,6 +37,7 @@ class TransformersEngine:
         self.version = -1
         self._max_leases = max_leases
         self._model = _empty_model(folder, dtype, device)
+        self.pinned = next(self._model.parameters()).device.type == "cuda"
         self.in_place = next(self._model.parameters()).device.type == "cpu"
         self._generator = BatchGenerator(
             self._model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
@@ -65,11 +67,6 @@ class TransformersEngine:
     def capacity(self, active: int, num_rollouts: int) -> int:
         return self._max_leases
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        # From pinned memory a GPU copies at full speed.
-        pinned = next(self._model.parameters()).device.type == "cuda"
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-
     async def generate(self, request: Request) -> list[Rollout]:
         self.raise_if_dead()
         key, self._next_key = self._next_key, self._next_key + 1
@@ -84,14 +81,14 @@ class TransformersEngine:
                 self._commands.put(lambda: self._generator.abort(key))
 
     async def load_weights(
-        self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
+        self, version: int, memory: SharedMemory, specs: list[TensorSpec]
     ) -> float:
         self.raise_if_dead()
         future: asyncio.Future[float] = self._loop.create_future()
 
         def load() -> None:
             started = time.monotonic()
-            take_weights(self._model, packed, specs, in_place=self.in_place)
+            take_weights(self._model, memory.tensor, specs, in_place=self.in_place)
             self._generator.weights_changed(version)
             self.version = version
             seconds = time.monotonic() - started
@@ -102,7 +99,9 @@ class TransformersEngine:
         seconds: float = await self._or_failure(future)
         return seconds
 
-    def digests(self, specs: list[TensorSpec]) -> bytes:
+    def digests(self, specs: list[TensorSpec]) -> bytes | None:
+        if self.in_place:
+            return None
         parameters = dict(self._model.named_parameters())
         return b"".join(tensor_digest(_bytes(parameters[spec.name])) for spec in specs)
 

@@ -36,7 +36,8 @@ from actors.threads import in_daemon_thread
 from protocol.config import ActorConfig
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec, packed_digests
+from protocol.weights import TensorSpec
+from transfer.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -73,7 +74,9 @@ class VllmEngine:
         self.version = -1
         self.in_place = False
         self._stall_seconds = 0.0
-        self._buffer: _SharedBuffer | None = None
+        self.pinned = False
+        self._memory: SharedMemory | None = None
+        """The worker has mapped it."""
 
     @classmethod
     async def start(cls, folder: Path, config: ActorConfig) -> "VllmEngine":
@@ -131,22 +134,19 @@ class VllmEngine:
                     return [_rollout(completion) for completion in output.outputs] * copies
         raise EngineError("vLLM ended a request without a result")
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        self._buffer = _SharedBuffer(num_bytes)
-        return self._buffer.tensor
-
     async def load_weights(
-        self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
+        self, version: int, memory: SharedMemory, specs: list[TensorSpec]
     ) -> float:
         self.raise_if_dead()
-        assert self._buffer is not None and packed is self._buffer.tensor, "not from allocate"
+        self._memory = self._memory or memory
+        assert memory is self._memory
         described = [list(astuple(spec)) for spec in specs]
         self._loading_since = started = time.monotonic()
         try:
             await self._call(self._engine.pause_generation(mode="keep", clear_cache=True))
             await self._call(
                 self._engine.collective_rpc(
-                    "gdpo_load_weights", args=(self._buffer.path, len(packed), described)
+                    "gdpo_load_weights", args=(memory.path, len(memory.tensor), described)
                 )
             )
             await self._call(self._engine.update_weight_version(str(version)))
@@ -162,11 +162,10 @@ class VllmEngine:
         self._stall_seconds += seconds
         return seconds
 
-    def digests(self, specs: list[TensorSpec]) -> bytes:
-        # The worker read these very pages. It is not asked for its own copy, which vLLM fuses,
-        # splits and repacks: what that computes is compared with the learner's model instead.
-        assert self._buffer is not None
-        return packed_digests(self._buffer.tensor.numpy().data, specs)
+    def digests(self, specs: list[TensorSpec]) -> bytes | None:
+        # vLLM fuses, splits and repacks: what it computes is compared with the learner's model
+        # instead, when an actor joins.
+        return None
 
     async def close(self) -> None:
         self._failure = EngineError("the engine is closed")
@@ -259,20 +258,6 @@ def _start(folder: Path, config: ActorConfig, load: "_Load") -> "AsyncLLM":
         raise ConfigError(f"vLLM does not take the learner's model: {brief(error)}") from error
     except (RuntimeError, OSError) as error:
         raise EngineError(f"vLLM did not start: {brief(error)}") from error
-
-
-class _SharedBuffer:
-    """Memory that the engine's process maps too.
-
-    It has no name in any file system, so nothing is left of it however the processes end, and
-    the small /dev/shm of a container is no limit.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        descriptor = os.memfd_create("gdpo-weights")
-        os.truncate(descriptor, num_bytes)
-        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        self.tensor = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -23,12 +23,13 @@ from actors.collective import Collective
 from actors.engine import Engine
 from actors.link import LearnerLink
 from actors.pull import Gone, Pull
-from actors.receive_buffer import ReceiveBuffer
+from actors.receive_buffer import ReceiveBuffer, Turn
 from actors.shared import read_shared
 from actors.threads import in_daemon_thread
 from protocol.errors import EngineError, brief
 from protocol.messages import Route, Weights, WeightsChunk, WeightsReady
 from protocol.weights import TensorSpec, differing, item_bytes, total_bytes, whole_digest
+from transfer.shared_memory import SharedMemory
 
 log = logging.getLogger("actor")
 
@@ -137,7 +138,7 @@ class WeightsReceiver:
         route = await self._receive(offer)
         if route is None or not await self._intact(offer, digests):
             return
-        await self._load(offer, route, time.monotonic() - started)
+        await self._load(offer, digests, route, time.monotonic() - started)
 
     def _check(self, offer: Weights, digests: bytes) -> None:
         size = total_bytes(self._specs)
@@ -157,7 +158,7 @@ class WeightsReceiver:
     async def _receive(self, offer: Weights) -> Route | None:
         """Fill the buffer; returns the route that completed it, None if the version is gone."""
         route: Route = "stream"
-        turn = self._next.begin()
+        turn = self._next.begin(offer.version)
         if offer.epoch is not None:
             route = "collective"
             await self._by_collective(offer, turn)
@@ -165,19 +166,15 @@ class WeightsReceiver:
             route = "shared"
             await self._by_shared(offer, turn)
         # The one before may still write.
-        turn = self._next.begin()
+        turn = self._next.begin(offer.version)
         if not self._next.missing(offer.version):
             return route
-        return "stream" if await self._by_stream(offer.version, turn) else None
+        return "stream" if await self._by_stream(turn) else None
 
-    async def _by_collective(self, offer: Weights, turn: int) -> None:
-        buffer, collective = self._next, self._collective
-
-        def sink(offset: int, data: torch.Tensor) -> None:
-            buffer.write(turn, offset, data, offer.version)
-
+    async def _by_collective(self, offer: Weights, turn: Turn) -> None:
+        collective = self._collective
         try:
-            await in_daemon_thread(lambda: collective.receive(offer, sink))
+            await in_daemon_thread(lambda: collective.receive(offer, turn))
         except asyncio.CancelledError:
             self._new_collective()
             raise
@@ -187,30 +184,15 @@ class WeightsReceiver:
             log.debug("%s", brief(error))
             self._new_collective()
 
-    async def _by_shared(self, offer: Weights, turn: int) -> None:
-        buffer = self._next
+    async def _by_shared(self, offer: Weights, turn: Turn) -> None:
         try:
-            await in_daemon_thread(
-                lambda: read_shared(
-                    offer.shared,
-                    offer.num_bytes,
-                    lambda offset, data: buffer.write(turn, offset, data, offer.version),
-                )
-            )
+            await in_daemon_thread(lambda: read_shared(offer.shared, offer.num_bytes, turn))
         except (OSError, ValueError, RuntimeError) as error:
             log.info("the learner's memory cannot be read (%s); pulling", brief(error))
 
-    async def _by_stream(self, version: int, turn: int) -> bool:
+    async def _by_stream(self, turn: Turn) -> bool:
         """Pull what is missing; False if the version was replaced meanwhile."""
-        self._pull = Pull(
-            self._link,
-            version,
-            self._next,
-            turn,
-            self._loaded,
-            item_bytes(self._specs),
-            self._timeout_s,
-        )
+        self._pull = Pull(self._link, turn, self._loaded, item_bytes(self._specs), self._timeout_s)
         gone = False
         try:
             await self._pull.run()
@@ -235,20 +217,22 @@ class WeightsReceiver:
                 return True
             log.warning("version %d: %s arrived damaged", offer.version, ", ".join(wrong[:3]))
             self._next.forget(wrong)
-            if not await self._by_stream(offer.version, self._next.begin()):
+            if not await self._by_stream(self._next.begin(offer.version)):
                 return False
         raise EngineError(
             f"{wrong[0]} of version {offer.version} arrives damaged, {MAX_PULLS} times in a row"
         )
 
-    async def _load(self, offer: Weights, route: Route, receive_seconds: float) -> None:
+    async def _load(
+        self, offer: Weights, digests: bytes, route: Route, receive_seconds: float
+    ) -> None:
         buffer, engine = self._next, self._engine
         self._loading = True
         try:
             load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
             if engine.in_place:
                 self._loaded, self._next = buffer, self._loaded
-            held = await in_daemon_thread(lambda: engine.digests(self._specs))
+            held = await in_daemon_thread(lambda: engine.digests(self._specs)) or digests
         finally:
             self._loading = False
         ready = WeightsReady(
@@ -269,6 +253,6 @@ class WeightsReceiver:
     def _allocate(self) -> ReceiveBuffer:
         size = total_bytes(self._specs)
         try:
-            return ReceiveBuffer(self._engine.allocate(size), self._specs)
+            return ReceiveBuffer(SharedMemory(size, pinned=self._engine.pinned), self._specs)
         except (RuntimeError, MemoryError, OSError) as error:
             raise EngineError(f"no {size} bytes to receive weights in: {brief(error)}") from error

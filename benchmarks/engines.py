@@ -33,6 +33,7 @@ from actors.engine import Engine, Request
 from actors.engines import start_engine
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.weights import layout, total_bytes
+from transfer.shared_memory import SharedMemory
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ("transformers", "vllm")
@@ -103,11 +104,11 @@ async def _rates(name: str, folder: Path, model: Qwen2ForCausalLM) -> list[float
     )
     engine = await start_engine(folder, config)
     specs = layout((n, dtype, tuple(p.shape)) for n, p in model.named_parameters())
-    packed = engine.allocate(total_bytes(specs))
+    memory = SharedMemory(total_bytes(specs), pinned=engine.pinned)
     for spec, parameter in zip(specs, model.parameters(), strict=True):
         raw = parameter.detach().to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8)
-        packed[spec.offset : spec.offset + spec.num_bytes] = raw
-    await engine.load_weights(0, packed, specs)
+        memory.tensor[spec.offset : spec.offset + spec.num_bytes] = raw
+    await engine.load_weights(0, memory, specs)
     await _generate(engine, 2)
     rates = [await _generate(engine, prompts) for prompts in PROMPTS]
     await engine.close()

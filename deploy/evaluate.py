@@ -26,6 +26,7 @@ from learner.policy import Policy, load_policy
 from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
 from protocol.weights import total_bytes
+from transfer.shared_memory import SharedMemory
 
 IN_FLIGHT = 32
 
@@ -88,9 +89,9 @@ async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
         policy.folder,
         config.for_actors().model_copy(update={"sampling": sampling, "max_leases": IN_FLIGHT}),
     )
-    packed = engine.allocate(total_bytes(policy.specs))
-    pack_into(packed, policy.model, policy.specs)
-    await engine.load_weights(0, packed, policy.specs)
+    memory = SharedMemory(total_bytes(policy.specs), pinned=engine.pinned)
+    pack_into(memory.tensor, policy.model, policy.specs)
+    await engine.load_weights(0, memory, policy.specs)
     return engine
 
 

@@ -9,11 +9,9 @@ as large as the model. So its memory goes back to where it came from, once the l
 gone: a frame that ZeroMQ still sends, the check of a new actor, a broadcast that was given up.
 """
 
-import os
-import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast, overload
+from collections.abc import Sequence
+from typing import NamedTuple, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from learner.snapshots import Snapshot
 from protocol.weights import TensorSpec, tensor_digest, whole_digest
+from transfer.shared_memory import SharedMemory, when_gone
 
 MAX_FREE = 1
 """More than one is never packed at a time; what else was out, for those that are behind, is given
 back to the system."""
-_FOR_ALL_DEVICES = 1
-"""CUDA's cudaHostRegisterPortable."""
 
 
 class Memory(NamedTuple):
@@ -53,50 +50,19 @@ class MemoryPool:
         self._pinned = pinned
         # Memory is put back wherever its last reference goes, by garbage collection also in the
         # middle of `take`. A lock would be taken twice then; a deque needs none.
-        self._free: deque[_Mapping] = deque(maxlen=MAX_FREE)
+        self._free: deque[SharedMemory] = deque(maxlen=MAX_FREE)
 
     def take(self) -> Memory:
         """Memory with any content, which returns by itself when nothing refers to it any more."""
         try:
-            mapping = self._free.pop()
+            memory = self._free.pop()
         except IndexError:
-            mapping = _Mapping(self._num_bytes, pinned=self._pinned)
-        # The tensor made of it, and with that every view of the tensor, holds on to this array;
-        # nothing else does.
-        array = mapping.array()
-        _when_gone(array, self._free.append, mapping)
-        return Memory(torch.from_numpy(array), mapping.path)
-
-
-class _Mapping:
-    """Shared memory without a name in any file system: nothing is left of it however the process
-    ends, and the small /dev/shm of a container is no limit.
-    """
-
-    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
-        descriptor = os.memfd_create("gdpo-snapshot")
-        _when_gone(self, os.close, descriptor)
-        os.truncate(descriptor, num_bytes)
-        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        self._mapped = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
-        if pinned:
-            self._pin()
-
-    def array(self) -> npt.NDArray[np.uint8]:
-        """A new array over the memory."""
-        array: npt.NDArray[np.uint8] = self._mapped.numpy()
-        return array
-
-    def _pin(self) -> None:
-        address, runtime = self._mapped.data_ptr(), torch.cuda.cudart()
-        error = runtime.cudaHostRegister(address, self._mapped.nbytes, _FOR_ALL_DEVICES)
-        torch.cuda.check_error(int(error))
-        _when_gone(self, runtime.cudaHostUnregister, address)
-
-
-def _when_gone(thing: object, call: Callable[..., Any], *arguments: Any) -> None:
-    """Not at the end of the process: its daemon threads may still use what is there."""
-    weakref.finalize(thing, call, *arguments).atexit = False
+            memory = SharedMemory(self._num_bytes, pinned=self._pinned)
+        # A new array over it. The tensor made of that, and with it every view of the tensor, holds
+        # on to the array; nothing else does.
+        array: npt.NDArray[np.uint8] = memory.tensor.numpy()
+        when_gone(array, self._free.append, memory)
+        return Memory(torch.from_numpy(array), memory.path)
 
 
 @overload

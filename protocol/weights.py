@@ -75,12 +75,6 @@ def tensor_digest(data: Buffer) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def packed_digests(packed: Buffer, specs: Iterable[TensorSpec]) -> bytes:
-    """`tensor_digest` of every parameter in packed weights, one after the other."""
-    view = memoryview(packed)
-    return b"".join(tensor_digest(view[s.offset : s.offset + s.num_bytes]) for s in specs)
-
-
 def whole_digest(digests: bytes, specs: Sequence[TensorSpec]) -> str:
     """A version's digest: BLAKE2b (16 bytes, hex) over each parameter's name, a zero byte, and
     its digest; raises ValueError if there are not as many digests as parameters.

@@ -14,8 +14,10 @@ import torch
 
 from actors.engine import EngineStats, Request
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec, packed_digests, whole_digest
+from protocol.weights import TensorSpec, whole_digest
 from tests.chaos.record import Record, content
+from tests.packed import packed_digests
+from transfer.shared_memory import SharedMemory
 
 TOKENS = 8
 """Of every completion; half of them before, half of them after the middle of its time."""
@@ -40,6 +42,7 @@ class ToyEngine:
     toy: Toy
     version: int = -1
     in_place: bool = True
+    pinned: bool = False
     _packed: torch.Tensor | None = None
     _active: int = 0
     _idle_since: float | None = field(default_factory=time.monotonic)
@@ -77,27 +80,23 @@ class ToyEngine:
     def capacity(self, active: int, num_rollouts: int) -> int:
         return self.toy.max_leases
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
     async def load_weights(
-        self, version: int, packed: torch.Tensor, specs: list[TensorSpec]
+        self, version: int, memory: SharedMemory, specs: list[TensorSpec]
     ) -> float:
         started = time.monotonic()
         record = self.toy.record
         if record is not None and self._packed is not None:
             # Nothing may have written there while they were in use.
             record.write("replaced", version=self.version, content=content(self._packed))
-        self._packed = packed
+        packed = self._packed = memory.tensor
         self.version = version
         if record is not None:
-            digest = whole_digest(self.digests(specs), specs)
+            digest = whole_digest(packed_digests(packed, specs), specs)
             record.write("loaded", version=version, digest=digest, content=content(packed))
         return time.monotonic() - started
 
-    def digests(self, specs: list[TensorSpec]) -> bytes:
-        assert self._packed is not None
-        return packed_digests(self._packed.numpy().data, specs)
+    def digests(self, specs: list[TensorSpec]) -> bytes | None:
+        return None
 
     async def close(self) -> None:
         """Nothing to stop."""

@@ -14,11 +14,11 @@ from protocol.weights import (
     DIGEST_BYTES,
     differing,
     layout,
-    packed_digests,
     tensor_digest,
     total_bytes,
     whole_digest,
 )
+from tests.packed import packed_digests
 
 SPECS = layout([("a", "float32", (2,)), ("empty", "float32", (0,)), ("b", "bfloat16", (3,))])
 PACKED = bytes(range(total_bytes(SPECS)))
@@ -30,12 +30,6 @@ def test_a_tensors_digest_is_xxh3_128_in_its_canonical_form():
     expected = struct.pack(">QQ", 0x99AA06D3014798D8, 0x6001C324468D497F)
     assert tensor_digest(b"") == expected
     assert len(expected) == DIGEST_BYTES
-
-
-@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_digests_are_of_each_tensors_bytes_in_order(kind):
-    expected = tensor_digest(PACKED[:8]) + tensor_digest(b"") + tensor_digest(PACKED[8:14])
-    assert packed_digests(kind(PACKED), SPECS) == expected
 
 
 def test_the_whole_digest_is_of_names_and_digests():

@@ -10,12 +10,14 @@ from actors.app import Actor, ActorOptions
 from actors.collective import Collective
 from actors.engine import UnusableRow
 from actors.model_files import write_model_files
+from actors.receive_buffer import ReceiveBuffer
 from actors.rollout import RolloutWorker
 from actors.weights import WeightsReceiver
 from protocol.errors import AsyncGdpoError, BadMessage, EngineError, brief, one_line
 from protocol.messages import Lease, Weights
 from protocol.weights import CHUNK_BYTES, MAX_TOTAL_BYTES, layout
 from tests.unit.wire_examples import LEASE
+from transfer.shared_memory import SharedMemory
 
 CPU = torch.device("cpu")
 
@@ -74,14 +76,11 @@ def test_a_manifest_that_no_model_has_is_refused(manifest, problem):
 
 
 def test_weights_for_which_there_is_no_memory_are_an_error_of_the_engine():
-    def allocate(num_bytes):
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
     link = SimpleNamespace(url="tcp://127.0.0.1:5555")
     # 2^62 bytes are more than any address space has.
     specs = [SimpleNamespace(offset=0, num_bytes=2**62)]
     with pytest.raises(EngineError, match=f"no {2**62} bytes"):
-        WeightsReceiver(link, SimpleNamespace(allocate=allocate), specs, 1.0, CPU)  # type: ignore[arg-type]
+        WeightsReceiver(link, SimpleNamespace(pinned=False), specs, 1.0, CPU)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +99,10 @@ def test_a_collective_that_cannot_be_is_left_at_once(changes):
     good = {"rank": 1, "world_size": 3, "store_port": 1, "bucket_bytes": CHUNK_BYTES}
     good |= {"timeout_s": 0.2}
     offer = Weights(version=1, num_bytes=8, digest="d", epoch=1, **{**good, **changes})
+    turn = ReceiveBuffer(SharedMemory(8), layout([("w", "float32", (2,))])).begin(1)
     # What is raised makes the receiver pull the version instead.
     with pytest.raises((ValueError, AsyncGdpoError)):
-        Collective("tcp://127.0.0.1:5555", CPU).receive(offer, lambda offset, data: None)
+        Collective("tcp://127.0.0.1:5555", CPU).receive(offer, turn)
 
 
 # ---- Leases ------------------------------------------------------------------------------------

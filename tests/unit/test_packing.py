@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from learner.packing import MAX_FREE, Memory, MemoryPool, pack, pack_into
 from learner.snapshots import SnapshotStore
-from protocol.weights import TensorSpec, layout, packed_digests, total_bytes, whole_digest
+from protocol.weights import TensorSpec, layout, total_bytes, whole_digest
+from tests.packed import packed_digests
 from tests.unit.factories import make_model, make_snapshot, pack_alone
 
 
@@ -70,7 +71,7 @@ def test_a_snapshot_carries_the_digests_of_its_bytes():
     model = torch.nn.Linear(3, 2)
     specs = specs_of(model, "bfloat16")
     snapshot = pack_alone(0, model, specs)
-    assert snapshot.digests == packed_digests(snapshot.packed.numpy().data, specs)
+    assert snapshot.digests == packed_digests(snapshot.packed, specs)
     assert snapshot.digest == whole_digest(snapshot.digests, specs)
 
 
@@ -92,7 +93,7 @@ def test_the_digest_changes_with_any_bit_of_any_value(index, bit):
     assert pack_alone(1, model, specs).digest == before.digest
     flat = before.packed.clone()
     flat[4 * index + bit // 8] ^= 1 << bit % 8
-    assert whole_digest(packed_digests(flat.numpy().data, specs), specs) != before.digest
+    assert whole_digest(packed_digests(flat, specs), specs) != before.digest
 
 
 def test_a_tensor_that_is_not_contiguous_is_packed_in_the_order_of_its_shape():
@@ -261,9 +262,9 @@ def test_packing_again_and_again_uses_two_memories():
 def still_there(inodes: set[int]) -> tuple[int, int]:
     """How many of these memories this process has mapped, and how many it has open."""
     lines = Path("/proc/self/maps").read_text().splitlines()
-    mapped = {int(line.split()[4]) for line in lines if "gdpo-snapshot" in line}
+    mapped = {int(line.split()[4]) for line in lines if "gdpo-weights" in line}
     links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    opened = {link.stat().st_ino for link in links if "gdpo-snapshot" in str(link.readlink())}
+    opened = {link.stat().st_ino for link in links if "gdpo-weights" in str(link.readlink())}
     return len(inodes & mapped), len(inodes & opened)
 
 

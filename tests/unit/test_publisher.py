@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from actors.collective import Collective
+from actors.receive_buffer import ReceiveBuffer
 from learner.config import WeightsConfig
 from learner.publisher import CLOSE_TIMEOUT_S, Publisher, PushReport
 from learner.routes import Place
 from learner.stream import WeightsStream
 from protocol.messages import Goodbye, Weights
 from tests.unit.factories import Cluster, joined, make_snapshot
+from transfer.shared_memory import SharedMemory
 
 URL = "tcp://127.0.0.1:5555"
 CPU = torch.device("cpu")
@@ -54,16 +56,13 @@ class Member:
             ).start()
 
     def _receive(self, collective: Collective, offer: Weights) -> None:
-        received = bytearray(offer.num_bytes)
-
-        def sink(offset: int, data: torch.Tensor) -> None:
-            received[offset : offset + len(data)] = data.numpy().tobytes()
-
+        snapshot = make_snapshot(offer.version)
+        buffer = ReceiveBuffer(SharedMemory(offer.num_bytes), list(snapshot.specs))
         try:
-            collective.receive(offer, sink)
+            collective.receive(offer, buffer.begin(offer.version))
         except Exception:
             return
-        assert bytes(received) == make_snapshot(offer.version).packed.numpy().tobytes()
+        assert torch.equal(buffer.memory.tensor, snapshot.packed)
         self.scene.confirm(self.session, offer.version, "collective")
 
 

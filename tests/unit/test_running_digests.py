@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.running_digests import RunningDigests
-from protocol.weights import layout, packed_digests, total_bytes
+from protocol.weights import layout, total_bytes
+from tests.packed import packed_digests
 
 SPECS = layout(
     [

@@ -12,6 +12,7 @@ from actors.engine import Request
 from actors.transformers_engine import TransformersEngine, take_weights
 from protocol.errors import ConfigError, EngineError
 from protocol.weights import TensorSpec, layout
+from tests.packed import shared
 from tests.unit.factories import pack_alone
 
 
@@ -35,12 +36,16 @@ def make_request(max_tokens: int = 16, temperature: float = 0.0) -> Request:
     )
 
 
-async def test_weights_from_the_learner_give_its_digest_and_its_generations(base_folder):
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_weights_from_the_learner_give_its_digest_and_its_generations(base_folder, in_place):
     model, specs = load(base_folder)
     snapshot = pack_alone(5, model, specs)
     engine = make_engine(base_folder)
-    seconds = await engine.load_weights(5, snapshot.packed, specs)
-    assert engine.digests(specs) == snapshot.digests
+    assert engine.in_place
+    # As on a GPU.
+    engine.in_place = in_place
+    seconds = await engine.load_weights(5, shared(snapshot.packed), specs)
+    assert engine.digests(specs) == (None if in_place else snapshot.digests)
     assert engine.version == 5
     assert seconds >= 0
     rollouts = await engine.generate(make_request())
@@ -56,12 +61,12 @@ async def test_weights_from_the_learner_give_its_digest_and_its_generations(base
 async def test_a_request_in_flight_continues_under_new_weights(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
+    await engine.load_weights(0, shared(pack_alone(0, model, specs).packed), specs)
     # Without an end token in sight the request runs until its limit.
     running = asyncio.create_task(engine.generate(make_request(max_tokens=200, temperature=50.0)))
     while engine.stats.tokens_generated < 20:
         await asyncio.sleep(0)
-    await engine.load_weights(1, pack_alone(1, model, specs).packed, specs)
+    await engine.load_weights(1, shared(pack_alone(1, model, specs).packed), specs)
     rollouts = await running
     assert any([version for _, version in r.spans] == [0, 1] for r in rollouts)
     await engine.close()
@@ -70,7 +75,7 @@ async def test_a_request_in_flight_continues_under_new_weights(base_folder):
 async def test_cancelling_a_request_ends_its_generation(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
+    await engine.load_weights(0, shared(pack_alone(0, model, specs).packed), specs)
     running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
     while engine.stats.tokens_generated < 10:
         await asyncio.sleep(0)
@@ -88,7 +93,7 @@ async def test_cancelling_a_request_ends_its_generation(base_folder):
 async def test_closing_ends_requests_in_flight(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, pack_alone(0, model, specs).packed, specs)
+    await engine.load_weights(0, shared(pack_alone(0, model, specs).packed), specs)
     running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
     await asyncio.sleep(0)
     await engine.close()
@@ -102,7 +107,7 @@ async def test_an_engine_that_dies_tells_every_caller_why(base_folder):
     engine = make_engine(base_folder)
     wrong = [TensorSpec("no.such.weight", "float32", (1,), 0, 4)]
     with pytest.raises(EngineError, match=r"no\.such\.weight"):
-        await engine.load_weights(0, torch.zeros(4, dtype=torch.uint8), wrong)
+        await engine.load_weights(0, shared(torch.zeros(4, dtype=torch.uint8)), wrong)
     with pytest.raises(EngineError, match=r"no\.such\.weight"):
         await engine.generate(make_request())
     await engine.close()

@@ -20,7 +20,9 @@ from learner.packing import MemoryPool, pack
 from learner.snapshots import Snapshot, SnapshotStore
 from protocol.errors import EngineError, PeerLost
 from protocol.messages import Header, Weights, WeightsChunk, WeightsPull, WeightsReady
-from protocol.weights import CHUNK_BYTES, layout, num_chunks, packed_digests, total_bytes
+from protocol.weights import CHUNK_BYTES, layout, num_chunks, total_bytes
+from tests.packed import packed_digests
+from transfer.shared_memory import SharedMemory
 
 SPECS = layout([("a", "bfloat16", (CHUNK_BYTES,)), ("b", "bfloat16", (CHUNK_BYTES // 4,))])
 """Two and a half chunks."""
@@ -44,18 +46,15 @@ class Engine:
     """Holds what it was given, in place or as a copy."""
 
     def __init__(self, in_place: bool) -> None:
-        self.in_place = in_place
+        self.in_place, self.pinned = in_place, False
         self.version = -1
         self.held = torch.zeros(0, dtype=torch.uint8)
         self.loads: list[int] = []
         self.damage = 0
         """Loads after which the first byte is wrong."""
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8)
-
-    async def load_weights(self, version: int, packed: torch.Tensor, specs: Any) -> float:
-        self.held = packed if self.in_place else packed.clone()
+    async def load_weights(self, version: int, memory: SharedMemory, specs: Any) -> float:
+        self.held = memory.tensor if self.in_place else memory.tensor.clone()
         self.version = version
         self.loads.append(version)
         if self.damage:
@@ -63,8 +62,8 @@ class Engine:
             self.held[0] ^= 1
         return 0.0
 
-    def digests(self, specs: Any) -> bytes:
-        return packed_digests(self.held.numpy().data, specs)
+    def digests(self, specs: Any) -> bytes | None:
+        return None if self.in_place else packed_digests(self.held, specs)
 
 
 class Learner:
@@ -161,7 +160,7 @@ async def test_differences_of_several_versions_add_up(actor):
 
 async def test_a_difference_to_damaged_bytes_is_followed_by_the_whole_chunk(actor):
     await actor.follow(*offer_of(actor.learner.snapshots.latest))
-    actor.receiver._loaded.memory[CHUNK_BYTES + 7] ^= 255
+    actor.receiver._loaded.memory.tensor[CHUNK_BYTES + 7] ^= 255
     snapshot = actor.learner.publish(1, differences=True)
     actor.learner.pulls.clear()
     await actor.follow(*offer_of(snapshot))
@@ -267,6 +266,7 @@ async def test_a_tensor_that_was_replaced_in_shared_memory_is_pulled(actor):
     assert [pull.chunk for pull in actor.learner.pulls] == [2]
 
 
+@pytest.mark.parametrize("actor", [False], ids=["copied"], indirect=True)
 async def test_an_engine_that_holds_something_else_is_fed_again_in_full(actor):
     snapshot = actor.learner.snapshots.latest
     actor.engine.damage = 1
@@ -292,9 +292,9 @@ async def test_a_broadcast_is_joined_even_for_a_version_that_is_held_already(act
     first = await actor.follow(*offer_of(snapshot))
     joined = []
 
-    def receive(self, offer, sink):
+    def receive(self, offer, turn):
         joined.append(offer.epoch)
-        sink(0, snapshot.packed)
+        turn.write(0, snapshot.packed)
 
     monkeypatch.setattr(Collective, "receive", receive)
     offer = msgspec.structs.replace(
@@ -310,8 +310,8 @@ async def test_a_newer_offer_interrupts_a_broadcast_that_hangs_and_its_late_byte
     old, late = actor.learner.snapshots.latest, []
     begun = threading.Event()
 
-    def receive(self, offer, sink):
-        late.append(sink)
+    def receive(self, offer, turn):
+        late.append((turn, turn.lend(0, CHUNK_BYTES)))
         begun.set()
         time.sleep(2)
 
@@ -324,9 +324,10 @@ async def test_a_newer_offer_interrupts_a_broadcast_that_hangs_and_its_late_byte
     started = time.monotonic()
     ready = await actor.follow(*offer_of(new))
     assert time.monotonic() - started < 1
-    for _ in range(2):
-        with pytest.raises(Superseded):
-            late[0](0, torch.zeros(CHUNK_BYTES, dtype=torch.uint8))
+    [(turn, bucket)] = late
+    bucket.zero_()
+    with pytest.raises(Superseded):
+        turn.filled(0, CHUNK_BYTES)
     assert (ready.version, torch.equal(actor.engine.held, new.packed)) == (1, True)
 
 

@@ -14,6 +14,7 @@ from actors.vllm_engine import VllmEngine
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.weights import TensorSpec, layout, total_bytes
 from tests.unit.factories import pack_alone
+from transfer.shared_memory import SharedMemory
 
 MAX_PROMPT_TOKENS, MAX_TOKENS = 160, 90
 
@@ -25,16 +26,13 @@ class Served:
     engine: VllmEngine
     models: dict[int, Any]
     specs: list[TensorSpec]
-    buffer: torch.Tensor
+    memory: SharedMemory
 
-    async def load(self, version: int) -> tuple[bytes, float]:
+    async def load(self, version: int) -> float:
         """Have the engine load a model; its version becomes the newest one."""
         snapshot = pack_alone(version, self.models[version], self.specs)
-        self.buffer.copy_(snapshot.packed)
-        seconds = await self.engine.load_weights(version, self.buffer, self.specs)
-        digests = self.engine.digests(self.specs)
-        assert digests == snapshot.digests
-        return digests, seconds
+        self.memory.tensor.copy_(snapshot.packed)
+        return await self.engine.load_weights(version, self.memory, self.specs)
 
 
 def perturbed(model: Any, scale: float) -> Any:
@@ -58,6 +56,6 @@ async def served(base_folder: Path, load_model: Callable[[], Any]):
     engine = await VllmEngine.start(base_folder, ActorConfig(dtype="float32", sampling=sampling))
     models = {0: load_model(), 1: perturbed(load_model(), 0.1), 2: perturbed(load_model(), 0.3)}
     specs = layout((n, "float32", tuple(p.shape)) for n, p in models[0].named_parameters())
-    served = Served(engine, models, specs, engine.allocate(total_bytes(specs)))
+    served = Served(engine, models, specs, SharedMemory(total_bytes(specs)))
     yield served
     await engine.close()

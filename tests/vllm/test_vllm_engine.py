@@ -112,7 +112,7 @@ async def test_a_push_in_the_middle_of_generations_changes_the_tokens_after_it_o
     started = served.engine.stats.tokens_generated
     while served.engine.stats.tokens_generated < started + 48 * 4:
         await asyncio.sleep(0.001)
-    _, stalled_s = await served.load(1)
+    stalled_s = await served.load(1)
     rollouts = [(await task)[0] for task in tasks]
     mixed, largest = 0, 0.0
     for index, rollout in enumerate(rollouts):
@@ -185,7 +185,7 @@ async def test_more_leases_are_taken_until_something_waits(served: Served):
 async def test_weights_that_leave_a_parameter_out_end_the_engine(served: Served):
     """Last: the engine is of no use afterwards."""
     with pytest.raises(EngineError, match=r"could not load version 3.*no weights came for"):
-        await served.engine.load_weights(3, served.buffer, served.specs[:-1])
+        await served.engine.load_weights(3, served.memory, served.specs[:-1])
     assert served.engine.version == 2
     with pytest.raises(EngineError, match="no weights came for"):
         await served.engine.generate(request())

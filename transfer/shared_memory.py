@@ -1,0 +1,104 @@
+"""Memory that other processes can map, and views of it that can be taken away from their writers.
+
+SharedMemory.tensor ──► pages ◄── Landing.tensor ◄── a broadcast writes
+                               ╳ detach: from now on it writes to pages that nobody reads
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from protocol.errors import EngineError
+
+_FOR_ALL_DEVICES = 1
+"""CUDA's cudaHostRegisterPortable."""
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.mremap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_void_p,
+]
+
+
+class SharedMemory:
+    """Pages without a name in any file system: nothing is left of them however the process ends,
+    and the small /dev/shm of a container is no limit.
+    """
+
+    def __init__(self, num_bytes: int, *, pinned: bool = False) -> None:
+        """``pinned`` memory is what a GPU copies from and to at full speed; it needs CUDA.
+
+        Raises OSError or RuntimeError where there is not that much.
+        """
+        descriptor = os.memfd_create("gdpo-weights")
+        when_gone(self, os.close, descriptor)
+        os.truncate(descriptor, num_bytes)
+        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        """To map the same pages from another process of this user, while this object lives."""
+        self.tensor = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
+        """uint8 [num_bytes]; it keeps the pages even when this object is gone."""
+        if pinned:
+            self._pin()
+
+    def _pin(self) -> None:
+        address, runtime = self.tensor.data_ptr(), torch.cuda.cudart()
+        error = runtime.cudaHostRegister(address, self.tensor.nbytes, _FOR_ALL_DEVICES)
+        torch.cuda.check_error(int(error))
+        when_gone(self, runtime.cudaHostUnregister, address)
+
+
+class Landing:
+    """A view of shared memory for a writer that cannot be stopped."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self.tensor = torch.from_file(
+            memory.path, shared=True, size=len(memory.tensor), dtype=torch.uint8
+        )
+        """uint8 [num_bytes]: for as long as somebody has it, or a part of it."""
+
+    def detach(self, offset: int, num_bytes: int) -> None:
+        """What is written here from now on does not reach the shared memory.
+
+        Reads still give what was there before: the writer may be passing it on. ``offset`` is a
+        multiple of the page size; raises `EngineError` if the system refuses.
+        """
+        address = self.tensor.data_ptr() + offset
+        assert address % mmap.PAGESIZE == 0
+        size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        writable = mmap.PROT_READ | mmap.PROT_WRITE
+        unshared = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = _succeed(_libc.mmap(None, size, writable, unshared, -1, 0))
+        ctypes.memmove(pages, address, num_bytes)
+        # In one step: no write, not even one that the kernel is in the middle of, falls between.
+        _succeed(_libc.mremap(pages, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, address))
+
+
+def when_gone(thing: object, call: Callable[..., Any], *arguments: Any) -> None:
+    """Not at the end of the process: its daemon threads may still use what is there."""
+    weakref.finalize(thing, call, *arguments).atexit = False
+
+
+def _succeed(address: int | None) -> int:
+    if address is None or address == _FAILED:
+        problem = os.strerror(ctypes.get_errno())
+        raise EngineError(f"memory cannot be taken from a broadcast: {problem}")
+    return address

@@ -86,7 +86,9 @@ def _receive(group: Group, spans: list[tuple[int, int]], turn: Turn) -> None:
 def _receive_and_copy(
     group: Group, backend: Backend, spans: list[tuple[int, int]], turn: Turn
 ) -> None:
-    bucket = torch.empty(spans[0][1], dtype=torch.uint8, device=backend.device)
+    with backend.stream():
+        # Of this stream's memory: what the engine's has just freed may still be in use.
+        bucket = torch.empty(spans[0][1], dtype=torch.uint8, device=backend.device)
     for offset, num_bytes in spans:
         group.broadcast(bucket[:num_bytes])
         with backend.stream():

@@ -138,7 +138,7 @@ class WeightsReceiver:
         route = await self._receive(offer)
         if route is None or not await self._intact(offer, digests):
             return
-        await self._load(offer, digests, route, time.monotonic() - started)
+        await self._load(offer, route, time.monotonic() - started)
 
     def _check(self, offer: Weights, digests: bytes) -> None:
         size = total_bytes(self._specs)
@@ -223,16 +223,14 @@ class WeightsReceiver:
             f"{wrong[0]} of version {offer.version} arrives damaged, {MAX_PULLS} times in a row"
         )
 
-    async def _load(
-        self, offer: Weights, digests: bytes, route: Route, receive_seconds: float
-    ) -> None:
+    async def _load(self, offer: Weights, route: Route, receive_seconds: float) -> None:
         buffer, engine = self._next, self._engine
         self._loading = True
         try:
             load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
             if engine.in_place:
                 self._loaded, self._next = buffer, self._loaded
-            held = await in_daemon_thread(lambda: engine.digests(self._specs)) or digests
+            held = await in_daemon_thread(lambda: engine.digests(self._specs) or buffer.digests())
         finally:
             self._loading = False
         ready = WeightsReady(

@@ -6,8 +6,8 @@ little-endian, one after the other in the order of the manifest, without gaps.
 Digests guard against mistakes of ours and of memory, disks and networks, not against forgery (who
 may send at all is up to `protocol.keys`). So every parameter has a digest as fast as its memory is
 read, the version's digest is taken over names and digests, and a mismatch names the parameter. An
-actor computes them from what its engine holds, not from what it received. (vLLM fuses and repacks:
-there they are computed from the memory that the engine loaded from, after it has.)
+actor computes them from the bytes in its own memory: those that its engine computes with or, where
+that fuses and repacks parameters as vLLM does, those that it loaded.
 """
 
 import hashlib

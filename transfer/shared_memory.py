@@ -17,11 +17,13 @@ from protocol.errors import EngineError
 
 _FOR_ALL_DEVICES = 1
 """CUDA's cudaHostRegisterPortable."""
-_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_MAP_FIXED = 16
+_MADV_POPULATE_WRITE = 23
+"""Since Linux 5.14."""
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+_libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
     ctypes.c_void_p,
     ctypes.c_size_t,
@@ -30,13 +32,7 @@ _libc.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_long,
 ]
-_libc.mremap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_void_p,
-]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class SharedMemory:
@@ -47,8 +43,10 @@ class SharedMemory:
     def __init__(self, num_bytes: int, *, pinned: bool = False) -> None:
         """``pinned`` memory is what a GPU copies from and to at full speed; it needs CUDA.
 
-        Raises OSError or RuntimeError where there is not that much.
+        Raises OSError if this machine never has that much.
         """
+        # A memfd promises any size, and the process would end where the pages run out.
+        mmap.mmap(-1, max(num_bytes, 1)).close()
         descriptor = os.memfd_create("gdpo-weights")
         when_gone(self, os.close, descriptor)
         os.truncate(descriptor, num_bytes)
@@ -70,6 +68,7 @@ class Landing:
     """A view of shared memory for a writer that cannot be stopped."""
 
     def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
         self.tensor = torch.from_file(
             memory.path, shared=True, size=len(memory.tensor), dtype=torch.uint8
         )
@@ -78,27 +77,28 @@ class Landing:
     def detach(self, offset: int, num_bytes: int) -> None:
         """What is written here from now on does not reach the shared memory.
 
-        Reads still give what was there before: the writer may be passing it on. ``offset`` is a
-        multiple of the page size; raises `EngineError` if the system refuses.
+        What was there can still be read: the writer may be passing it on. ``offset`` is a multiple
+        of the page size; raises `EngineError` if the system refuses.
         """
         address = self.tensor.data_ptr() + offset
         assert address % mmap.PAGESIZE == 0
-        size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         writable = mmap.PROT_READ | mmap.PROT_WRITE
-        unshared = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        pages = _succeed(_libc.mmap(None, size, writable, unshared, -1, 0))
-        ctypes.memmove(pages, address, num_bytes)
-        # In one step: no write, not even one that the kernel is in the middle of, falls between.
-        _succeed(_libc.mremap(pages, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, address))
+        descriptor = os.open(self._memory.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            # In one step the same pages, to be copied before they are written to: no write is
+            # lost, not even one that the kernel is in the middle of.
+            private = mmap.MAP_PRIVATE | _MAP_FIXED
+            mapped = _libc.mmap(address, num_bytes, writable, private, descriptor, offset)
+        finally:
+            os.close(descriptor)
+        if mapped == _FAILED:
+            problem = os.strerror(ctypes.get_errno())
+            raise EngineError(f"memory cannot be taken from a broadcast: {problem}")
+        # All are copied now. An older kernel does it as they are written: until then, whoever gets
+        # them from here may get what others have written, and finds by its digests that it did.
+        _libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE)
 
 
 def when_gone(thing: object, call: Callable[..., Any], *arguments: Any) -> None:
     """Not at the end of the process: its daemon threads may still use what is there."""
     weakref.finalize(thing, call, *arguments).atexit = False
-
-
-def _succeed(address: int | None) -> int:
-    if address is None or address == _FAILED:
-        problem = os.strerror(ctypes.get_errno())
-        raise EngineError(f"memory cannot be taken from a broadcast: {problem}")
-    return address

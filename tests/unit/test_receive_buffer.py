@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,31 @@ def test_a_system_call_in_the_middle_of_writing_does_not_reach_it_either():
     source.close()
     receiver.join()
     sink.close()
+
+
+def test_nothing_of_what_is_written_while_it_is_taken_away_is_lost():
+    """It is passed on from there to others, who are not to blame."""
+    for _ in range(10):
+        buffer = make_buffer()
+        lent = buffer.begin(1).lend(0, SIZE)
+        # In pieces: one could go before the turn ends, or after it.
+        pieces = lent.split(4096)
+        begun = threading.Event()
+
+        def write(pieces: tuple[torch.Tensor, ...] = pieces, begun: Any = begun) -> None:
+            for number, piece in enumerate(pieces):
+                piece.fill_(7)
+                if number == 8:
+                    begun.set()
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        begun.wait()
+        turn = buffer.begin(2)
+        turn.write(0, filled(SIZE, 2))
+        writer.join()
+        assert set(lent.tolist()) == {7}
+        assert content(buffer) == {2}
 
 
 def test_what_is_lent_after_a_turn_that_was_broken_off_arrives():

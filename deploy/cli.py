@@ -1,6 +1,7 @@
 """The `gdpo` command. Parsing imports nothing heavy: ``--help`` answers at once."""
 
 import argparse
+import importlib.metadata
 import logging
 import os
 import sys
@@ -50,10 +51,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _version() -> str:
+    return importlib.metadata.version("async-gdpo")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gdpo", description="Asynchronous multi-reward reinforcement learning with GDPO."
     )
+    parser.add_argument("--version", action="version", version=f"async-gdpo {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = _with_config(
@@ -90,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _with_config(
         commands.add_parser("eval", help="score a model on held-out prompts, without a learner")
     )
-    evaluate.add_argument("--model", type=Path, help="checkpoint (default: the config's model)")
+    evaluate.add_argument(
+        "--model", type=Path, help="checkpoint or run folder (default: the config's)"
+    )
     evaluate.set_defaults(command=_evaluate)
 
     compare = _with_config(
@@ -287,6 +295,13 @@ def _actor(options: Any) -> int:
 def _check(options: Any) -> int:
     config = _load(options)
     config.load_keys()
+    from learner.data import check_rows
+    from learner.policy import check_model
+
+    check_rows(config.data.train, config.data.train_split)
+    if config.data.heldout:
+        check_rows(config.data.heldout, config.data.heldout_split)
+    check_model(config)
     print(config.to_toml(), end="")
     return 0
 

@@ -23,6 +23,7 @@ from learner.data import evaluation_work, load_rows
 from learner.evaluation import Evaluation
 from learner.packing import pack_into
 from learner.policy import Policy, load_policy
+from learner.runlog import RunFolder
 from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
 from protocol.weights import total_bytes
@@ -39,6 +40,8 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
     if model is not None:
         if not model.is_dir():
             raise ConfigError(f"--model {model}: no such folder")
+        if (run := RunFolder(model)).checkpoint.exists():
+            model = run.checkpoint
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )

@@ -35,6 +35,8 @@ def _open(request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
             answer = _decode(response)
     except urllib.error.HTTPError as error:
         raise Refused(_reason(error)) from error
+    except urllib.error.URLError as error:
+        raise PeerLost(f"nothing answers at {request.full_url}: {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         raise PeerLost(f"nothing answers at {request.full_url}: {error}") from error
     except (ValueError, RecursionError) as error:

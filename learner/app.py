@@ -15,6 +15,7 @@ The trainer runs on the main thread; the others on one thread each.
 
 import logging
 import math
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,7 +192,10 @@ class Learner:
         sockets = bind_learner(
             self._context, config.learner.bind, max(1 << 20, 12 * tokens), self._keys
         )
-        self.url = self._url_for_actors(sockets.url)
+        self.url = self._reachable(sockets.url, "127.0.0.1")
+        """For actors on this machine."""
+        self.join_url = self._reachable(sockets.url, socket.gethostname())
+        """For all others too."""
         allowed = AllowList(Path(config.keys.allowed)) if config.keys.allowed else None
         if self._keys is not None and allowed is not None:
             self.folder.write_learner_key(self._keys.public)
@@ -240,12 +244,12 @@ class Learner:
         self.folder.write_control(self._server.command_url, self._server.token)
         self.folder.write_endpoints(self.url, self.metrics_url)
 
-    def _url_for_actors(self, bound: str) -> str:
-        """What an actor on this machine connects to; elsewhere a wildcard is of no use either."""
+    def _reachable(self, bound: str, host_of_all: str) -> str:
+        """``bound``, with a host that actors can connect to in the place of a wildcard."""
         host, port = parse_tcp(bound)
         if not is_wildcard(host):
             return bound
-        return f"tcp://{self.config.collective_address or '127.0.0.1'}:{port}"
+        return f"tcp://{self.config.collective_address or host_of_all}:{port}"
 
     # --- the run --------------------------------------------------------------------------------
 

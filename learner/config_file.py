@@ -67,7 +67,8 @@ def _child(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list):
         named = [item for item in node if isinstance(item, dict) and item.get("name") == part]
         if not named:
-            raise ConfigError(f"{override!r}: nothing is named {part!r}")
+            names = ", ".join(str(item.get("name")) for item in node if isinstance(item, dict))
+            raise ConfigError(f"{override!r}: nothing is named {part!r}; there are {names}")
         return named[0]
     if not isinstance(node, dict):
         raise ConfigError(f"{override!r}: {part!r} is below a plain value")
@@ -95,6 +96,8 @@ def _explain(problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
+        if elsewhere := _tables_with(location[-1]):
+            return f"unknown key {where}; did you mean {elsewhere[0]}.{location[-1]}?"
         known = _known_keys(RunConfig, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         parent = "".join(f"{part}." for part in location[:-1])
@@ -103,6 +106,16 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{where} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def _tables_with(key: str) -> list[str]:
+    """Tables at the top that have such a key."""
+    tables = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return [
+        name
+        for name, table in tables.items()
+        if isinstance(table, type) and issubclass(table, BaseModel) and key in table.model_fields
+    ]
 
 
 def _known_keys(model: Any, location: Sequence[str]) -> list[str]:

@@ -18,6 +18,12 @@ _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv":
 Row = dict[str, Any]
 
 
+def check_rows(source: str, split: str) -> None:
+    """Raises what `load_rows` does about a file; the hub is not asked."""
+    if Path(source).suffix in _FILE_TYPES:
+        load_rows(source, split)
+
+
 def load_rows(source: str, split: str) -> list[Row]:
     """Rows of a file or hub data set as plain values; raises `ConfigError`.
 
@@ -32,7 +38,7 @@ def load_rows(source: str, split: str) -> list[Row]:
     try:
         file_type = _FILE_TYPES.get(Path(source).suffix)
         if file_type and not Path(source).is_file():
-            raise ConfigError(f"no such data file: {source}")
+            raise ConfigError(f"no such data file: {Path(source).absolute()}")
         if file_type and Path(source).stat().st_size == 0:
             raise ConfigError(f"{source} {_EMPTY}")
         if file_type:

@@ -29,11 +29,16 @@ def run_learner(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the learner is one process; start it with --nproc-per-node=1")
-    learner = Learner(config, folder, resume=resume)
+    try:
+        learner = Learner(config, folder, resume=resume)
+    except ConfigError:
+        if folder.is_new:
+            folder.discard()
+        raise
     try:
         with _stopped_by_signals(learner):
             keys = " --key ACTOR.key_secret --learner-key LEARNER.key" if config.keys.secret else ""
-            log.info("actors join with: gdpo actor --learner %s%s", learner.url, keys)
+            log.info("actors join with: gdpo actor --learner %s%s", learner.join_url, keys)
             log.info("metrics: %s", learner.metrics_url)
             log.info("run folder: %s", folder.path)
             on_start(learner)

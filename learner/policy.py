@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from learner.config import RunConfig
 from protocol.errors import ConfigError, brief
@@ -60,7 +60,7 @@ def load_policy(config: RunConfig, weights: Path | None = None) -> Policy:
     """
     folder = _folder(config.model.path)
     model = load_model(config, weights or folder)
-    _check_lengths(config, model)
+    _check_lengths(config, model.config)
     _check_buffers(config, model)
     files = {path.name: path.read_bytes() for path in _model_files(folder)}
     if not any(name.startswith("tokenizer") for name in files):
@@ -95,10 +95,28 @@ def load_model(config: RunConfig, folder: Path) -> Any:
     return model.eval()
 
 
+def check_model(config: RunConfig) -> None:
+    """Raises `ConfigError` for what can be told without its weights; the hub is not asked."""
+    path = config.model.path
+    if not Path(path).is_dir() and not _names_folder(path):
+        return
+    folder = _folder(path)
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(f"the model in {folder}: {brief(error)}") from error
+    _check_lengths(config, model_config)
+
+
+def _names_folder(path: str) -> bool:
+    """Rather than a model of the hub."""
+    return path.startswith((".", "/", "~"))
+
+
 def _folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
-    if path.startswith((".", "/", "~")):
+    if _names_folder(path):
         raise ConfigError(f"model.path = {path!r}: no such folder")
     from huggingface_hub import snapshot_download
 
@@ -106,7 +124,7 @@ def _folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(_HUB_PATTERNS)))
     except Exception as error:
         raise ConfigError(
-            f"model.path = {path!r} is no folder, and the hub does not have it: {brief(error)}"
+            f"model.path = {path!r} is no folder, and the hub does not give it: {brief(error)}"
         ) from error
 
 
@@ -122,8 +140,8 @@ def _files_digest(files: dict[str, bytes]) -> str:
     return whole.hexdigest()
 
 
-def _check_lengths(config: RunConfig, model: Any) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
+def _check_lengths(config: RunConfig, model_config: Any) -> None:
+    longest = getattr(model_config, "max_position_embeddings", None)
     needed = config.sampling.max_prompt_tokens + config.sampling.max_tokens
     if longest is not None and needed > longest:
         raise ConfigError(

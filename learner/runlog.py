@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_new = False
+        """Whether it was made by this object."""
         self._metrics: BinaryIO | None = None
         self._lock: TextIO | None = None
 
@@ -56,6 +59,7 @@ class RunFolder:
             except OSError as error:
                 raise ConfigError(f"cannot write {path}: {error.strerror}") from error
             folder = cls(path)
+            folder.is_new = True
             folder._write("config.toml", config.to_toml())
             folder._write_json("run.json", {"run_id": f"{path.name}/{uuid.uuid4().hex[:8]}"})
             return folder
@@ -75,7 +79,21 @@ class RunFolder:
         for key in _FIXED:
             if _at(before, key) != _at(config, key):
                 raise ConfigError(f"{key} cannot change when a run is resumed; start a new one")
+        folder._check_unfinished(config.learner.steps)
         return folder, config
+
+    def _check_unfinished(self, steps: int) -> None:
+        with suppress(FileNotFoundError):
+            try:
+                summary = json.loads((self.path / "summary.json").read_text())
+                trained, completed = summary["steps"], summary["completed"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{self.path / 'summary.json'} is damaged") from error
+            if completed and trained >= steps:
+                raise ConfigError(
+                    f"{self.path} is complete, with {trained} steps; to train on, add "
+                    f"learner.steps=N with a larger N"
+                )
 
     @property
     def run_id(self) -> str:
@@ -126,6 +144,11 @@ class RunFolder:
         self._write("config.toml", config.to_toml())
         with self._writing("summary.json"):
             (self.path / "summary.json").unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Leave nothing of a run that could not begin."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def write_endpoints(self, learner: str, metrics: str) -> None:
         """Where the learner listens, for the launcher and for people."""

@@ -93,6 +93,16 @@ def test_a_model_and_data_that_are_not_there(system):
     )
 
 
+def test_a_learner_that_cannot_begin_leaves_no_run_folder(system):
+    before = sorted(system.folder.glob("runs/*"))
+    for mistake, words in (
+        ("model.path=./nowhere", "no such folder"),
+        ("sampling.max_tokens=4096", "exceeds the model's"),
+    ):
+        assert_one_line(system, ["learner", str(RECIPE), *QUICK, mistake], words)
+    assert sorted(system.folder.glob("runs/*")) == before
+
+
 def test_an_empty_data_set_ends_the_run(system):
     (system.folder / "empty.jsonl").write_text("")
     assert_one_line(

@@ -1,5 +1,6 @@
 """The command line: help without heavy imports, checks, and errors of the user in one line."""
 
+import importlib.metadata
 import subprocess
 import sys
 import tomllib
@@ -80,6 +81,10 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
             "defines no function none",
         ),
         (["check", "RECIPE", "rewards.format.function=os:system"], "module os is not allowed"),
+        (["check", "RECIPE", "model.path=./none"], "model.path = './none': no such folder"),
+        (["check", "RECIPE", "data.train=none.jsonl"], "/none.jsonl"),
+        (["check", "RECIPE", "data.heldout=none.jsonl"], "no such data file"),
+        (["check", "RECIPE", "sampling.max_tokens=4096"], "exceeds the model's 256 positions"),
         (["check", "RECIPE", "learner.bind=127.0.0.1:5555"], "write tcp://HOST:PORT"),
     ],
 )
@@ -101,6 +106,13 @@ def test_a_process_prints_no_traceback_for_an_error_of_the_user(tmp_path):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"async-gdpo {importlib.metadata.version('async-gdpo')}\n"
 
 
 def test_without_a_command_the_usage_is_shown(capsys):

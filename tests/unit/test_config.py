@@ -136,7 +136,7 @@ def test_the_last_of_two_overrides_wins(tmp_path):
         ("learner.lr", "'learner.lr' is no override; write key.sub=value"),
         ("=3", "is no override"),
         ("learner..lr=3", "is no override"),
-        ("rewards.speed.weight=1", "nothing is named 'speed'"),
+        ("rewards.speed.weight=1", "nothing is named 'speed'; there are format, "),
         ("rewards.format=1", "rewards holds no keys"),
         ("seed.sub=1", "seed: "),
         ("learner=3", "learner: "),
@@ -158,6 +158,7 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path, override, problem)
     [
         ("sed=1", "sed", "seed"),
         ("lerner.lr=1", "lerner", "learner"),
+        ("max_staleness=1", "max_staleness", "learner.max_staleness"),
         ("learner.max_stalenes=1", "learner.max_stalenes", "learner.max_staleness"),
         ("algorithm.estimater=grpo", "algorithm.estimater", "algorithm.estimator"),
         ("rewards.length.wieght=1", "rewards.1.wieght", "rewards.1.weight"),

@@ -112,6 +112,20 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(recipe, tmp_path):
     assert (folder.path / "summary.json").exists()
 
 
+def test_a_run_that_is_complete_goes_on_only_with_more_steps(recipe, tmp_path):
+    folder = make_folder(recipe, tmp_path, "learner.steps=5")
+    folder.write_summary({"steps": 5, "completed": True})
+    with pytest.raises(ConfigError, match=r"is complete, with 5 steps; .* learner\.steps=N"):
+        RunFolder.resume(folder.path, [])
+    RunFolder.resume(folder.path, ["learner.steps=6"])
+    # One that was stopped while it was evaluated.
+    folder.write_summary({"steps": 5, "completed": False})
+    RunFolder.resume(folder.path, [])
+    (folder.path / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"summary\.json is damaged"):
+        RunFolder.resume(folder.path, [])
+
+
 def test_the_run_id_stays(recipe, tmp_path):
     folder = make_folder(recipe, tmp_path)
     assert RunFolder(folder.path).run_id == folder.run_id

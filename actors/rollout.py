@@ -84,7 +84,9 @@ class RolloutWorker:
         except Exception as error:
             # Tokenizers and templates raise what they like; the row is at fault, not the actor.
             raise UnusableRow(f"the prompt cannot be tokenized: {brief(error)}") from error
-        if not 1 <= len(ids) <= self._max_prompt_tokens:
+        if not ids:
+            raise UnusableRow("the prompt has no tokens: the tokenizer knows none of its words")
+        if len(ids) > self._max_prompt_tokens:
             raise UnusableRow(
                 f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens is "
                 f"{self._max_prompt_tokens}"

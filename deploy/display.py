@@ -18,7 +18,7 @@ LINE_EVERY_S = 5.0
 
 _BOTTLENECKS = {
     "actors": "the actors (the learner waits for groups: add actors)",
-    "learner": "the learner (the actors wait for it: fewer actors would do)",
+    "learner": "the learner (the actors wait for it)",
     "balanced": "neither side",
 }
 

@@ -151,6 +151,15 @@ async def test_a_row_without_a_usable_prompt_is_given_up(row):
         await worker().roll_out(lease(row=row))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "cause"),
+    [("", "no tokens: the tokenizer"), ("x" * 9, r"9 tokens; sampling\.max_prompt_tokens is 8")],
+)
+async def test_a_prompt_that_is_too_long_or_of_unknown_words_says_so(prompt, cause):
+    with pytest.raises(UnusableRow, match=cause):
+        await worker().roll_out(lease(row={"prompt": prompt}))
+
+
 async def test_a_lease_over_the_runs_max_tokens_is_given_up():
     with pytest.raises(UnusableRow, match=r"2147483647 tokens; sampling\.max_tokens is 16"):
         await worker().roll_out(lease(max_tokens=2**31 - 1))

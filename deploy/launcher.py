@@ -108,6 +108,7 @@ class Launcher:
         self._folder = folder
         self._cwd = cwd
         self._exits: SimpleQueue[_Child] = SimpleQueue()
+        self._learner: _Child | None = None
         self._actors: dict[str, _Child] = {}
         self._restarts = 0
         self._stop_requested_at: float | None = None
@@ -118,18 +119,23 @@ class Launcher:
     def run(self) -> None:
         """Until the learner has ended and every child is gone."""
         self._say(f"run folder: {self._folder.path}")
-        self._learner = self._start("learner", self._learner_command(), self._learner_threads())
+        # Before there is anybody who would be left behind.
         previous = {
             signum: signal.signal(signum, self._on_signal)
             for signum in (signal.SIGINT, signal.SIGTERM)
         }
         try:
-            endpoints = self._wait_for_endpoints()
+            learner = self._start("learner", self._learner_command(), self._learner_threads())
+            self._learner = learner
+            if self.stop_requested:
+                # The signal came before it was there.
+                self._signal(learner, signal.SIGTERM)
+            endpoints = self._wait_for_endpoints(learner)
             if endpoints is not None:
                 self._metrics_url = endpoints["metrics"]
                 for index in range(self._config.launch.actors):
                     self._start_actor(f"actor-{index}", endpoints["learner"])
-                self._supervise(endpoints["learner"])
+                self._supervise(learner, endpoints["learner"])
         finally:
             self._stop_children()
             for signum, handler in previous.items():
@@ -141,7 +147,8 @@ class Launcher:
 
     def status(self) -> Status | None:
         """The learner's live status; None while it does not answer."""
-        if not self._metrics_url or self._learner.process.poll() is not None:
+        learner = self._learner
+        if not self._metrics_url or learner is None or learner.process.poll() is not None:
             return None
         try:
             return fetch_status(self._metrics_url.removesuffix("/metrics"))
@@ -150,7 +157,7 @@ class Launcher:
 
     # --- supervision ----------------------------------------------------------------------------
 
-    def _wait_for_endpoints(self) -> dict[str, str] | None:
+    def _wait_for_endpoints(self, learner: _Child) -> dict[str, str] | None:
         """Where the learner listens; None if it ended before it did."""
         path = self._folder.path / "endpoints.json"
         limit_s = self._config.launch.start_timeout_s
@@ -164,17 +171,17 @@ class Launcher:
                     return endpoints
             else:
                 if not self.stop_requested:
-                    self._fail_with(self._learner)
+                    self._fail_with(learner)
                 return None
         self.failure = f"the learner did not start within launch.start_timeout_s = {limit_s:.0f}"
         return None
 
-    def _supervise(self, url: str) -> None:
+    def _supervise(self, learner: _Child, url: str) -> None:
         """React to children that end, until the learner does."""
         while True:
             child = self._exits.get()
             code = child.process.returncode
-            if child is self._learner:
+            if child is learner:
                 if code not in (0, INTERRUPTED):
                     self._fail_with(child)
                 return
@@ -186,7 +193,7 @@ class Launcher:
             if code == USER_ERROR or self._restarts >= self._config.launch.max_restarts:
                 # It would fail in the same way again, or does so all the time.
                 self._fail_with(child)
-                self._signal(self._learner, signal.SIGTERM)
+                self._signal(learner, signal.SIGTERM)
                 continue
             self._restarts += 1
             self._say(f"{child.name} died ({child.how_it_ended()}); starting it again")
@@ -199,16 +206,21 @@ class Launcher:
     def _on_signal(self, signum: int, _: Any) -> None:
         if self.stop_requested:
             self._say("stopping at once")
-            for child in (self._learner, *self._actors.values()):
+            for child in self._children():
                 self._signal(child, signal.SIGKILL)
             return
         self._stop_requested_at = time.monotonic()
         self._say("stopping: a learner in training finishes its step and saves; once more kills it")
-        self._signal(self._learner, signal.SIGTERM)
+        if self._learner is not None:
+            self._signal(self._learner, signal.SIGTERM)
+
+    def _children(self) -> list[_Child]:
+        learner = [self._learner] if self._learner is not None else []
+        return [*learner, *self._actors.values()]
 
     def _stop_children(self) -> None:
         """Nobody is left afterwards."""
-        children = [self._learner, *self._actors.values()]
+        children = self._children()
         now = time.monotonic()
         since = now if self._stop_requested_at is None else self._stop_requested_at
         deadline = max(since + STOP_TIMEOUT_S, now + GRACE_S)

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import msgspec
@@ -85,7 +86,12 @@ class Checkpoints:
         self._policy = policy
         self._keep = keep
         self._on_written = on_written
+        self._work: SimpleQueue[_Contents | None] = SimpleQueue()
+        self._idle = Event()
+        self._idle.set()
         self._thread: Thread | None = None
+        """One for all of them: with a new one each time, the memory that writing takes would stay
+        with another of the allocator's arenas each time."""
         self._failure: TrainingError | None = None
         try:
             folder.mkdir(exist_ok=True)
@@ -116,7 +122,7 @@ class Checkpoints:
 
     @property
     def is_writing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return not self._idle.is_set()
 
     def begin(self, state: RunState, trainer: Tensors) -> None:
         """Copy everything now and write it on a thread; waits for the one before.
@@ -127,18 +133,31 @@ class Checkpoints:
         contents = _Contents(
             state, _copies(dict(self._policy.model.state_dict())), _copies(trainer)
         )
-        self._thread = Thread(target=self._write, args=(contents,), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._idle.clear()
+        self._work.put(contents)
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
+            self._thread.start()
 
     def finish(self) -> None:
         """Wait for the one that is being written; raises `TrainingError` if it could not be."""
-        if self._thread is not None:
-            self._thread.join()
+        self._idle.wait()
         self.raise_if_failed()
+
+    def close(self) -> None:
+        """The last one has begun; does not wait for it."""
+        self._work.put(None)
 
     def raise_if_failed(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _run(self) -> None:
+        while (contents := self._work.get()) is not None:
+            try:
+                self._write(contents)
+            finally:
+                self._idle.set()
 
     def _write(self, contents: _Contents) -> None:
         target = self.path(contents.state.version)

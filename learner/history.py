@@ -85,6 +85,7 @@ class History:
         return version % every == 0 and not self.checkpoints.is_writing
 
     def close(self) -> None:
+        self.checkpoints.close()
         if self.journal is not None:
             self.journal.close()
 

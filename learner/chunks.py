@@ -22,7 +22,8 @@ from protocol.weights import CHUNK_BYTES, num_chunks
 
 MAX_STEPS = 16
 MAX_SHARE = 0.5
-"""Of the weights' size, that all patches together may take."""
+"""Of the weights' size, that the patches of several versions together may take. Those to the newest
+one stay, however large: actors are about to ask for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -129,10 +130,10 @@ class ChunkSource:
         return step.patches[chunk]
 
     def _trim(self) -> None:
-        """Drop the oldest steps when all together are too large."""
+        """Drop the oldest steps, but not the newest, when all together are too large."""
         with self._lock:
             limit = MAX_SHARE * len(self.snapshots.latest.packed)
-            while self._steps and sum(step.size for step in self._steps) > limit:
+            while len(self._steps) > 1 and sum(step.size for step in self._steps) > limit:
                 self._steps.popleft()
 
 

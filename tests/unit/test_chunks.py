@@ -137,6 +137,17 @@ def test_old_differences_go_when_there_are_too_many_or_they_are_too_large(monkey
     assert len(source._steps) == 2
 
 
+def test_the_newest_differences_stay_however_large_they_are(monkeypatch):
+    """They are finished before anybody asks when there is time for it."""
+    monkeypatch.setattr(chunks, "MAX_SHARE", 0.0)
+    source = make_source()
+    for version in (1, 2):
+        push(source, version)
+        answer = source.answer(WeightsPull(version=version, chunk=0, base=version - 1))
+        assert answer.header.base == version - 1
+    assert len(source._steps) == 1
+
+
 # ---- The thread --------------------------------------------------------------------------------
 
 

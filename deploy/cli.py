@@ -1,7 +1,6 @@
 """The `gdpo` command. Parsing imports nothing heavy: ``--help`` answers at once."""
 
 import argparse
-import importlib.metadata
 import logging
 import os
 import sys
@@ -51,15 +50,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _version() -> str:
-    return importlib.metadata.version("async-gdpo")
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: that takes longer than all of the parsing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"async-gdpo {version('async-gdpo')}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gdpo", description="Asynchronous multi-reward reinforcement learning with GDPO."
     )
-    parser.add_argument("--version", action="version", version=f"async-gdpo {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print it and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = _with_config(

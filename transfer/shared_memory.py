@@ -47,10 +47,10 @@ class SharedMemory:
         """
         # A memfd promises any size, and the process would end where the pages run out.
         mmap.mmap(-1, max(num_bytes, 1)).close()
-        descriptor = os.memfd_create("gdpo-weights")
-        when_gone(self, os.close, descriptor)
-        os.truncate(descriptor, num_bytes)
-        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        self.descriptor = os.memfd_create("gdpo-weights")
+        when_gone(self, os.close, self.descriptor)
+        os.truncate(self.descriptor, num_bytes)
+        self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
         """To map the same pages from another process of this user, while this object lives."""
         self.tensor = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
         """uint8 [num_bytes]; it keeps the pages even when this object is gone."""
@@ -83,14 +83,10 @@ class Landing:
         address = self.tensor.data_ptr() + offset
         assert address % mmap.PAGESIZE == 0
         writable = mmap.PROT_READ | mmap.PROT_WRITE
-        descriptor = os.open(self._memory.path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            # In one step the same pages, to be copied before they are written to: no write is
-            # lost, not even one that the kernel is in the middle of.
-            private = mmap.MAP_PRIVATE | _MAP_FIXED
-            mapped = _libc.mmap(address, num_bytes, writable, private, descriptor, offset)
-        finally:
-            os.close(descriptor)
+        # In one step the same pages, to be copied before they are written to: no write is lost, not
+        # even one that the kernel is in the middle of.
+        private = mmap.MAP_PRIVATE | _MAP_FIXED
+        mapped = _libc.mmap(address, num_bytes, writable, private, self._memory.descriptor, offset)
         if mapped == _FAILED:
             problem = os.strerror(ctypes.get_errno())
             raise EngineError(f"memory cannot be taken from a broadcast: {problem}")

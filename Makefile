@@ -52,7 +52,7 @@ chaos: install
 # Another seed every time; it is printed, and --fuzz-seed repeats it.
 FUZZ_FRAMES := 3000000
 fuzz: install
-	$(BIN)/pytest tests/unit/test_fuzz.py --fuzz-frames $(FUZZ_FRAMES) --fuzz-seed random --timeout 0 -s
+	$(BIN)/pytest tests/unit/protocol/test_fuzz.py --fuzz-frames $(FUZZ_FRAMES) --fuzz-seed random --timeout 0 -s
 
 # After a change of the protocol that is meant.
 golden-frames: install

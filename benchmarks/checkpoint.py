@@ -22,9 +22,9 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from learner.checkpoints import Checkpoints
-from learner.policy import Policy
-from learner.state import GroupState, OpenTickets, RewardState, RunState
+from learner.recovery.checkpoints import Checkpoints
+from learner.state import GroupState, OpenPrompts, RewardState, RunState
+from learner.training.policy import Policy
 
 SIZES = ((256, 8), (640, 14))
 """Hidden size and layers: 10 and 100 million parameters."""
@@ -58,7 +58,7 @@ def make_state(version: int) -> RunState:
     return RunState(
         run_id="bench",
         version=version,
-        tickets=OpenTickets(),
+        prompts=OpenPrompts(),
         next_lease=1,
         leases={},
         groups=GroupState(),

@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.batch_generator import BatchGenerator
-from actors.engine import Request
-from learner.config import RunConfig
-from learner.packing import MemoryPool, pack
-from learner.policy import Policy
-from learner.reward_settings import RewardSetting
-from learner.trainer import Trainer
+from actors.engines.batch_generator import BatchGenerator
+from actors.engines.engine import Request
+from learner.config.run import RunConfig
+from learner.training.policy import Policy
+from learner.training.reward_settings import RewardSetting
+from learner.training.trainer import Trainer
+from learner.weights.pack import MemoryPool, pack
 from protocol.chunk_codec import apply_patches, decode_full, encode_full, encode_patch
 from protocol.groups import Group
 from protocol.weights import CHUNK_BYTES, DTYPE_BYTES, layout, total_bytes

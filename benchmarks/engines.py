@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from actors.engine import Engine, Request
-from actors.engines import start_engine
+from actors.engines.choice import start_engine
+from actors.engines.engine import Engine, Request
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.weights import layout, total_bytes
 from transfer.shared_memory import SharedMemory

@@ -27,15 +27,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from learner.buffer import ReplayBuffer
-from learner.config import RunConfig
-from learner.coordinator import Coordinator
-from learner.data import PromptStream
-from learner.journal import Arrival, Journal
-from learner.membership import Outgoing
-from learner.packing import MemoryPool, pack
-from learner.snapshots import SnapshotStore
-from learner.work import WorkQueue
+from learner.config.run import RunConfig
+from learner.coordinator.coordinator import Coordinator
+from learner.prompts.stream import PromptStream
+from learner.prompts.work_queue import WorkQueue
+from learner.registry import Outgoing
+from learner.replay.buffer import ReplayBuffer
+from learner.replay.journal import Journal, ReceivedGroup
+from learner.weights.pack import MemoryPool, pack
+from learner.weights.snapshots import SnapshotStore
 from protocol.framing import Buffer, decode_to_learner, encode
 from protocol.groups import Group, Rollout, pack_group
 from protocol.messages import (
@@ -60,26 +60,28 @@ WARM_UP_S = 0.3
 
 
 class LmdbStore:
-    """The duties of `learner.journal.Journal` towards the coordinator, on LMDB."""
+    """The duties of `learner.replay.journal.Journal` towards the coordinator, on LMDB."""
 
     def __init__(self, path: Path) -> None:
         self._environment = lmdb.open(str(path), map_size=MAP_BYTES, subdir=False, sync=True)
         self._changed = Condition()
-        self._waiting: list[tuple[Arrival | None, bytes, bytes | None]] = []
+        self._waiting: list[tuple[ReceivedGroup | None, bytes, bytes | None]] = []
         self._closing = False
 
-    def start(self, on_stored: Callable[[Sequence[Arrival]], None]) -> None:
+    def start(self, on_stored: Callable[[Sequence[ReceivedGroup]], None]) -> None:
         self._on_stored = on_stored
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def append(self, arrival: Arrival, header: GroupHeader, payloads: Sequence[Buffer]) -> None:
+    def append(
+        self, arrival: ReceivedGroup, header: GroupHeader, payloads: Sequence[Buffer]
+    ) -> None:
         encoded, *frames = encode(header, payloads)
         value = len(encoded).to_bytes(4, "little") + encoded + b"".join(frames)
-        self._add((arrival, _key(arrival.held.work.ticket), value))
+        self._add((arrival, _key(arrival.held.work.prompt_index), value))
 
-    def prune(self, tickets: Sequence[int]) -> None:
-        self._add(*((None, _key(ticket), None) for ticket in tickets))
+    def prune(self, prompt_indices: Sequence[int]) -> None:
+        self._add(*((None, _key(prompt_index), None) for prompt_index in prompt_indices))
 
     def close(self) -> None:
         with self._changed:
@@ -88,7 +90,7 @@ class LmdbStore:
         self._thread.join()
         self._environment.close()
 
-    def _add(self, *entries: tuple[Arrival | None, bytes, bytes | None]) -> None:
+    def _add(self, *entries: tuple[ReceivedGroup | None, bytes, bytes | None]) -> None:
         with self._changed:
             self._waiting += entries
             self._changed.notify_all()
@@ -109,8 +111,8 @@ class LmdbStore:
             self._on_stored([arrival for arrival, _, _ in entries if arrival])
 
 
-def _key(ticket: int) -> bytes:
-    return ticket.to_bytes(8, "big")
+def _key(prompt_index: int) -> bytes:
+    return prompt_index.to_bytes(8, "big")
 
 
 class _Window:
@@ -164,7 +166,7 @@ class Bench:
         self.waits: list[float] = []
         """Seconds from arrival to acknowledgement."""
         self._arrived: dict[int, float] = {}
-        self._coordinator.roster.outbox = self._outbox = _Outbox(self._arrived, self.waits)
+        self._coordinator.registry.outbox = self._outbox = _Outbox(self._arrived, self.waits)
         self._acknowledged = Event()
         if isinstance(store, Journal):
             store.start(self._stored, self._coordinator.fail)
@@ -219,7 +221,7 @@ class Bench:
             elif self._store is not None:
                 self._store.prune(cut.finished)
 
-    def _stored(self, arrivals: Sequence[Arrival]) -> None:
+    def _stored(self, arrivals: Sequence[ReceivedGroup]) -> None:
         self._coordinator.stored(arrivals)
         self._acknowledged.set()
 

@@ -46,12 +46,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.utils.logging import disable_progress_bar
 
-from learner.app import Learner
-from learner.config import RunConfig
-from learner.packing import MemoryPool, pack
-from learner.publisher import PushReport
-from learner.runlog import RunFolder
-from learner.snapshots import STILL_PULLED_S
+from learner.config.run import RunConfig
+from learner.run.learner import Learner
+from learner.run_folder import RunFolder
+from learner.weights.pack import MemoryPool, pack
+from learner.weights.publisher import PushReport
+from learner.weights.snapshots import STILL_PULLED_S
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "examples" / "tool_calling_tiny" / "base"
@@ -188,7 +188,7 @@ class Cluster:
         self._wait_until(
             lambda: (
                 coordinator.num_live == count
-                and len(coordinator.feeding.ready_actors(self._version)) == count
+                and len(coordinator.offers.ready_actors(self._version)) == count
             ),
             f"{count} actors",
         )

@@ -238,8 +238,8 @@ def _add_child_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: Any) -> int:
-    from deploy.launcher import launch, require_actor_key
-    from learner.runlog import RunFolder
+    from deploy.launch.local import launch, require_actor_key
+    from learner.run_folder import RunFolder
 
     if options.resume:
         config, folder = _resumed(options)
@@ -257,7 +257,7 @@ def _run(options: Any) -> int:
 
 
 def _learner(options: Any) -> int:
-    from learner.runlog import RunFolder
+    from learner.run_folder import RunFolder
 
     if options.resume:
         config, folder = _resumed(options)
@@ -267,7 +267,7 @@ def _learner(options: Any) -> int:
     _start_logging()
     if config.learner.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.learner.threads)
-    from deploy.learner_process import run_with_display
+    from deploy.launch.learner_process import run_with_display
 
     return run_with_display(
         config, folder, resume=options.resume is not None, as_child=options.exit_with_parent
@@ -280,8 +280,8 @@ def _actor(options: Any) -> int:
     keys = load_actor_keys(options.key, options.learner_key)
     _start_logging()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from actors.app import ActorOptions
-    from deploy.actor_process import run_actor
+    from actors.actor import ActorOptions
+    from deploy.launch.actor_process import run_actor
 
     return run_actor(
         ActorOptions(
@@ -300,8 +300,8 @@ def _actor(options: Any) -> int:
 def _check(options: Any) -> int:
     config = _load(options)
     config.load_keys()
-    from learner.data import check_rows
-    from learner.policy import check_model
+    from learner.prompts.rows import check_rows
+    from learner.training.policy import check_model
 
     check_rows(config.data.train, config.data.train_split)
     if config.data.heldout:
@@ -313,15 +313,15 @@ def _check(options: Any) -> int:
 
 def _evaluate(options: Any) -> int:
     config = _load(options)
-    from deploy.evaluate import evaluate
+    from deploy.results.evaluate import evaluate
 
     return evaluate(config, options.model, _allowed(options))
 
 
 def _compare(options: Any) -> int:
     config = _load(options)
-    from deploy.compare import Comparison, compare, parse_names
-    from learner.config import CorrectionName, EstimatorName
+    from deploy.results.compare import Comparison, compare, parse_names
+    from learner.config.run import CorrectionName, EstimatorName
 
     corrections = options.corrections or config.algorithm.correction
     return compare(
@@ -340,20 +340,20 @@ def _compare(options: Any) -> int:
 
 
 def _set(options: Any) -> int:
-    from deploy.control import set_rewards
+    from deploy.watch.control import set_rewards
 
     set_rewards(options.run, options.assignments)
     return 0
 
 
 def _top(options: Any) -> int:
-    from deploy.top import top
+    from deploy.watch.top import top
 
     return top(options.target, interval_s=options.interval, once=options.once)
 
 
 def _journal(options: Any) -> int:
-    from deploy.journal import print_journal, replay_journal
+    from deploy.results.journal import print_journal, replay_journal
 
     if options.replay:
         return 0 if replay_journal(options.run) else FAILURE
@@ -378,11 +378,11 @@ def _keygen(options: Any) -> int:
 
 def _plot(options: Any) -> int:
     if (options.run / "compare.json").exists():
-        from deploy.compare_plot import plot_comparison
+        from deploy.results.compare_plot import plot_comparison
 
         print(*plot_comparison(options.run), sep="\n")
         return 0
-    from deploy.plot import plot_run
+    from deploy.results.plot import plot_run
 
     print(plot_run(options.run))
     return 0
@@ -396,7 +396,7 @@ def _load(options: Any) -> Any:
 
 
 def _config(options: Any) -> Any:
-    from learner.config_file import load_config
+    from learner.config.file import load_config
 
     if options.config is None:
         raise ConfigError("give a CONFIG file, or --resume FOLDER")
@@ -405,7 +405,7 @@ def _config(options: Any) -> Any:
 
 def _resumed(options: Any) -> tuple[Any, Any]:
     """Configuration and folder of the run to go on with."""
-    from learner.runlog import RunFolder
+    from learner.run_folder import RunFolder
 
     if options.config is not None:
         options.overrides.insert(0, str(options.config))
@@ -418,7 +418,7 @@ def _resumed(options: Any) -> tuple[Any, Any]:
 
 
 def _import_rewards(config: Any, options: Any) -> None:
-    from actors.reward_functions import load_reward
+    from actors.rewards.functions import load_reward
 
     for reward in config.rewards:
         load_reward(reward.function, _allowed(options), Path.cwd())
@@ -426,7 +426,7 @@ def _import_rewards(config: Any, options: Any) -> None:
 
 def _allowed(options: Any) -> tuple[str, ...]:
     """Modules that reward functions may come from, besides those in this folder."""
-    from actors.reward_functions import DEFAULT_MODULES
+    from actors.rewards.functions import DEFAULT_MODULES
 
     return (*DEFAULT_MODULES, *options.allow_rewards)
 

@@ -7,8 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from learner.config_file import load_config
-from learner.runlog import RunFolder
+from learner.config.file import load_config
+from learner.run_folder import RunFolder
 from protocol.errors import AsyncGdpoError, ConfigError
 from protocol.process import leave
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
             config = load_config(Path(arguments[0]), arguments[1:])
             folder = RunFolder.create(config)
         # Only now torch: a mistake in the configuration is told at once.
-        from learner.main import run_learner
+        from learner.run.process import run_learner
 
         summary = run_learner(config, folder, resume=resume)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ where max_uses is above 1, a run goes on while it has a batch to use again, and 
 is used up at that point; a resume without a journal is enough to get there. A run of fewer steps
 than push_every ends before.
 
-A fixed lag (see `learner.buffer`) takes the place of max_staleness in the first bound.
+A fixed lag (see `learner.replay.buffer`) takes the place of max_staleness in the first bound.
 
 Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
 largest. The constructor refuses bounds under which a batch could never fill.

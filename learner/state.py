@@ -7,10 +7,10 @@ import msgspec
 from protocol.messages import Purpose
 
 
-class OpenTickets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class OpenPrompts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far the stream of prompts is used, and what of it is still to come in."""
 
-    next_ticket: int = 0
+    next_prompt_index: int = 0
     """The first one that was never leased."""
     leased: tuple[int, ...] = ()
     waiting: tuple[int, ...] = ()
@@ -20,7 +20,7 @@ class OpenTickets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LeaseState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`protocol.leases.Books` of one purpose."""
+    """`protocol.leases.LeaseCounts` of one purpose."""
 
     received: int
     failed: dict[str, int]
@@ -28,7 +28,7 @@ class LeaseState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GroupState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`learner.buffer.BufferBooks`, with what is buffered set apart."""
+    """`learner.replay.buffer.GroupCounts`, with what is buffered set apart."""
 
     trained: int = 0
     ended_tokens: int = 0
@@ -45,7 +45,7 @@ class GroupState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RewardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where `learner.reward_settings.RewardSettings` is."""
+    """Where `learner.training.reward_settings.RewardSettings` is."""
 
     setting: dict[str, dict[str, Any]]
     followed: int
@@ -60,13 +60,13 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     run_id: str
     version: int
-    tickets: OpenTickets
+    prompts: OpenPrompts
     next_lease: int
     leases: dict[Purpose, LeaseState]
     groups: GroupState
     rewards: RewardState
     batch_std: float | None
-    """Of `learner.trainer.Trainer`, and the setting that it belongs to."""
+    """Of `learner.training.trainer.Trainer`, and the setting that it belongs to."""
     batch_std_setting: dict[str, dict[str, Any]] | None
     tokens_trained: int
     tokens_generated: int

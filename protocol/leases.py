@@ -32,14 +32,14 @@ class Work:
     temperature: float
     max_tokens: int
     purpose: Purpose = "train"
-    ticket: int = -1
+    prompt_index: int = -1
     """Position in the endless stream of training prompts; the same however often it is leased."""
     attempts: int = 0
     """Leases of this row that failed so far."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class OutstandingLease:
     """An outstanding lease."""
 
     lease: int
@@ -49,7 +49,7 @@ class Held:
 
 
 @dataclass(slots=True)
-class Books:
+class LeaseCounts:
     """Counts of leases of one purpose since the start of the run, of the learners before a resume
     too."""
 
@@ -81,18 +81,18 @@ class LeaseBook:
         self._timeout_s = timeout_s
         self.next_lease = 1
         """Number of the lease that is issued next."""
-        self._held: dict[int, Held] = {}
-        self._arrived: dict[int, Held] = {}
+        self._held: dict[int, OutstandingLease] = {}
+        self._arrived: dict[int, OutstandingLease] = {}
         self._failed: OrderedDict[int, str] = OrderedDict()
-        self.books: dict[Purpose, Books] = {
-            "check": Books(),
-            "train": Books(),
-            "eval": Books(),
+        self.books: dict[Purpose, LeaseCounts] = {
+            "check": LeaseCounts(),
+            "train": LeaseCounts(),
+            "eval": LeaseCounts(),
         }
 
     def issue(self, work: Work, holder: str, now: float) -> Lease:
         """Lease ``work`` to ``holder`` until ``now`` plus the timeout."""
-        held = Held(self.next_lease, work, holder, now + self._timeout_s)
+        held = OutstandingLease(self.next_lease, work, holder, now + self._timeout_s)
         self.next_lease += 1
         self._held[held.lease] = held
         self._books(held).leased += 1
@@ -109,11 +109,11 @@ class LeaseBook:
             deadline_s=self._timeout_s,
         )
 
-    def held_by(self, holder: str) -> list[Held]:
+    def held_by(self, holder: str) -> list[OutstandingLease]:
         """Leases that one actor has yet to fulfil."""
         return [held for held in self._held.values() if held.holder == holder]
 
-    def find(self, lease: int, holder: str) -> Held | None:
+    def find(self, lease: int, holder: str) -> OutstandingLease | None:
         """The lease, if ``holder`` is the one who has yet to fulfil it."""
         held = self._held.get(lease)
         return held if held is not None and held.holder == holder else None
@@ -131,18 +131,18 @@ class LeaseBook:
             return "duplicate", f"lease {lease} is settled"
         return "rejected", f"lease {lease} was never issued"
 
-    def arrive(self, held: Held) -> None:
+    def arrive(self, held: OutstandingLease) -> None:
         """A valid group came from the holder; it is to be stored."""
         del self._held[held.lease]
         self._arrived[held.lease] = held
 
-    def receive(self, held: Held) -> None:
+    def receive(self, held: OutstandingLease) -> None:
         """The group that arrived is stored."""
         del self._arrived[held.lease]
         self._books(held).outstanding -= 1
         self._books(held).received += 1
 
-    def fail(self, held: Held, cause: str) -> None:
+    def fail(self, held: OutstandingLease, cause: str) -> None:
         """The holder will not fulfil the lease."""
         del self._held[held.lease]
         self._books(held).outstanding -= 1
@@ -151,7 +151,7 @@ class LeaseBook:
         if len(self._failed) > _REMEMBERED_FAILURES:
             self._failed.popitem(last=False)
 
-    def overdue(self, now: float) -> Iterable[Held]:
+    def overdue(self, now: float) -> Iterable[OutstandingLease]:
         """Leases to be fulfilled whose deadline has passed."""
         return [held for held in self._held.values() if held.expires_at <= now]
 
@@ -163,5 +163,5 @@ class LeaseBook:
     def outstanding(self, purpose: Purpose) -> int:
         return self.books[purpose].outstanding
 
-    def _books(self, held: Held) -> Books:
+    def _books(self, held: OutstandingLease) -> LeaseCounts:
         return self.books[held.work.purpose]

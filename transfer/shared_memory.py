@@ -1,6 +1,6 @@
 """Memory that other processes can map, and views of it that can be taken away from their writers.
 
-SharedMemory.tensor ──► pages ◄── Landing.tensor ◄── a broadcast writes
+SharedMemory.tensor ──► pages ◄── DetachableView.tensor ◄── a broadcast writes
                                ╳ detach: from now on it writes to pages that nobody reads
 """
 
@@ -64,7 +64,7 @@ class SharedMemory:
         when_gone(self, runtime.cudaHostUnregister, address)
 
 
-class Landing:
+class DetachableView:
     """A view of shared memory for a writer that cannot be stopped."""
 
     def __init__(self, memory: SharedMemory) -> None:

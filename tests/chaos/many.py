@@ -8,7 +8,7 @@ import asyncio
 import logging
 import sys
 
-from actors.app import Actor, ActorOptions
+from actors.actor import Actor, ActorOptions
 from tests.chaos.toy import Toy, use_toy
 
 

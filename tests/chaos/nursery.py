@@ -22,7 +22,7 @@ from protocol.process import leave
 from tests.chaos.entry import run
 from tests.integration.processes import Process
 
-MODULES = ("actors.app", "deploy.actor_process", "tests.chaos.toy")
+MODULES = ("actors.actor", "deploy.launch.actor_process", "tests.chaos.toy")
 
 
 class Nursery:

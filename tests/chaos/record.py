@@ -84,7 +84,7 @@ def record_learner(record: Record) -> None:
             lease=lease.lease,
             prompt=work.prompt_id,
             purpose=work.purpose,
-            ticket=work.ticket,
+            prompt_index=work.prompt_index,
             seed=work.seed,
             session=holder,
         )
@@ -95,7 +95,7 @@ def record_learner(record: Record) -> None:
                 "trained",
                 version=arguments[2],
                 leases=[group.lease for group in cut.groups],
-                tickets=cut.tickets,
+                prompt_indices=cut.prompt_indices,
                 oldest=[group.oldest_version for group in cut.groups],
             )
 
@@ -123,18 +123,18 @@ def record_learner(record: Record) -> None:
         )
 
     def retaken(arguments: tuple[Any, ...], cut: Any) -> None:
-        record.write("trained_again", version=arguments[3], tickets=cut.tickets)
+        record.write("trained_again", version=arguments[3], prompt_indices=cut.prompt_indices)
 
-    wrap("learner.buffer:ReplayBuffer.take", after=taken)
-    wrap("learner.buffer:ReplayBuffer.retake", after=retaken)
-    wrap("learner.buffer:ReplayBuffer.add", before=added)
-    wrap("learner.snapshots:SnapshotStore.publish", before=published)
+    wrap("learner.replay.buffer:ReplayBuffer.take", after=taken)
+    wrap("learner.replay.buffer:ReplayBuffer.retake", after=retaken)
+    wrap("learner.replay.buffer:ReplayBuffer.add", before=added)
+    wrap("learner.weights.snapshots:SnapshotStore.publish", before=published)
     wrap(
-        "learner.newcomers:Newcomers.hello",
+        "learner.coordinator.admission:Admission.hello",
         after=lambda a, _: record.write("joined", session=a[1], actor_pid=a[2].pid),
     )
     wrap(
-        "learner.roster:Roster.forget",
+        "learner.registry:Registry.forget",
         before=lambda a: record.write("left", session=a[1].session, actor_pid=a[1].hello.pid),
     )
     _record_steps(record)
@@ -144,12 +144,12 @@ def record_learner(record: Record) -> None:
 def _record_steps(record: Record) -> None:
     """When the trainer computes, and when it is held up to give its weights away."""
     wrap(
-        "learner.trainer:Trainer.step",
+        "learner.training.trainer:Trainer.step",
         before=lambda a: record.write("step", version=a[0].version + 1),
         after=lambda _, step: record.write("stepped", version=step.version, tokens=step.num_tokens),
     )
     wrap(
-        "learner.app:Learner._publish",
+        "learner.run.learner:Learner._publish",
         before=lambda _: record.write("packing"),
         after=lambda *_: record.write("packed"),
     )
@@ -158,14 +158,14 @@ def _record_steps(record: Record) -> None:
 def _record_pushes(record: Record) -> None:
     """When each push begins and ends, to whom, and in which epoch."""
     wrap(
-        "learner.publisher:Publisher._push",
+        "learner.weights.publisher:Publisher._push",
         before=lambda a: record.write(
             "push", version=a[1].version, sessions=[actor.session for actor in a[2]]
         ),
         after=lambda a, _: record.write("pushed", version=a[1].version),
     )
     wrap(
-        "learner.epochs:Epochs.broadcast",
+        "learner.weights.epochs:Epochs.broadcast",
         before=lambda a: record.write("broadcast", epoch=a[0].number, version=a[1].version),
     )
 

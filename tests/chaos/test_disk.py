@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoints import newest
-from learner.config_file import load_config
-from learner.journal_reader import JournalReader, RecordedCut
-from learner.policy import load_policy
-from learner.runlog import RunFolder
+from learner.config.file import load_config
+from learner.recovery.checkpoints import newest
+from learner.replay.journal_reader import JournalReader, RecordedBatch
+from learner.run_folder import RunFolder
+from learner.training.policy import load_policy
 from tests.integration.processes import (
     QUICK,
     RECIPE,
@@ -117,17 +117,17 @@ class OnDisk(System):
         text = (self.run_folder / "metrics.jsonl").read_text()
         return {line["step"]: line for line in map(json.loads, text.splitlines())}
 
-    def cuts(self) -> list[RecordedCut]:
+    def cuts(self) -> list[RecordedBatch]:
         # SQLite resolves the path by itself, out of the namespace: it gets a copy.
         for path in self.run_folder.glob("journal.sqlite*"):
             shutil.copy(path, self.folder)
         return JournalReader.open(self.folder / "journal.sqlite").cuts()
 
     def stored(self) -> set[int]:
-        """Tickets, as far as ``gdpo journal`` can read them."""
+        """Prompt indices, as far as ``gdpo journal`` can read them."""
         command = self.gdpo("journal", "journal", str(self.own))
         assert command.wait(60) == 0, command.output
-        lines = [line for line in command.output.splitlines() if line.startswith("ticket ")]
+        lines = [line for line in command.output.splitlines() if line.startswith("prompt ")]
         return {int(line.split()[1]) for line in lines}
 
     def close(self) -> None:
@@ -170,7 +170,9 @@ def assert_goes_on(run: OnDisk, before: dict[int, dict], stored: set[int]) -> No
     for step, line in before.items():
         assert after[step]["loss"] == line["loss"]
     cuts = run.cuts()
-    assert len({t for cut in cuts for t in cut.tickets}) == sum(len(c.tickets) for c in cuts)
+    assert len({t for cut in cuts for t in cut.prompt_indices}) == sum(
+        len(c.prompt_indices) for c in cuts
+    )
     groups = summary["books"]["groups"]
     assert groups["accepted"] >= len(stored)
     assert groups["trained"] == 8 * summary["steps"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from learner.checkpoints import newest
-from learner.journal_reader import JournalReader
+from learner.recovery.checkpoints import newest
+from learner.replay.journal_reader import JournalReader
 from tests.chaos.audit import of
 from tests.chaos.record import read
 from tests.chaos.system import At, Chaos
@@ -147,11 +147,13 @@ def audit(chaos: Chaos) -> dict[str, Any]:
     """What all learners of the run did together."""
     events = read(chaos.record)
     journal = JournalReader.open(chaos.run_folder / "journal.sqlite")
-    stored = set(journal.tickets())
+    stored = set(journal.prompt_indices())
     journal.close()
     # A step that was taken again replaces the one before: only one of them is in the weights.
-    steps = {e["version"]: e["tickets"] for e in of(events, "trained", "trained_again")}
-    trained = Counter(ticket for tickets in steps.values() for ticket in tickets)
+    steps = {e["version"]: e["prompt_indices"] for e in of(events, "trained", "trained_again")}
+    trained = Counter(
+        prompt_index for prompt_indices in steps.values() for prompt_index in prompt_indices
+    )
     summary = chaos.summary
     assert_books_balance(summary)
     assert sorted(steps) == list(range(summary["steps"]))
@@ -161,13 +163,13 @@ def audit(chaos: Chaos) -> dict[str, Any]:
     assert max(trained.values()) == 1
     # 2. What an actor was told is stored, is. A lease number may come again after a kill: it is
     # the last one before the acknowledgement that counts.
-    tickets: dict[int, int] = {}
+    prompt_indices: dict[int, int] = {}
     acknowledged = set()
     for event in events:
         if event["event"] == "leased" and event["purpose"] == "train":
-            tickets[event["lease"]] = event["ticket"]
+            prompt_indices[event["lease"]] = event["prompt_index"]
         elif event["event"] == "acked" and event["verdict"] == "accepted":
-            acknowledged.add(tickets.get(event["lease"], -1))
+            acknowledged.add(prompt_indices.get(event["lease"], -1))
     acknowledged.discard(-1)
     # What is trained, and covered by every checkpoint, is deleted from the journal.
     lost = acknowledged - stored - trained.keys()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from actors.engine import EngineStats, Request
+from actors.engines.engine import EngineStats, Request
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec, whole_digest
 from tests.chaos.record import Record, content
@@ -37,7 +37,7 @@ class Toy:
 
 @dataclass(slots=True)
 class ToyEngine:
-    """See `actors.engine.Engine`."""
+    """See `actors.engines.engine.Engine`."""
 
     toy: Toy
     version: int = -1
@@ -132,7 +132,7 @@ def toy_rollout(seed: int, number: int, length: int, first: int, second: int) ->
 
 def use_toy(toy: Toy) -> None:
     """Actors of this process generate with toys from now on."""
-    import actors.app
+    import actors.actor
 
     async def start(*_: object) -> ToyEngine:
         await asyncio.sleep(toy.start_s)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.journal_reader import JournalReader
+from learner.replay.journal_reader import JournalReader
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "examples" / "tool_calling_tiny.toml"

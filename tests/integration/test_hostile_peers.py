@@ -10,8 +10,8 @@ from random import Random
 import pytest
 import zmq
 
-from learner.gate import Gate
-from learner.intake import Intake
+from learner.coordinator.access import Access
+from learner.coordinator.intake import Intake
 from protocol.framing import Buffer, decode_to_actor, encode
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -47,7 +47,7 @@ class Learner:
         self.coordinator = self.cluster.coordinator
         self.coordinator.open_training()
         self.heartbeat = Heartbeat("intake", limit_s=10.0)
-        self.intake = Intake(bound, Gate(bound, None), self.coordinator, self.heartbeat)
+        self.intake = Intake(bound, Access(bound, None), self.coordinator, self.heartbeat)
 
     @property
     def num_bad(self) -> int:

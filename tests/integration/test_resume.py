@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from learner.journal_reader import JournalReader
+from learner.replay.journal_reader import JournalReader
 from tests.integration.processes import (
     QUICK,
     RECIPE,
@@ -44,7 +44,7 @@ def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: Syst
     system.learner.signal(signal.SIGKILL)
     system.learner.wait()
     with_journal = JournalReader.open(system.run_folder / "journal.sqlite")
-    stored, cuts = set(with_journal.tickets()), with_journal.cuts()
+    stored, cuts = set(with_journal.prompt_indices()), with_journal.cuts()
     with_journal.close()
     before = {line["step"]: line for line in steps(system)}
 

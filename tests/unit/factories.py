@@ -6,15 +6,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from learner.buffer import ReplayBuffer
-from learner.chunks import ChunkSource
-from learner.config import RunConfig
-from learner.coordinator import Coordinator
-from learner.data import PromptStream
-from learner.journal import Journal
-from learner.packing import MemoryPool, pack
-from learner.snapshots import Snapshot, SnapshotStore
-from learner.work import WorkQueue
+from learner.config.run import RunConfig
+from learner.coordinator.coordinator import Coordinator
+from learner.prompts.stream import PromptStream
+from learner.prompts.work_queue import WorkQueue
+from learner.replay.buffer import ReplayBuffer
+from learner.replay.journal import Journal
+from learner.weights.chunks import ChunkSource
+from learner.weights.pack import MemoryPool, pack
+from learner.weights.snapshots import Snapshot, SnapshotStore
 from protocol.errors import BadMessage
 from protocol.framing import Buffer, decode_to_learner, encode
 from protocol.groups import Group, Rollout, pack_group
@@ -187,7 +187,7 @@ class Cluster:
             self_check=self_check,
             checks=[make_work(f"check-{i}", purpose="check") for i in range(3)],
         )
-        self.feeding = self.coordinator.feeding
+        self.offers = self.coordinator.offers
         self.version = 0
         self._inboxes: dict[str, list[tuple[Header, tuple[Buffer, ...]]]] = {}
 
@@ -197,7 +197,7 @@ class Cluster:
         self.coordinator.handle(session, *decode_to_learner(encode(message, payloads)))
 
     def receive(self, session: str, frames: Sequence[Buffer]) -> None:
-        """Any frames at all, as `learner.intake` takes them."""
+        """Any frames at all, as `learner.coordinator.intake` takes them."""
         try:
             message, payloads = decode_to_learner(frames)
         except BadMessage as error:
@@ -263,11 +263,11 @@ class Cluster:
 
     def answer(self, session: str, pull: WeightsPull) -> None:
         """At once; a real learner has a thread for it."""
-        self.feeding.answer_pull(session, self.chunks.answer(pull))
+        self.offers.answer_pull(session, self.chunks.answer(pull))
 
     def ready(self, version: int = 0) -> list[str]:
         """Sessions that may get work and sample from ``version`` or later."""
-        return [actor.session for actor in self.feeding.ready_actors(version)]
+        return [actor.session for actor in self.offers.ready_actors(version)]
 
     def open_training(self) -> None:
         self.coordinator.open_training()

@@ -10,7 +10,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.vllm_engine import VllmEngine
+from actors.engines.vllm_engine import VllmEngine
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.weights import TensorSpec, layout, total_bytes
 from tests.unit.factories import pack_alone

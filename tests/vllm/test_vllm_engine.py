@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine import Request
+from actors.engines.engine import Request
 from protocol.errors import EngineError
 from protocol.groups import Rollout
 from tests.vllm.conftest import MAX_TOKENS, Served

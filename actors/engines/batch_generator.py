@@ -1,0 +1,293 @@
+"""A continuous batch of sequences decoded together with one key-value cache.
+
+Shapes: B rows (rollouts in flight), L cached positions, V vocabulary. Rows are padded on the
+left, so that the newest position of every row is the last column:
+
+    row 0   . . p p p t t        . padding   p prompt   t sampled token
+    row 1   p p p p p p t
+    row 2   . . . . p p p  ◄── just prefilled, no token yet
+
+Between two steps the batch is in one state only: ``logits_BV`` are the next-token logits of every
+row *under the current weights*. A step samples from them, removes the rows that finished, feeds
+the new tokens of the others, and lets waiting groups in. After a change of weights, every row is
+computed anew from its token ids: no key or value of older weights survives.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from actors.engines.engine import Request
+from protocol.groups import Rollout
+from protocol.messages import FinishReason
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A group on its way."""
+
+    key: int
+    request: Request
+    rollouts: list[Rollout | None]
+
+
+@dataclass(slots=True)
+class _Row:
+    """One rollout in flight."""
+
+    group: _Pending
+    index: int
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> list[int]:
+        return [*self.group.request.prompt_tokens, *self.tokens]
+
+    def take(self, token: int, logprob: float, version: int) -> None:
+        if not self.spans or self.spans[-1][1] != version:
+            self.spans.append((len(self.tokens), version))
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+
+    def finish(self, reason: FinishReason) -> Rollout:
+        return Rollout(
+            tokens=np.array(self.tokens, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            spans=tuple(self.spans),
+            finish=reason,
+        )
+
+
+class BatchGenerator:
+    """Decodes up to ``max_rows`` rollouts at once; single-threaded, one `step` a token."""
+
+    def __init__(
+        self, model: Any, *, eos_ids: frozenset[int], max_rows: int, version: int = -1
+    ) -> None:
+        self._model = model.eval()
+        self._eos_ids = eos_ids
+        self._max_rows = max_rows
+        self._version = version
+        self._waiting: deque[_Pending] = deque()
+        self._rows: list[_Row] = []
+        self._cache: DynamicCache | None = None
+        self._mask_BL = torch.zeros(0, 0, dtype=torch.long, device=model.device)
+        self._logits_BV: torch.Tensor | None = None
+        self._last = torch.tensor([-1], device=model.device)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows or self._waiting)
+
+    def add(self, key: int, request: Request) -> None:
+        """Queue a group; `step` returns it under ``key`` when all of its rollouts are done."""
+        self._waiting.append(_Pending(key, request, [None] * request.num_rollouts))
+
+    @torch.inference_mode()
+    def abort(self, key: int) -> None:
+        """Forget a group, wherever it is."""
+        self._waiting = deque(group for group in self._waiting if group.key != key)
+        keep = [index for index, row in enumerate(self._rows) if row.group.key != key]
+        if len(keep) < len(self._rows):
+            assert self._logits_BV is not None
+            self._logits_BV = self._logits_BV[torch.tensor(keep, dtype=torch.long)]
+            self._keep_rows(keep)
+
+    @torch.inference_mode()
+    def weights_changed(self, version: int) -> None:
+        """Recompute every row in flight under the weights that the model now holds."""
+        self._version = version
+        if self._rows:
+            self._logits_BV, self._cache, self._mask_BL = self._prefill(
+                [row.sequence for row in self._rows]
+            )
+
+    @torch.inference_mode()
+    def step(self) -> tuple[int, list[tuple[int, list[Rollout]]]]:
+        """Sample one token for every row; returns their number and the groups that completed."""
+        self._admit()
+        num_tokens = len(self._rows)
+        if num_tokens == 0:
+            return 0, []
+        finished = self._sample()
+        if self._rows:
+            self._decode()
+        return num_tokens, finished
+
+    def _admit(self) -> None:
+        """Prefill waiting groups while there is room: each prompt once, then a row per rollout."""
+        admitted: list[_Pending] = []
+        room = self._max_rows - len(self._rows)
+        while self._waiting:
+            size = self._waiting[0].request.num_rollouts
+            # A group larger than the whole batch still has to run: alone.
+            if size > room and (self._rows or admitted):
+                break
+            room -= size
+            admitted.append(self._waiting.popleft())
+        if not admitted:
+            return
+        logits_BV, cache, mask_BL = self._prefill([list(g.request.prompt_tokens) for g in admitted])
+        repeats = torch.tensor([g.request.num_rollouts for g in admitted], device=mask_BL.device)
+        prompt_of_row = torch.arange(len(admitted), device=mask_BL.device).repeat_interleave(
+            repeats
+        )
+        cache.batch_select_indices(prompt_of_row)
+        self._join(logits_BV[prompt_of_row], cache, mask_BL[prompt_of_row])
+        self._rows += [_new_row(g, j) for g in admitted for j in range(g.request.num_rollouts)]
+
+    def _prefill(
+        self, sequences: list[list[int]]
+    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """Next-token logits [B, V], cache and mask [B, L] of whole sequences."""
+        length = max(map(len, sequences))
+        ids_BL = torch.zeros(len(sequences), length, dtype=torch.long)
+        mask_BL = torch.zeros_like(ids_BL)
+        for row, sequence in enumerate(sequences):
+            ids_BL[row, length - len(sequence) :] = torch.tensor(sequence)
+            mask_BL[row, length - len(sequence) :] = 1
+        ids_BL, mask_BL = ids_BL.to(self._model.device), mask_BL.to(self._model.device)
+        cache = DynamicCache(config=self._model.config)
+        positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
+        logits_BV = self._forward(ids_BL, positions_BL, mask_BL, cache)
+        return logits_BV, cache, mask_BL
+
+    def _forward(
+        self,
+        ids_BL: torch.Tensor,
+        positions_BL: torch.Tensor,
+        mask_BL: torch.Tensor,
+        cache: DynamicCache,
+    ) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            position_ids=positions_BL,
+            past_key_values=cache,
+            use_cache=True,
+            # By its index, which gathers the last position of all rows. Of a slice (what 1 means)
+            # torch makes a product for each row, with a copy of the whole output matrix each.
+            logits_to_keep=self._last,
+        )
+        logits_BV: torch.Tensor = output.logits[:, -1].float()
+        return logits_BV
+
+    def _join(self, logits_BV: torch.Tensor, cache: DynamicCache, mask_BL: torch.Tensor) -> None:
+        """Append rows to the batch, padding the shorter cache on the left."""
+        if not self._rows:
+            self._logits_BV, self._cache, self._mask_BL = logits_BV, cache, mask_BL
+            return
+        assert self._cache is not None and self._logits_BV is not None
+        length = max(self._mask_BL.shape[1], mask_BL.shape[1])
+        for ours, theirs in zip(_layers(self._cache), _layers(cache), strict=True):
+            ours.keys = torch.cat([_pad(ours.keys, length), _pad(theirs.keys, length)])
+            ours.values = torch.cat([_pad(ours.values, length), _pad(theirs.values, length)])
+        self._mask_BL = torch.cat([_pad(self._mask_BL, length, 1), _pad(mask_BL, length, 1)])
+        self._logits_BV = torch.cat([self._logits_BV, logits_BV])
+
+    def _sample(self) -> list[tuple[int, list[Rollout]]]:
+        """Draw a token for every row; drop the rows that are done."""
+        assert self._logits_BV is not None
+        temperatures = [row.group.request.temperature for row in self._rows]
+        uniforms = [row.uniforms[len(row.tokens)] for row in self._rows]
+        tokens_B, logprobs_B = sample_tokens(
+            self._logits_BV,
+            torch.tensor(temperatures, device=self._logits_BV.device),
+            torch.tensor(np.array(uniforms), device=self._logits_BV.device),
+        )
+        keep: list[int] = []
+        finished: list[tuple[int, list[Rollout]]] = []
+        for index, (row, token, logprob) in enumerate(
+            zip(self._rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
+        ):
+            row.take(token, logprob, self._version)
+            if token in self._eos_ids:
+                finished += _complete(row, "stop")
+            elif len(row.tokens) == row.group.request.max_tokens:
+                finished += _complete(row, "length")
+            else:
+                keep.append(index)
+        if len(keep) < len(self._rows):
+            self._keep_rows(keep)
+        return finished
+
+    def _keep_rows(self, keep: list[int]) -> None:
+        assert self._cache is not None
+        self._rows = [self._rows[index] for index in keep]
+        if not keep:
+            self._cache, self._logits_BV = None, None
+            return
+        indices = torch.tensor(keep, device=self._mask_BL.device)
+        self._mask_BL = self._mask_BL[indices]
+        # Columns that are padding in every remaining row are only ballast.
+        start = int(self._mask_BL.any(dim=0).nonzero()[0])
+        self._mask_BL = self._mask_BL[:, start:]
+        for layer in _layers(self._cache):
+            layer.keys = layer.keys[indices, :, start:]
+            layer.values = layer.values[indices, :, start:]
+
+    def _decode(self) -> None:
+        """Feed the newest token of every row, which gives the logits of the next one."""
+        assert self._cache is not None
+        device = self._mask_BL.device
+        ids_B1 = torch.tensor([[row.tokens[-1]] for row in self._rows], device=device)
+        self._mask_BL = torch.cat([self._mask_BL, self._mask_BL.new_ones(len(self._rows), 1)], 1)
+        positions_B1 = self._mask_BL.sum(1, keepdim=True) - 1
+        self._logits_BV = self._forward(ids_B1, positions_B1, self._mask_BL, self._cache)
+
+
+def sample_tokens(
+    logits_BV: torch.Tensor, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] by inversion of the distribution at each row's own uniform draw, and their
+    log-probabilities [B] under that distribution.
+
+    One draw a row makes a rollout independent of the batch that it happens to be in. The
+    cumulative sum is in float64: in float32 it would misplace tokens of a large vocabulary.
+    Temperature 0 takes the most likely token and gives its log-probability at temperature 1.
+    """
+    greedy_B = temperatures_B == 0
+    logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperatures_B)[:, None]
+    logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+    targets_B1 = uniforms_B.double()[:, None] * cumulative_BV[:, -1:]
+    sampled_B = torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0]
+    # Rounding may put the target on the very end of the last token's interval.
+    sampled_B = sampled_B.clamp(max=logits_BV.shape[1] - 1)
+    tokens_B = torch.where(greedy_B, logits_BV.argmax(-1), sampled_B)
+    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+
+
+def _new_row(group: _Pending, index: int) -> _Row:
+    # Philox takes the pair as its key, so streams of neighbouring seeds do not overlap.
+    random = np.random.Generator(np.random.Philox(key=[group.request.seed, index]))
+    return _Row(group, index, random.random(group.request.max_tokens))
+
+
+def _complete(row: _Row, reason: FinishReason) -> list[tuple[int, list[Rollout]]]:
+    group = row.group
+    group.rollouts[row.index] = row.finish(reason)
+    done = [rollout for rollout in group.rollouts if rollout is not None]
+    return [(group.key, done)] if len(done) == len(group.rollouts) else []
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    """Layers with ``keys`` and ``values`` [B, heads, L, head size]."""
+    return list(cache.layers)
+
+
+def _pad(tensor: torch.Tensor, length: int, dim: int = 2) -> torch.Tensor:
+    """Zero-pad on the left of ``dim`` up to ``length``."""
+    missing = length - tensor.shape[dim]
+    if missing == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim)

@@ -1,0 +1,232 @@
+"""The `transformers` engine: `BatchGenerator` on its own thread, behind the async interface."""
+
+import asyncio
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from actors.engines.batch_generator import BatchGenerator
+from actors.engines.engine import EngineStats, Request
+from actors.engines.model_files import end_ids
+from protocol.errors import ConfigError, EngineError, brief
+from protocol.groups import Rollout
+from protocol.weights import TensorSpec, tensor_digest
+from transfer.packed import view
+from transfer.shared_memory import SharedMemory
+
+CLOSE_TIMEOUT_S = 2.0
+"""For the token at hand; `actors.actor.DRAIN_TIMEOUT_S` counts on it."""
+
+
+class TransformersEngine:
+    """Runs anywhere torch runs; see `actors.engines.engine.Engine`."""
+
+    def __init__(
+        self, folder: Path, *, dtype: str, device: str, max_leases: int, num_rollouts: int
+    ) -> None:
+        """Decodes ``max_leases`` groups of ``num_rollouts`` at once; raises `ConfigError`."""
+        self._stats = EngineStats()
+        self.version = -1
+        self._max_leases = max_leases
+        self._model = _empty_model(folder, dtype, device)
+        self.pinned = next(self._model.parameters()).device.type == "cuda"
+        self.in_place = next(self._model.parameters()).device.type == "cpu"
+        self._generator = BatchGenerator(
+            self._model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
+        )
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
+        self._next_key = 0
+        self._failure: EngineError | None = None
+        self._working_since: float | None = None
+        self._idle_since: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> EngineStats:
+        """Totals, the time idle until now included."""
+        since = self._idle_since
+        idle = self._stats.idle_seconds + (time.monotonic() - since if since else 0.0)
+        return replace(self._stats, idle_seconds=idle)
+
+    @property
+    def stalled_s(self) -> float:
+        since = self._working_since
+        return time.monotonic() - since if since else 0.0
+
+    def capacity(self, active: int, num_rollouts: int) -> int:
+        return self._max_leases
+
+    async def generate(self, request: Request) -> list[Rollout]:
+        self.raise_if_dead()
+        key, self._next_key = self._next_key, self._next_key + 1
+        future: asyncio.Future[list[Rollout]] = self._loop.create_future()
+        self._futures[key] = future
+        self._commands.put(lambda: self._generator.add(key, request))
+        try:
+            return await future
+        finally:
+            del self._futures[key]
+            if future.cancelled():
+                self._commands.put(lambda: self._generator.abort(key))
+
+    async def load_weights(
+        self, version: int, memory: SharedMemory, specs: list[TensorSpec]
+    ) -> float:
+        self.raise_if_dead()
+        future: asyncio.Future[float] = self._loop.create_future()
+
+        def load() -> None:
+            started = time.monotonic()
+            take_weights(self._model, memory.tensor, specs, in_place=self.in_place)
+            self._generator.weights_changed(version)
+            self.version = version
+            seconds = time.monotonic() - started
+            self._stats.stall_seconds += seconds
+            self._resolve(future, seconds)
+
+        self._commands.put(load)
+        seconds: float = await self._or_failure(future)
+        return seconds
+
+    def digests(self, specs: list[TensorSpec]) -> bytes | None:
+        if self.in_place:
+            return None
+        parameters = dict(self._model.named_parameters())
+        return b"".join(tensor_digest(_bytes(parameters[spec.name])) for spec in specs)
+
+    async def close(self) -> None:
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        self._fail(EngineError("the engine is closed"))
+
+    # --- on the engine's thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._obey_commands():
+                self._generate()
+        except EngineError as error:
+            self._loop.call_soon_threadsafe(self._fail, error)
+        except Exception as error:
+            failure = EngineError(f"the engine died: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._loop.call_soon_threadsafe(self._fail, failure)
+
+    def _obey_commands(self) -> bool:
+        """Everything queued; waits for a command while there is nothing to generate."""
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                if self._generator.busy:
+                    return True
+                self._working_since, self._idle_since = None, time.monotonic()
+                command = self._commands.get()
+                self._stats.idle_seconds += time.monotonic() - self._idle_since
+                self._idle_since = None
+            if command is None:
+                return False
+            self._working_since = time.monotonic()
+            command()
+
+    def _generate(self) -> None:
+        self._working_since = time.monotonic()
+        num_tokens, finished = self._generator.step()
+        self._stats.tokens_generated += num_tokens
+        for key, rollouts in finished:
+            future = self._futures.get(key)
+            if future is not None:
+                self._resolve(future, rollouts)
+
+    def _resolve(self, future: asyncio.Future[Any], result: Any) -> None:
+        def resolve() -> None:
+            if not future.done():
+                future.set_result(result)
+
+        self._loop.call_soon_threadsafe(resolve)
+
+    # --- failure --------------------------------------------------------------------------------
+
+    def raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _or_failure(self, future: asyncio.Future[Any]) -> Any:
+        key, self._next_key = self._next_key, self._next_key + 1
+        self._futures[key] = future
+        try:
+            return await future
+        finally:
+            self._futures.pop(key, None)
+
+    def _fail(self, failure: EngineError) -> None:
+        self._failure = self._failure or failure
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(self._failure)
+
+
+def take_weights(
+    model: torch.nn.Module, packed: torch.Tensor, specs: list[TensorSpec], *, in_place: bool
+) -> None:
+    """Make packed weights the parameters of a model; ``in_place`` without copying them.
+
+    Raises `EngineError`, before anything changes, if names, shapes or types do not agree: so a
+    model is never half loaded.
+    """
+    parameters = dict(model.named_parameters())
+    if missing := parameters.keys() ^ {spec.name for spec in specs}:
+        raise EngineError(f"weights and model differ in parameters: {', '.join(sorted(missing))}")
+    for spec in specs:
+        parameter = parameters[spec.name]
+        ours = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        if ours != (spec.shape, spec.dtype):
+            raise EngineError(
+                f"{spec.name}: the model has {ours[0]} {ours[1]}, the weights {spec.shape} "
+                f"{spec.dtype}"
+            )
+    with torch.no_grad():
+        for spec in specs:
+            if in_place:
+                parameters[spec.name].data = view(packed, spec)
+            else:
+                parameters[spec.name].copy_(view(packed, spec))
+
+
+def _bytes(parameter: torch.Tensor) -> memoryview:
+    return parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _empty_model(folder: Path, dtype: str, device: str) -> Any:
+    """The model of a configuration, without weights: they come from the learner."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with no_init_weights(), torch.device(_resolve_device(device)):
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the learner's model cannot be built here: {brief(error)}") from error
+    # Tying is part of the initialisation that was left out.
+    model.tie_weights()
+    return model.requires_grad_(False)
+
+
+def _resolve_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,95 @@
+"""The actor's part in a broadcast: its own process receives while the engine generates.
+
+    gloo ────────────────────────────► receive buffer     straight into what a turn lends
+    NCCL ──► a bucket on the GPU, copied ──┘
+
+A collective cannot be interrupted. One that is given up goes on until its deadline, in a thread
+that nobody waits for, and what still arrives does not reach the receive buffer.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+from actors.weights.receive_buffer import Superseded, Turn
+from protocol.errors import CollectiveError
+from protocol.messages import Weights
+from protocol.sockets import address_towards, parse_tcp
+from protocol.weights import CHUNK_BYTES
+from transfer.collective import Backend, Group, create_backend, join_store
+
+
+class Collective:
+    """This actor's membership in the current epoch, of one learner."""
+
+    def __init__(self, learner_url: str, device: torch.device) -> None:
+        """``device`` is the one that the NCCL backend receives on."""
+        self._host, self._port = parse_tcp(learner_url)
+        self._device = device
+        self._backend: Backend | None = None
+        self._group: Group | None = None
+        self._epoch: int | None = None
+
+    def receive(self, offer: Weights, turn: Turn) -> None:
+        """Receive what is offered; blocks, up to the offer's deadline for each of its parts.
+
+        Whatever is raised ends the membership: this object is of no more use then.
+        """
+        if not 1 <= offer.rank < offer.world_size:
+            raise ValueError(f"rank {offer.rank} of {offer.world_size}")
+        if offer.bucket_bytes < 1 or offer.bucket_bytes % CHUNK_BYTES:
+            raise ValueError(f"buckets of {offer.bucket_bytes} bytes")
+        if offer.epoch != self._epoch or self._group is None or self._backend is None:
+            self._backend, self._group = self._meet(offer)
+            self._epoch = offer.epoch
+        offsets = range(0, offer.num_bytes, offer.bucket_bytes)
+        spans = [(offset, min(offer.bucket_bytes, offer.num_bytes - offset)) for offset in offsets]
+        if self._backend.device.type == "cpu":
+            _receive(self._group, spans, turn)
+        else:
+            _receive_and_copy(self._group, self._backend, spans, turn)
+
+    def abort(self) -> None:
+        """Give up what is going on in another thread."""
+        if self._group is not None:
+            self._group.abort()
+
+    def _meet(self, offer: Weights) -> tuple[Backend, Group]:
+        assert offer.epoch is not None
+        # Asked anew, and not by whoever makes this object: that may wait for a name server, or
+        # fail while the network is down.
+        own_address = address_towards(self._host, self._port)
+        backend = create_backend(offer.backend, own_address=own_address, device=self._device)
+        store = join_store(self._host, offer.store_port, offer.timeout_s)
+        group = backend.meet(store, offer.epoch, offer.rank, offer.world_size, offer.timeout_s)
+        return backend, group
+
+
+def _receive(group: Group, spans: list[tuple[int, int]], turn: Turn) -> None:
+    """Bucket by bucket; each is hashed while the next one arrives."""
+    pending: Callable[[], None] | None = group.begin(turn.lend(*spans[0]))
+    for span, following in zip(spans, [*spans[1:], None], strict=True):
+        assert pending is not None
+        pending()
+        pending = group.begin(turn.lend(*following)) if following else None
+        try:
+            turn.filled(*span)
+        except Superseded:
+            if pending is not None:
+                # Here, where nobody waits: else whoever frees the group would.
+                with suppress(CollectiveError):
+                    pending()
+            raise
+
+
+def _receive_and_copy(
+    group: Group, backend: Backend, spans: list[tuple[int, int]], turn: Turn
+) -> None:
+    with backend.stream():
+        # Of this stream's memory: what the engine's has just freed may still be in use.
+        bucket = torch.empty(spans[0][1], dtype=torch.uint8, device=backend.device)
+    for offset, num_bytes in spans:
+        group.broadcast(bucket[:num_bytes])
+        with backend.stream():
+            turn.write(offset, bucket[:num_bytes])

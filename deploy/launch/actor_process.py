@@ -1,0 +1,27 @@
+"""An actor as a process."""
+
+import asyncio
+
+import torch
+
+from actors.actor import Actor, ActorOptions
+from deploy.launch.lifeline import when_parent_dies
+
+
+def run_actor(options: ActorOptions, *, threads: int, as_child: bool) -> int:
+    """Run until the learner ends the run or the actor is told to stop; returns the exit code."""
+    torch.set_num_threads(threads)
+    asyncio.run(_run(options, as_child))
+    return 0
+
+
+async def _run(options: ActorOptions, as_child: bool) -> None:
+    actor = Actor(options)
+    if as_child:
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            loop.call_soon_threadsafe(actor.stop, "the launcher is gone")
+
+        when_parent_dies(stop)
+    await actor.run()

@@ -1,0 +1,133 @@
+"""``gdpo eval``: score a model on the held-out prompts in this process.
+
+The same prompts, seeds and sampling loop as the evaluations of a run, so a run's checkpoint gives
+the figures of its summary.
+"""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoTokenizer
+
+from actors.engines.choice import start_engine
+from actors.engines.engine import Engine, UnusableRow
+from actors.rewards.pool import RewardFailure
+from actors.rewards.scorer import RewardScorer
+from actors.rollouts.single_turn import RolloutWorker
+from learner.config.run import RunConfig
+from learner.prompts.evaluation import Evaluation
+from learner.prompts.rows import load_rows
+from learner.prompts.stream import evaluation_work
+from learner.run_folder import RunFolder
+from learner.training.policy import Policy, load_policy
+from learner.weights.pack import pack_into
+from protocol.errors import ConfigError, RewardError
+from protocol.leases import LeaseBook, Work
+from protocol.weights import total_bytes
+from transfer.shared_memory import SharedMemory
+
+IN_FLIGHT = 32
+
+
+def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[str]) -> int:
+    """Print the mean of every reward; returns the exit code."""
+    heldout = config.data.heldout
+    if heldout is None:
+        raise ConfigError("data.heldout is not set: there are no prompts to evaluate on")
+    if model is not None:
+        if not model.is_dir():
+            raise ConfigError(f"--model {model}: no such folder")
+        if (run := RunFolder(model)).checkpoint.exists():
+            model = run.checkpoint
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"path": str(model)})}
+        )
+    rows = load_rows(heldout, config.data.heldout_split)
+    works = evaluation_work(rows, config, version=0)
+    evaluation = asyncio.run(_evaluate(config, load_policy(config), works, allowed_modules))
+    if evaluation.num_prompts == 0:
+        raise RewardError(f"all {evaluation.num_failed} prompts failed")
+    left_out = f" ({evaluation.num_failed} failed)" if evaluation.num_failed else ""
+    print(f"{evaluation.num_prompts} prompts x {config.eval.num_rollouts} rollouts{left_out}")
+    for name, mean in evaluation.means(tuple(r.name for r in config.rewards)).items():
+        print(f"{name}: {'-' if mean is None else f'{mean:.4f}'}")
+    return 0
+
+
+async def _evaluate(
+    config: RunConfig, policy: Policy, works: list[Work], allowed_modules: Sequence[str]
+) -> Evaluation:
+    scorer = RewardScorer(
+        config.rewards,
+        allowed_modules=allowed_modules,
+        folder=Path.cwd(),
+        timeout_s=config.actor.reward_timeout_s,
+        processes=config.actor.reward_processes,
+    )
+    try:
+        await scorer.start()
+        engine = await _start_engine(config, policy)
+        try:
+            worker = RolloutWorker(
+                engine,
+                AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
+                scorer,
+                max_prompt_tokens=config.sampling.max_prompt_tokens,
+                max_tokens=config.sampling.max_tokens,
+            )
+            return await _roll_out(worker, works, config)
+        finally:
+            await engine.close()
+    finally:
+        await scorer.close()
+
+
+async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
+    """An engine that holds the model."""
+    sampling = config.sampling.model_copy(update={"num_rollouts": config.eval.num_rollouts})
+    engine = await start_engine(
+        policy.folder,
+        config.for_actors().model_copy(update={"sampling": sampling, "max_leases": IN_FLIGHT}),
+    )
+    memory = SharedMemory(total_bytes(policy.specs), pinned=engine.pinned)
+    pack_into(memory.tensor, policy.model, policy.specs)
+    await engine.load_weights(0, memory, policy.specs)
+    return engine
+
+
+async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig) -> Evaluation:
+    """Roll out and score all prompts; raises the failure of a reward that must not fail."""
+    evaluation = Evaluation(works, version=0)
+    book = LeaseBook(timeout_s=config.learner.lease_timeout_s)
+    room = asyncio.Semaphore(IN_FLIGHT)
+    vital = {reward.name for reward in config.rewards if reward.on_failure == "error"}
+
+    async def roll_out(work: Work) -> None:
+        async with room:
+            try:
+                group = await worker.roll_out(book.issue(work, "gdpo eval", now=0.0))
+            except (RewardFailure, UnusableRow) as error:
+                if isinstance(error, RewardFailure) and error.reward in vital:
+                    raise RewardError(f"{work.prompt_id}: {error}") from error
+                print(f"{work.prompt_id} is left out: {error}", file=sys.stderr)
+                evaluation.give_up(work)
+                return
+        evaluation.receive(work, group)
+
+    tasks = [asyncio.create_task(roll_out(work)) for work in works]
+    console = Console(stderr=True)
+    finished = asyncio.as_completed(tasks)
+    try:
+        for task in track(
+            finished, "evaluating", total=len(tasks), console=console, transient=True
+        ):
+            await task
+    finally:
+        for unfinished in tasks:
+            unfinished.cancel()
+        await asyncio.wait(tasks)
+    return evaluation

@@ -1,0 +1,96 @@
+"""``gdpo journal``: what the journal of a run holds, and whether training on it gives the same."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from learner.config.file import load_config
+from learner.replay.journal_reader import JournalReader
+from learner.run_folder import RunFolder
+from protocol.errors import ConfigError, brief
+from protocol.messages import GroupHeader
+
+
+def print_journal(run: Path) -> None:
+    """A line for each group, then one for each change to the rewards; raises `ConfigError`."""
+    journal = JournalReader.open(RunFolder(run).journal)
+    steps: dict[int, list[int]] = {}
+    ends: dict[int, str] = {}
+    cuts = journal.cuts()
+    for cut in cuts:
+        for prompt_index in cut.prompt_indices:
+            steps.setdefault(prompt_index, []).append(cut.step)
+        ends |= dict(cut.evicted)
+    num_groups = 0
+    for prompt_index, header, frames in journal.headers():
+        num_groups += 1
+        used = ", ".join(f"trained at step {step}" for step in steps.get(prompt_index, ()))
+        end = used or (f"evicted: {ends[prompt_index]}" if prompt_index in ends else "not used yet")
+        print(f"{_describe(prompt_index, header, frames)}; {end}")
+    for command in journal.commands():
+        print(f"rewards from step {command.from_step} on: {json.dumps(command.updates)}")
+    span = f"steps {cuts[0].step} to {cuts[-1].step}" if cuts else "no step"
+    print(f"{num_groups} groups; the batches of {span}")
+
+
+def replay_journal(run: Path) -> bool:
+    """Train again on what it holds and print each loss beside the one in metrics.jsonl.
+
+    Returns whether they all agree. Raises `ConfigError`.
+    """
+    from learner.recovery.resume import replay
+    from learner.training.trainer import StepResult
+
+    folder = RunFolder(run)
+    losses = dict(_losses(run / "metrics.jsonl"))
+    differences: list[float] = []
+    console = Console(highlight=False)
+
+    def show(step: StepResult) -> None:
+        then, now = losses.get(step.version), step.metrics["loss"]
+        if then is None:
+            console.print(f"step {step.version}: loss {now:.6g}, not recorded before")
+            return
+        differences.append(abs(now - then))
+        verdict = "the same" if now == then else f"[bold]{now - then:+.2g}[/bold]"
+        console.print(f"step {step.version}: loss {then:.6g} then, {now:.6g} now: {verdict}")
+
+    replay(folder, load_config(run / "config.toml"), show)
+    largest = max(differences, default=0.0)
+    console.print(f"{len(differences)} steps trained again; largest difference {largest:.2g}")
+    return largest == 0.0
+
+
+def _describe(prompt_index: int, header: GroupHeader, frames: list[memoryview]) -> str:
+    _, lengths, _, _, spans, scores = frames
+    versions = np.frombuffer(spans, "<i4").reshape(-1, 3)[:, 2]
+    with warnings.catch_warnings():
+        # A reward that applies to no rollout has no mean.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        means = np.nanmean(_scores(scores, header), axis=0)
+    rewards = ", ".join(
+        f"{name} {mean:.3f}" for name, mean in zip(header.reward_names, means, strict=True)
+    )
+    return (
+        f"prompt {prompt_index} (lease {header.lease}): {len(header.finish)} rollouts, "
+        f"{int(np.frombuffer(lengths, '<i4').sum())} tokens, "
+        f"versions {versions.min()} to {versions.max()}, {rewards}"
+    )
+
+
+def _scores(frame: memoryview, header: GroupHeader) -> Any:
+    return np.frombuffer(frame, "<f4").reshape(-1, len(header.reward_names))
+
+
+def _losses(path: Path) -> Iterator[tuple[int, float]]:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            yield entry["step"], entry["loss"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged: {brief(error)}") from error

@@ -1,0 +1,61 @@
+"""``gdpo set``: change what the rewards count in a run that is going on.
+
+The run folder has the learner's address and a token that only its user can read.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deploy.watch.http import post_json
+from learner.config.file import parse_override
+from protocol.errors import ConfigError, PeerLost, Refused
+
+TIMEOUT_S = 10.0
+EXAMPLE = "rewards.NAME.weight=0.5, rewards.NAME.when={...} or rewards.NAME.always=true"
+
+
+def set_rewards(run: Path, assignments: Sequence[str]) -> None:
+    """Apply all of ``rewards.NAME.FIELD=value`` or, if one is refused, none; print what holds then.
+
+    Raises `ConfigError`.
+    """
+    updates: dict[str, dict[str, Any]] = {}
+    for assignment in assignments:
+        parts, value = parse_override(assignment) if "=" in assignment else ([], None)
+        if len(parts) != 3 or parts[0] != "rewards":
+            raise ConfigError(f"{assignment!r} cannot change in a run; what can: {EXAMPLE}")
+        updates.setdefault(parts[1], {})[parts[2]] = value
+    answer = _post(run, "/rewards", updates)
+    table = Table(title=f"from step {answer['from_step']} on")
+    for column in ("reward", "weight", "counts"):
+        table.add_column(column, justify="right" if column == "weight" else "left")
+    for name, setting in answer["rewards"].items():
+        when = setting["when"]
+        counts = f"where {when['reward']} >= {when['at_least']:g}" if when else "always"
+        table.add_row(name, f"{setting['weight']:g}", counts)
+    Console(highlight=False).print(table)
+
+
+def _post(run: Path, path: str, body: Any) -> dict[str, Any]:
+    """Post to the learner of a run folder; raises `ConfigError` with its own words."""
+    file = run / "control.json"
+    try:
+        control = json.loads(file.read_text())
+        url, token = str(control["url"]), str(control["token"])
+    except OSError as error:
+        raise ConfigError(
+            f"no learner to command in {run}, or its run is over: {error.strerror} ({file})"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged") from error
+    try:
+        return post_json(url + path, body, token=token, timeout_s=TIMEOUT_S)
+    except Refused as error:
+        raise ConfigError(str(error)) from error
+    except PeerLost as error:
+        raise ConfigError(f"the learner of {run} is gone: {error}") from error

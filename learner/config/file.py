@@ -1,0 +1,138 @@
+"""How a configuration is read: a TOML file, then ``key.sub=value`` overrides."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from learner.config.run import RunConfig
+from protocol.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply ``key.sub=value`` overrides; raises `ConfigError`.
+
+    The name defaults to the file's; paths of models, data and keys that exist relative to the file
+    are made absolute, others are left for the hub.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    for override in overrides:
+        _override(tree, override)
+    tree.setdefault("name", path.stem)
+    _resolve_paths(tree, path.parent)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(dict(problem)) for problem in error.errors())
+        raise ConfigError(f"{path}: {problems}") from error
+    config.pacing()
+    return config
+
+
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """``key.sub=value`` as the parts of its key and its value; raises `ConfigError`.
+
+    A value is TOML, or a string where it is not.
+    """
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r} is no override; write key.sub=value, e.g. learner.lr=1e-6")
+    try:
+        return parts, tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return parts, text.strip()
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    parts, value = parse_override(override)
+    node: Any = tree
+    for part in parts[:-1]:
+        node = _child(node, part, override)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{override!r}: {'.'.join(parts[:-1])} holds no keys")
+    node[parts[-1]] = value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    """Descend one level; a reward in the list of rewards goes by its name."""
+    if isinstance(node, list):
+        named = [item for item in node if isinstance(item, dict) and item.get("name") == part]
+        if not named:
+            names = ", ".join(str(item.get("name")) for item in node if isinstance(item, dict))
+            raise ConfigError(f"{override!r}: nothing is named {part!r}; there are {names}")
+        return named[0]
+    if not isinstance(node, dict):
+        raise ConfigError(f"{override!r}: {part!r} is below a plain value")
+    return node.setdefault(part, {})
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    for section, keys in (
+        ("model", ("path",)),
+        ("data", ("train", "heldout")),
+        ("keys", ("secret", "allowed", "actor")),
+    ):
+        table = tree.get(section)
+        for key in keys:
+            if isinstance(table, dict) and isinstance(table.get(key), str):
+                try:
+                    candidate = folder / Path(table[key]).expanduser()
+                except RuntimeError as error:
+                    raise ConfigError(f"{section}.{key} = {table[key]!r}: {error}") from error
+                if candidate.exists():
+                    table[key] = str(candidate.resolve())
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        if elsewhere := _tables_with(location[-1]):
+            return f"unknown key {where}; did you mean {elsewhere[0]}.{location[-1]}?"
+        known = _known_keys(RunConfig, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        parent = "".join(f"{part}." for part in location[:-1])
+        return f"unknown key {where}; did you mean {parent}{near[0]}?" if near else where
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _tables_with(key: str) -> list[str]:
+    """Tables at the top that have such a key."""
+    tables = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return [
+        name
+        for name, table in tables.items()
+        if isinstance(table, type) and issubclass(table, BaseModel) and key in table.model_fields
+    ]
+
+
+def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
+    """Field names of the table at ``location``."""
+    for part in location:
+        if part.isdigit():
+            continue
+        model = _table_type(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _table_type(annotation: Any) -> Any:
+    """The model inside Annotated, Optional and tuple types."""
+    if get_origin(annotation) is None:
+        return annotation
+    return next(
+        found
+        for argument in get_args(annotation)
+        if isinstance(found := _table_type(argument), type) and issubclass(found, BaseModel)
+    )

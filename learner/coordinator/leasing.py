@@ -1,0 +1,237 @@
+"""Leases: who gets which work, what comes back, and what is given up.
+
+                     ┌────────────────────────── tried again, or left out ◄──┐
+                     ▼                                                       │
+    work queue ──► issue ──► lease ─┬─► group ──► journal ──► accept ──► ack │
+                     ▲              ├─► failed, invalid, overdue ────────────┘
+                     └──────────────┴─► lost on the way, or with its actor
+
+All methods are called with the registry's lock held.
+"""
+
+import logging
+from dataclasses import replace
+
+from learner.config.run import RunConfig
+from learner.coordinator.admission import Admission
+from learner.pacing import Pacing
+from learner.prompts.work_queue import MAX_ATTEMPTS, WorkQueue, group_limits
+from learner.registry import ActorState, Registry
+from learner.replay.buffer import ReplayBuffer
+from learner.replay.journal import Journal, ReceivedGroup
+from protocol.errors import BadMessage, TrainingError, one_line
+from protocol.groups import GroupLimits, unpack_group
+from protocol.leases import LeaseBook, OutstandingLease, Work
+from protocol.messages import Ack, Failed, GroupHeader, Pong, Status, Verdict
+
+log = logging.getLogger("learner")
+
+
+class Leasing:
+    """Gives work to actors, and takes it back done or undone."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        registry: Registry,
+        admission: Admission,
+        *,
+        leases: LeaseBook,
+        work: WorkQueue,
+        buffer: ReplayBuffer,
+        pacing: Pacing,
+        journal: Journal | None,
+        vocab_size: int,
+    ) -> None:
+        """Groups to train on are accepted when ``journal`` has stored them; or at once, if None."""
+        self._config = config
+        self._registry = registry
+        self._admission = admission
+        self._leases = leases
+        self._work = work
+        self._buffer = buffer
+        self._pacing = pacing
+        self._journal = journal
+        self._any_group = group_limits(config, vocab_size)
+        self.training = False
+        """Whether training leases are issued."""
+        self.trainer_version = 0
+
+    # --- giving ---------------------------------------------------------------------------------
+
+    def issue(self, now: float) -> None:
+        """Give work to the actors, the emptiest first, as far as it is allowed."""
+        with_room = [actor for actor in self._registry.live.values() if actor.room > 0]
+        while with_room:
+            actor = min(with_room, key=lambda a: a.held / (a.held + a.room))
+            work = self._work_for(actor)
+            if work is not None:
+                lease = self._leases.issue(work, actor.session, now)
+                actor.held += 1
+                self._registry.send(actor.session, lease)
+            if work is None or actor.room == 0:
+                with_room.remove(actor)
+
+    def _work_for(self, actor: ActorState) -> Work | None:
+        if self._registry.draining:
+            return None
+        if not actor.is_checked:
+            return self._admission.work_for(actor)
+        work = self._work.next_evaluation(actor.version)
+        if work is None and self._may_train(actor):
+            work = self._work.next_training()
+        return work
+
+    def _may_train(self, actor: ActorState) -> bool:
+        return (
+            self.training
+            and self._pacing.allowed(
+                trainer_version=self.trainer_version,
+                actor_version=actor.version,
+                outstanding=self._leases.outstanding("train"),
+                buffered=len(self._buffer),
+                in_training=self._buffer.in_training,
+                buffered_bytes=self._buffer.size_bytes,
+            )
+            > 0
+        )
+
+    # --- what comes back ------------------------------------------------------------------------
+
+    def group(self, actor: ActorState, header: GroupHeader, payloads: list[memoryview]) -> None:
+        """A group for a lease: stored, accepted, refused."""
+        actor.overrun.discard(header.lease)
+        held = self._leases.find(header.lease, actor.session)
+        if held is None:
+            if answer := self._leases.why_not(header.lease):
+                self._ack(actor.session, header.lease, *answer)
+            return
+        try:
+            group = unpack_group(header, payloads, self._limits(held.work))
+        except BadMessage as error:
+            self._invalid(actor, held, str(error))
+            return
+        for name, cause in group.missing.items():
+            self._reward_failed(actor, held.work, name, cause)
+        actor.failures = 0
+        actor.held -= 1
+        actor.groups += 1
+        if held.work.purpose != "check":
+            self._registry.record_phase(actor, "generate", group.generation_seconds)
+            self._registry.record_phase(actor, "score", group.reward_seconds)
+        self._leases.arrive(held)
+        arrival = ReceivedGroup(held, group)
+        if held.work.purpose == "train" and self._journal is not None:
+            self._journal.append(arrival, header, payloads)
+            return
+        if held.work.purpose == "check":
+            self._admission.submit(actor, group)
+        self.accept(arrival)
+
+    def accept(self, arrival: ReceivedGroup) -> None:
+        """A group is where it has to be."""
+        held, group = arrival.held, arrival.group
+        self._leases.receive(held)
+        self._work.done(held.work, group)
+        if held.work.purpose == "train":
+            self._buffer.add(group, held.work.prompt_index)
+        self._ack(held.holder, held.lease, "accepted", "")
+
+    def _limits(self, work: Work) -> GroupLimits:
+        return replace(
+            self._any_group,
+            num_rollouts=work.num_rollouts,
+            max_tokens=work.max_tokens,
+            newest_version=self.trainer_version,
+        )
+
+    def _invalid(self, actor: ActorState, held: OutstandingLease, cause: str) -> None:
+        self._registry.counters.bad_messages += 1
+        self._end(actor, held, "invalid_group")
+        self._ack(actor.session, held.lease, "rejected", cause)
+        self._work.failed(held.work)
+        self._count_failure(actor, held.work, cause)
+
+    def _ack(self, session: str, lease: int, verdict: Verdict, cause: str) -> None:
+        self._registry.counters.verdicts[verdict] += 1
+        if verdict != "accepted":
+            log.info("group for lease %d %s: %s", lease, verdict, cause)
+        self._registry.send(session, Ack(lease=lease, verdict=verdict, cause=cause))
+
+    # --- what does not --------------------------------------------------------------------------
+
+    def failed(self, actor: ActorState, message: Failed) -> None:
+        """The actor gives a lease up."""
+        actor.overrun.discard(message.lease)
+        held = self._leases.find(message.lease, actor.session)
+        if held is None:
+            return
+        cause = one_line(message.cause)
+        log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, cause)
+        if message.kind == "reward":
+            self._reward_failed(actor, held.work, message.reward, cause)
+        self._end(actor, held, "actor_failed")
+        self._work.failed(held.work)
+        self._count_failure(actor, held.work, cause)
+
+    def status(self, actor: ActorState, status: Status) -> None:
+        """What it works on, and room for more; a lease that it cannot know of was lost."""
+        actor.status = status
+        # What it overran and does not list is not being worked on any more.
+        actor.overrun.intersection_update(status.leases)
+        first_unheard = next((first for seq, first in actor.pongs if seq == status.heard), 0)
+        working_on = set(status.leases)
+        for held in self._leases.held_by(actor.session):
+            if held.lease < first_unheard and held.lease not in working_on:
+                log.warning(
+                    "lease %d was lost on the way to or from actor %d", held.lease, actor.number
+                )
+                self._end(actor, held, "lost")
+                self._work.again(held.work)
+        actor.pongs.append((status.sequence, self._leases.next_lease))
+        pong = Pong(sequence=status.sequence, version=self.trainer_version)
+        self._registry.send(actor.session, pong)
+
+    def end_overdue(self, now: float) -> None:
+        """Give up the leases whose deadline has passed."""
+        for held in self._leases.overdue(now):
+            log.warning("lease %d overran its deadline; issued again", held.lease)
+            holder = self._registry.live[held.holder]
+            self._end(holder, held, "deadline")
+            holder.overrun.add(held.lease)
+            self._work.failed(held.work)
+
+    def _end(self, holder: ActorState, held: OutstandingLease, cause: str) -> None:
+        """Close a lease as failed."""
+        self._leases.fail(held, cause)
+        holder.held -= 1
+        if held.work.purpose == "check":
+            self._admission.lease_failed(holder)
+
+    def _reward_failed(self, actor: ActorState, work: Work, name: str, cause: str) -> None:
+        """Count a reward function's failure; one that the run must not survive ends it."""
+        reward = next((r for r in self._config.rewards if r.name == name), None)
+        if reward is None:
+            return
+        self._registry.counters.reward_failures[name] += 1
+        problem = f"reward function {reward.function} failed on {work.prompt_id}: {cause}"
+        log.warning("actor %d: %s", actor.number, problem)
+        if reward.on_failure == "error":
+            self._registry.fail(TrainingError(problem))
+
+    def _count_failure(self, actor: ActorState, work: Work, cause: str) -> None:
+        """Let an actor go from which nothing but failures comes; the last such one ends the run."""
+        if work.attempts:
+            # The row is known to be difficult. Such rows come before new ones, many in a row.
+            return
+        actor.failures += 1
+        if actor.failures < max(MAX_ATTEMPTS, self._config.learner.batch_groups):
+            return
+        problem = (
+            f"{actor.failures} groups failed in a row, the last one ({work.prompt_id}) because: "
+            f"{cause}"
+        )
+        if not any(other.failures == 0 for other in self._registry.live.values()):
+            self._registry.fail(TrainingError(problem))
+            return
+        self._registry.refuse(actor, problem)

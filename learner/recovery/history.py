@@ -1,0 +1,93 @@
+"""What makes a run go on after its learner was killed: the journal, the checkpoints, and their use.
+
+    training:   cut of step v+1 ──► journal ─┐
+                step v+1 ────────────────────┴─► both done: version v+1 may be published
+                every few steps: checkpoint ──► journal loses what the oldest checkpoint has used
+
+    resume:     newest good checkpoint (v) ──► cuts v+1, v+2, ... of the journal are trained again
+                ──► groups without a cut go into the buffer ──► the ports open
+
+The batches that are trained again consist of the same groups in the same order, with the same
+weights of the rewards, so they make the same versions (bit for bit where the arithmetic is
+deterministic), and what actors sampled from those versions keeps its meaning. Without a journal the
+run goes on from the checkpoint, and prompts whose groups were lost are leased again.
+"""
+
+import logging
+from collections import deque
+from threading import Lock
+
+from learner.config.run import RunConfig
+from learner.recovery.checkpoints import Checkpoints
+from learner.replay.buffer import TrainingBatch
+from learner.replay.journal import Journal, Stored
+from learner.run_folder import RunFolder
+from learner.training.policy import Policy
+
+log = logging.getLogger("learner")
+
+JOURNAL_TIMEOUT_S = 60.0
+
+
+class History:
+    """The writing side."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, policy: Policy) -> None:
+        """Raises `ConfigError`."""
+        self._config = config
+        self.journal = (
+            Journal(folder.journal, config.buffer.journal_max_bytes)
+            if config.buffer.durability == "journal"
+            else None
+        )
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, policy, keep=config.checkpoints.keep, on_written=self._prune
+        )
+        self._last_cut: Stored | None = None
+        self._lock = Lock()
+        self._finished: deque[tuple[int, tuple[int, ...]]] = deque()
+        """(step, prompt indices of the groups that nobody needs after it)."""
+
+    def begin(self, step: int, cut: TrainingBatch) -> None:
+        """A batch is going to be trained on."""
+        self.note_finished(step, cut.finished)
+        if self.journal is not None:
+            self._last_cut = self.journal.cut(step, cut)
+
+    def note_finished(self, step: int, prompt_indices: tuple[int, ...]) -> None:
+        """For `_prune`; without a journal nothing is pruned, and the list would only grow."""
+        if self.journal is not None:
+            with self._lock:
+                self._finished.append((step, prompt_indices))
+
+    def wait(self) -> None:
+        """Until what `begin` was told is on disk; raises `TrainingError` if it cannot be."""
+        if self._last_cut is not None:
+            self._last_cut.wait(JOURNAL_TIMEOUT_S)
+
+    def is_due(self, version: int) -> bool:
+        """Whether it is time for a checkpoint. One that is still being written is waited for only
+        when the journal is full. Raises `TrainingError` if the one before could not be written."""
+        self.checkpoints.raise_if_failed()
+        if self.journal is not None and self.journal.is_full:
+            return True
+        every = self._config.checkpoints.every_steps
+        return version % every == 0 and not self.checkpoints.is_writing
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    def _prune(self) -> None:
+        """A checkpoint is written: forget what no kept one needs. One alone is no reason to: if it
+        were damaged, everything would be."""
+        versions = self.checkpoints.versions
+        if self.journal is None or len(versions) < 2:
+            return
+        finished: list[int] = []
+        with self._lock:
+            while self._finished and self._finished[0][0] <= versions[0]:
+                finished += self._finished.popleft()[1]
+        # A group that may still be used again keeps the record of its first use.
+        self.journal.prune(finished, versions[0] - self._config.learner.max_staleness - 1)

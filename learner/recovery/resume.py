@@ -1,0 +1,211 @@
+"""Where a run goes on: what a checkpoint and the journal behind it make of the parts of a learner.
+
+`Resumed` does it for a learner, `replay` for whoever wants to know whether it comes out the same.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from learner.config.run import RunConfig
+from learner.prompts.stream import PromptStream
+from learner.prompts.work_queue import WorkQueue, group_limits
+from learner.recovery.checkpoints import Checkpoint, load_tensors, oldest
+from learner.replay.buffer import ReplayBuffer, TrainingBatch
+from learner.replay.journal_reader import JournalReader, RecordedBatch
+from learner.run_folder import RunFolder
+from learner.state import OpenPrompts, RunState
+from learner.training.policy import Policy, load_model, load_policy
+from learner.training.reward_settings import RewardSetting, RewardSettings
+from learner.training.trainer import StepResult, Trainer
+from protocol.errors import BadMessage, ConfigError
+from protocol.groups import Group, GroupLimits
+from protocol.leases import LeaseBook, LeaseCounts
+
+log = logging.getLogger("learner")
+
+
+@dataclass(slots=True)
+class Resumed:
+    """Where a run goes on; `replay` first."""
+
+    config: RunConfig
+    checkpoint: Checkpoint | None
+    journal: JournalReader | None
+    limits: GroupLimits
+    """Of the groups in the journal."""
+
+    @property
+    def state(self) -> RunState | None:
+        return self.checkpoint.state if self.checkpoint else None
+
+    @property
+    def version(self) -> int:
+        """Of the checkpoint."""
+        return self.checkpoint.version if self.checkpoint else 0
+
+    def replay(
+        self,
+        buffer: ReplayBuffer,
+        rewards: RewardSettings,
+        train: Callable[[TrainingBatch, RewardSetting], None],
+        finished: Callable[[int, tuple[int, ...]], None] = lambda step, prompt_indices: None,
+    ) -> None:
+        """Cut the journal's batches again and ``train`` on them, then fill the buffer.
+
+        ``finished`` is told the prompt indices of groups that nobody needs after a step. Raises
+        `ConfigError` if the journal and the checkpoint do not belong together, or the run is to end
+        before where it is.
+        """
+        cuts = self.journal.cuts() if self.journal is not None else []
+        before = [cut for cut in cuts if cut.step <= self.version]
+        after = [cut for cut in cuts if cut.step > self.version]
+        reached, steps = self.version + len(after), self.config.learner.steps
+        if reached > steps:
+            raise ConfigError(
+                f"learner.steps = {steps}, but the run is at step {reached} already; give more"
+            )
+        if self.state is not None:
+            buffer.restore(self.state.groups)
+            rewards.restore(self.state.rewards, self.version)
+        if self.journal is None:
+            if self.state is not None:
+                buffer.lose(self.state.groups)
+            return
+        expected = range(self.version + 1, reached + 1)
+        if [cut.step for cut in after] != list(expected):
+            raise ConfigError(
+                f"{self.journal.path} has no record of the steps after {self.version}: checkpoint "
+                "and journal are not of one run"
+            )
+        uses = Counter(prompt_index for cut in before for prompt_index in cut.prompt_indices)
+        ended = {
+            prompt_index for prompt_index, n in uses.items() if n >= self.config.buffer.max_uses
+        }
+        ended |= {prompt_index for cut in before for prompt_index, _ in cut.evicted}
+        alive = dict.fromkeys(t for t in self.journal.prompt_indices() if t not in ended)
+        finished(self.version, tuple(ended))
+        commands = deque(self.journal.commands())
+
+        def fetch(prompt_index: int) -> None:
+            """Into memory, only when its turn comes."""
+            if prompt_index in alive:
+                del alive[prompt_index]
+                buffer.put_back(self._group(prompt_index), prompt_index, uses[prompt_index])
+
+        def command_up_to(step: int) -> None:
+            while commands and commands[0].from_step <= step:
+                command = commands.popleft()
+                if command.number > rewards.num_commands:
+                    rewards.command(command.updates)
+
+        for cut in after:
+            log.info("training on the batch of step %d again, from the journal", cut.step)
+            for prompt_index in (
+                *cut.prompt_indices,
+                *(prompt_index for prompt_index, _ in cut.evicted),
+            ):
+                fetch(prompt_index)
+            command_up_to(cut.step)
+            setting = rewards.begin(cut.step)
+            again = self._retake(buffer, cut)
+            finished(cut.step, again.finished)
+            train(again, setting)
+            buffer.step_done()
+        command_up_to(steps)
+        for prompt_index in list(alive):
+            fetch(prompt_index)
+
+    def restore_work(
+        self, stream: PromptStream, work: WorkQueue, leases: LeaseBook, buffer: ReplayBuffer
+    ) -> None:
+        """Lease again what did not come in, go on in the stream, and carry the books on."""
+        prompts = self.state.prompts if self.state else OpenPrompts()
+        stored = set(self.journal.prompt_indices()) if self.journal else set()
+        # Prompts are leased in order: what is before one that came in was leased too.
+        stream.next_prompt_index = max(prompts.next_prompt_index, max(stored, default=-1) + 1)
+        since = range(prompts.next_prompt_index, stream.next_prompt_index)
+        # What was in the buffer is in the journal, if there is one.
+        open_indices = {
+            *prompts.leased,
+            *prompts.waiting,
+            *prompts.buffered,
+            *since,
+        }
+        for prompt_index in sorted(open_indices - stored):
+            work.retries.append(stream.work(prompt_index))
+        if self.state is not None:
+            for purpose, books in self.state.leases.items():
+                arrived = stored.intersection(prompts.leased) if purpose == "train" else ()
+                gone = books.outstanding - len(arrived)
+                leases.books[purpose] = LeaseCounts.after_loss(books.received, books.failed, gone)
+            leases.next_lease = self.state.next_lease
+        train = leases.books["train"]
+        train.received = buffer.books.accepted
+        train.leased = train.received + train.failed.total()
+
+    def _retake(self, buffer: ReplayBuffer, cut: RecordedBatch) -> TrainingBatch:
+        try:
+            return buffer.retake(cut.prompt_indices, cut.evicted, cut.step - 1)
+        except KeyError as error:
+            raise ConfigError(
+                f"a group of step {cut.step} is missing (prompt {error}): checkpoint "
+                "and journal are not of one run"
+            ) from error
+
+    def _group(self, prompt_index: int) -> Group:
+        assert self.journal is not None
+        try:
+            return self.journal.group(prompt_index, self.limits)
+        except BadMessage as error:
+            raise ConfigError(
+                f"{self.journal.path}, prompt {prompt_index}: {error}; "
+                "was the configuration changed?"
+            ) from error
+
+
+def load_trainer(
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> tuple[Policy, Trainer]:
+    """Policy and trainer, as the configuration says or as they were at a checkpoint.
+
+    Raises `ConfigError`.
+    """
+    policy = load_policy(config, checkpoint.model if checkpoint else None)
+    # The KL term is to the model that training began with, not to where it goes on.
+    first = checkpoint is not None and config.algorithm.kl_coefficient
+    reference = load_model(config, policy.folder) if first else None
+    trainer = Trainer(policy, config, reference=reference, on_progress=on_progress)
+    if checkpoint is not None:
+        trainer.load_state(checkpoint.version, partial(load_tensors, checkpoint))
+        state = checkpoint.state
+        trainer.batch_std = state.batch_std
+        if state.batch_std_setting is not None:
+            trainer.batch_std_setting = RewardSetting.from_json(state.batch_std_setting)
+    return policy, trainer
+
+
+def replay(folder: RunFolder, config: RunConfig, on_step: Callable[[StepResult], None]) -> None:
+    """Train again on every batch that the run's journal still holds; nothing is written.
+
+    Raises `ConfigError`.
+    """
+    journal = JournalReader.open(folder.journal)
+    cuts = journal.cuts()
+    # Nothing is deleted before there are two checkpoints.
+    from_start = (
+        bool(cuts) and cuts[0].step == 1 and cuts[0].prompt_indices[0] in journal.prompt_indices()
+    )
+    checkpoint = None if from_start else oldest(folder.checkpoints)
+    policy, trainer = load_trainer(config, checkpoint)
+
+    def train(cut: TrainingBatch, setting: RewardSetting) -> None:
+        on_step(trainer.step(cut.groups, setting))
+
+    Resumed(config, checkpoint, journal, group_limits(config, policy.vocab_size)).replay(
+        ReplayBuffer.of(config), RewardSettings(config.rewards, config.learner.steps), train
+    )

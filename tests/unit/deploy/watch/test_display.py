@@ -1,0 +1,152 @@
+"""What people see of a run, from its first moment to its end."""
+
+import io
+from threading import Semaphore
+
+from rich.console import Console
+
+from deploy.results.summary import print_summary
+from deploy.watch.display import Display, render_line, render_panel
+from deploy.watch.status import Status, read_status
+from tests.unit.status_examples import EARLY, RUNNING
+
+
+def panel_text(status: dict) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render_panel(read_status(status)))
+    return console.file.getvalue()
+
+
+def test_the_line_of_an_early_run_says_that_nothing_has_happened_yet():
+    assert render_line(read_status(EARLY)) == "evaluating before | step 0/100 | actors 0"
+
+
+def test_the_line_of_a_running_run_holds_what_matters():
+    # 3725 s = 1 h 2 min 5 s
+    assert render_line(read_status(RUNNING)) == (
+        "training | step 40/100 | format 0.512 | correctness -0.250 | generated 12346 tok/s | "
+        "trained 999 tok/s | staleness 0.8 (max 2) | buffer 17 | actors 2 | bottleneck actors | "
+        "1:02:05 left"
+    )
+
+
+def test_the_panel_of_an_early_run_leaves_out_what_is_unknown():
+    text = panel_text(EARLY)
+    assert "0 of 100" in text
+    assert "0 live" in text
+    for unknown in ("None", "staleness", "bottleneck", "left", "would do"):
+        assert unknown not in text
+
+
+def test_the_panel_of_a_running_run_names_the_bottleneck():
+    text = panel_text(RUNNING)
+    for part in (
+        "gdpo · tiny",
+        "40 of 100, 1:02:05 left",
+        "0.512",
+        "12,346 generated, 999 trained a second",
+        "0.8 on average, 2 at most (limit 2)",
+        "17 groups, 1.5 MB (a batch takes 32)",
+        "2 live, 3 would do",
+        "actors 5%, learner 40%",
+        "the actors (the learner waits for groups: add actors)",
+    ):
+        assert part in text
+
+
+def test_a_reward_that_never_applied_is_shown():
+    status = RUNNING | {"rewards": {"format": float("nan")}}
+    assert "format nan" in render_line(read_status(status))
+    assert "nan" in panel_text(status)
+
+
+def test_a_name_of_a_run_or_reward_is_shown_as_it_is(monkeypatch):
+    monkeypatch.setattr("deploy.watch.display.LINE_EVERY_S", 0.01)
+    status = RUNNING | {"run": "[red]tiny", "rewards": {"[bold]format[/]": 0.5}}
+    asked = Semaphore(0)
+
+    def source() -> Status:
+        asked.release()
+        return read_status(status)
+
+    console = Console(file=io.StringIO(), width=200)
+    with Display(source, console):
+        # With the second question the first answer has been printed.
+        assert asked.acquire(timeout=10)
+        assert asked.acquire(timeout=10)
+    assert "[bold]format[/] 0.500" in console.file.getvalue()
+    assert "[red]tiny" in panel_text(status)
+    assert "[bold]format[/]" in panel_text(status)
+
+
+def test_the_display_ends_at_once_though_there_was_nothing_to_show():
+    console = Console(file=io.StringIO())
+    with Display(lambda: None, console):
+        pass
+    assert console.file.getvalue() == ""
+
+
+# ---- The summary -------------------------------------------------------------------------------
+
+BOOKS = {"leased": 9, "received": 7, "outstanding": 0, "balanced": True}
+SUMMARY = {
+    "completed": True,
+    "ended_because": "all steps done",
+    "steps": 10,
+    "seconds_training": 12.3,
+    "rewards": {
+        "before": {"prompts": 8, "completion_tokens_mean": 9.0, "means": {"a": 0.25, "b": None}},
+        "after": {"prompts": 8, "completion_tokens_mean": 8.5, "means": {"a": 0.75, "b": 1.0}},
+        "failures": {},
+    },
+    "books": {
+        "leases": {"train": BOOKS | {"failed": {"actor_lost": 2}}},
+        "groups": {
+            "accepted": 7,
+            "trained": 4,
+            "evicted": {},
+            "buffered": 2,
+            "balanced": False,
+        },
+    },
+    "throughput": {"tokens_trained_per_s": 1234.5},
+    "staleness": {"largest": 2, "limit": 2},
+    "lag0_logprob_difference": 1.23e-6,
+    "checkpoint": "runs/tiny/checkpoint",
+}
+
+
+def test_the_summary_shows_rewards_books_and_where_things_are(capsys):
+    print_summary(SUMMARY, plot=None)
+    text = capsys.readouterr().out
+    for part in (
+        "mean reward on 8 held-out prompts",
+        "+0.500",
+        "9 leased = 7 received + 2 failed (2 actor_lost) + 0 outstanding  [balanced]",
+        "7 accepted = 4 trained + 0 evicted + 2 buffered  [NOT BALANCED]",
+        "10 steps in 12 s, 1,234 tokens trained a second",
+        "at lag 0: 1.2e-06",
+        "checkpoint: runs/tiny/checkpoint",
+    ):
+        assert part in text
+    assert "ended early" not in text
+
+
+def test_the_summary_of_a_run_that_was_stopped_says_why(capsys):
+    summary = SUMMARY | {
+        "completed": False,
+        "ended_because": "SIGINT",
+        "rewards": {"before": None, "after": None, "failures": {"a": 3, "b": 1}},
+        "lag0_logprob_difference": None,
+        "checkpoint": None,
+    }
+    print_summary(summary, plot=None)
+    text = capsys.readouterr().out
+    assert "The run ended early after 10 steps: SIGINT" in text
+    assert "checkpoint" not in text
+
+
+def test_a_cause_is_printed_as_it_is_whatever_brackets_it_holds(capsys):
+    cause = "3 groups failed in a row because: KeyError: '[/INST]' [bold] [Errno 2]"
+    print_summary(SUMMARY | {"completed": False, "ended_because": cause}, plot=None)
+    assert cause in " ".join(capsys.readouterr().out.split())

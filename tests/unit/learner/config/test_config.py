@@ -1,0 +1,262 @@
+"""The configuration: what is read, what is refused and how, and that it can be written again."""
+
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import gdpo
+from learner.config.file import load_config
+from learner.config.run import AggregationName, CorrectionName, EstimatorName, RunConfig
+from protocol.errors import ConfigError
+
+MINIMAL = """
+[model]
+path = "base"
+[data]
+train = "train.jsonl"
+[[rewards]]
+name = "format"
+function = "tasks:format_reward"
+when = { reward = "length", at_least = 0.5 }
+[[rewards]]
+name = "length"
+function = "tasks:length_reward"
+"""
+
+
+def load(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> RunConfig:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def refusal(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> str:
+    """The one line that a user sees."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, *overrides, text=text)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def value_at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    return config
+
+
+# ---- Good configurations -----------------------------------------------------------------------
+
+
+def test_the_example_loads_and_its_paths_are_found_from_anywhere(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(recipe)
+    assert config.name == "tool_calling_tiny"
+    assert [reward.name for reward in config.rewards] == ["format", "correctness"]
+    for path in (config.model.path, config.data.train, config.data.heldout):
+        assert Path(path).is_absolute()
+        assert Path(path).exists()
+
+
+def test_what_is_not_there_stays_a_name_for_the_hub(tmp_path):
+    config = load(tmp_path, "model.path=org/model")
+    assert (config.model.path, config.data.train) == ("org/model", "train.jsonl")
+
+
+def test_paths_are_relative_to_the_file_not_to_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "recipe.toml").write_text(MINIMAL)
+    monkeypatch.chdir(tmp_path.parent)
+    config = load_config(Path(tmp_path.name) / "recipe.toml")
+    assert config.model.path == str(tmp_path / "base")
+
+
+def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
+    config = load_config(
+        recipe, ["learner.lr=3e-7", "rewards.format.weight=0.25", "learner.betas=[0.8, 0.9]"]
+    )
+    copy = tmp_path / "config.toml"
+    copy.write_text(config.to_toml())
+    assert load_config(copy) == config
+    assert load_config(copy).to_toml() == config.to_toml()
+
+
+def test_a_condition_survives_the_round_trip(tmp_path):
+    config = load(tmp_path)
+    again = load(tmp_path, text=config.to_toml())
+    assert again.rewards[0].when.at_least == 0.5
+    assert again == config
+
+
+def test_actors_get_the_rewards_and_the_sampling_of_the_run(tmp_path):
+    actor = load(tmp_path, "sampling.max_tokens=7", "actor.max_leases=3").for_actors()
+    assert [reward.name for reward in actor.rewards] == ["format", "length"]
+    assert (actor.sampling.max_tokens, actor.max_leases) == (7, 3)
+
+
+def test_the_names_of_algorithms_are_those_that_gdpo_has():
+    assert get_args(EstimatorName) == tuple(gdpo.ESTIMATORS)
+    assert {*get_args(CorrectionName)} == {*gdpo.CORRECTIONS}
+    assert {*get_args(AggregationName)} == {*gdpo.AGGREGATIONS}
+
+
+# ---- Overrides ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("learner.lr=1e-5", "learner.lr", 1e-5),
+        ("learner.steps=7", "learner.steps", 7),
+        ("learner.betas=[0.5, 0.6]", "learner.betas", (0.5, 0.6)),
+        ("algorithm.estimator=grpo", "algorithm.estimator", "grpo"),
+        ("algorithm.estimator='grpo'", "algorithm.estimator", "grpo"),
+        ("learner.bind=tcp://127.0.0.1:0", "learner.bind", "tcp://127.0.0.1:0"),
+        ("name=other", "name", "other"),
+        ("rewards.length.weight=3", "rewards.1.weight", 3),
+        ("rewards.format.when.at_least=1", "rewards.0.when.at_least", 1),
+        ("data.heldout=a=b", "data.heldout", "a=b"),
+        ("learner.lr = 1e-5", "learner.lr", 1e-5),
+        ("algorithm.estimator = grpo", "algorithm.estimator", "grpo"),
+    ],
+)
+def test_an_override_sets_one_value(tmp_path, override, key, value):
+    assert value_at(load(tmp_path, override), key) == value
+
+
+def test_the_last_of_two_overrides_wins(tmp_path):
+    assert load(tmp_path, "seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("learner.lr", "'learner.lr' is no override; write key.sub=value"),
+        ("=3", "is no override"),
+        ("learner..lr=3", "is no override"),
+        ("rewards.speed.weight=1", "nothing is named 'speed'; there are format, "),
+        ("rewards.format=1", "rewards holds no keys"),
+        ("seed.sub=1", "seed: "),
+        ("learner=3", "learner: "),
+        ("learner.lr=fast", "learner.lr: "),
+        ("learner.lr.sub=3", "learner.lr: "),
+        ("model.path.sub=3", "model.path holds no keys"),
+        ("model.path.sub.sub=3", "'sub' is below a plain value"),
+    ],
+)
+def test_an_override_that_makes_no_sense_is_refused(tmp_path, override, problem):
+    assert problem in refusal(tmp_path, override)
+
+
+# ---- Unknown keys ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "near"),
+    [
+        ("sed=1", "sed", "seed"),
+        ("lerner.lr=1", "lerner", "learner"),
+        ("max_staleness=1", "max_staleness", "learner.max_staleness"),
+        ("learner.max_stalenes=1", "learner.max_stalenes", "learner.max_staleness"),
+        ("algorithm.estimater=grpo", "algorithm.estimater", "algorithm.estimator"),
+        ("rewards.length.wieght=1", "rewards.1.wieght", "rewards.1.weight"),
+        ("rewards.format.when.atleast=1", "rewards.0.when.atleast", "rewards.0.when.at_least"),
+        (
+            "rewards.format.schedule=[{step=2,weight=1}]",
+            "rewards.0.schedule.0.step",
+            "rewards.0.schedule.0.from_step",
+        ),
+        ("actor.max_lease=1", "actor.max_lease", "actor.max_leases"),
+        ("learner.5=1", "learner.5", "learner."),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, override, unknown, near):
+    assert f"unknown key {unknown}; did you mean {near}" in refusal(tmp_path, override)
+
+
+def test_every_problem_is_named_at_once(tmp_path):
+    message = refusal(tmp_path, "learner.lr=0", "sed=1")
+    assert "learner.lr: " in message
+    assert "unknown key sed" in message
+
+
+# ---- Invalid values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("learner.lr=0", "learner.lr: "),
+        ("learner.lr=nan", "learner.lr: "),
+        ("learner.lr=inf", "learner.lr: "),
+        ("learner.steps=1.5", "learner.steps: "),
+        ("algorithm.estimator=gdp", "algorithm.estimator: "),
+        ("name=../other", "name: "),
+        ("name=''", "name: "),
+        ("rewards.format.name=Format", "rewards.0.name: "),
+        ("rewards.format.function=tasks", "write package.module:function"),
+        ("rewards.format.function='tasks:a b'", "write package.module:function"),
+        ("rewards.format.function='os.system;x:f'", "write package.module:function"),
+        ("rewards.format.weight=nan", "rewards.0.weight: "),
+        ("rewards.format.when.reward=speed", "the rewards are format, length"),
+        (
+            'rewards.format.schedule=[{from_step=2,when={reward="speed",at_least=1}}]',
+            "rewards.format.when names 'speed'; the rewards are format, length",
+        ),
+        ("rewards.format.schedule=[{from_step=2}]", "needs a weight, a when or always = true"),
+        ("rewards.format.schedule=[{from_step=0,weight=1}]", "greater than 0"),
+        ("rewards.format.schedule=[{from_step=999,weight=1}]", "up to step 999, the run up to 100"),
+        ("rewards.format.weight=1e39", "less than or equal to"),
+        ("sampling.top_p=0.9", "top_p cannot be set: the learner computes the log-probabilities"),
+        ("buffer.lag=5", "buffer.lag = 5 is above learner.max_staleness = 4"),
+        ("buffer.max_groups=3", "can never hold"),
+        ("weights.push_every=0", "weights.push_every: "),
+        ("weights.push_every=6", "push_every = 6 needs learner.max_staleness of at least 5"),
+        (
+            "rewards.format.schedule=[{from_step=5,weight=1},{from_step=5,weight=2}]",
+            "the schedule's steps are [5, 5]: write each once, in order",
+        ),
+        ("rewards.length.name=format", "two rewards have the same name"),
+        ("rewards=[]", "rewards: "),
+        ("actor.sampling.max_tokens=3", "[sampling] at the top level"),
+        ("actor.rewards=[]", "[[rewards]]"),
+        ("learner.minibatches=999", "exceeds the 256 sequences of a batch"),
+        ("learner.betas=[0.9, 1.0]", "learner.betas"),
+        ("learner.betas=[-0.1, 0.9]", "learner.betas"),
+        ("learner.metrics_port=70000", "learner.metrics_port"),
+        ("model.path=~nobody-has-this-name/model", "model.path"),
+    ],
+)
+def test_an_invalid_value_is_refused_in_one_line(tmp_path, override, problem):
+    assert problem in refusal(tmp_path, override)
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "rewards"])
+def test_a_missing_table_is_named(tmp_path, missing):
+    start = {"model": "[model]", "data": "[data]", "rewards": "[[rewards]]"}[missing]
+    after = {"model": "[data]", "data": "[[rewards]]", "rewards": ""}[missing]
+    begin = MINIMAL.index(start)
+    end = MINIMAL.index(after) if after else len(MINIMAL)
+    assert f"{missing} is missing" in refusal(tmp_path, text=MINIMAL[:begin] + MINIMAL[end:])
+
+
+def test_a_file_that_is_not_there_or_no_file_is_refused(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match=f"cannot read {path}: "):
+            load_config(path)
+
+
+@pytest.mark.parametrize("content", [b"[model", b"\xff\xfe", b"a = 1\na = 2"])
+def test_a_file_that_is_no_toml_is_refused(tmp_path, content):
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is no valid TOML") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_was_copied_finds_no_data_of_its_old_folder(recipe, tmp_path):
+    copied = shutil.copy(recipe, tmp_path / "copy.toml")
+    assert load_config(Path(copied)).model.path == "tool_calling_tiny/base"

@@ -1,0 +1,286 @@
+"""The coordinator without sockets: weights for the actors, and evaluation by them."""
+
+import math
+from threading import Timer
+
+import msgspec
+
+from learner.weights.offers import OFFER_AGAIN_S
+from protocol.chunk_codec import checksum
+from protocol.framing import encode
+from protocol.messages import (
+    Failed,
+    Goodbye,
+    Lease,
+    Weights,
+    WeightsChunk,
+    WeightsPull,
+    WeightsReady,
+)
+from tests.unit.factories import Cluster, joined, make_config, make_snapshot, make_work
+
+NAN = math.nan
+
+
+# ---- Weights -----------------------------------------------------------------------------------
+
+
+def test_an_actor_pulls_the_weights_in_chunks():
+    cluster = Cluster()
+    cluster.hello("a")
+    cluster.say("a", WeightsPull(version=0, chunk=0))
+    [(chunk, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
+    packed = bytes(make_snapshot(0).packed.numpy())
+    assert chunk == WeightsChunk(version=0, chunk=0, checksum=checksum(packed))
+    assert [bytes(payload) for payload in payloads] == [packed]
+    assert encode(chunk, payloads)
+
+
+def test_there_are_no_chunks_behind_the_last_one():
+    cluster = Cluster()
+    cluster.hello("a")
+    for chunk in (1, 2**63 - 1):
+        cluster.say("a", WeightsPull(version=0, chunk=chunk))
+        [(_, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
+        assert payloads == ()
+
+
+def test_a_pull_of_a_version_that_is_gone_is_answered_with_the_newest():
+    cluster = Cluster()
+    cluster.hello("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.heard("a", Weights)
+    cluster.say("a", WeightsPull(version=0, chunk=0))
+    [(_, payloads)] = cluster.heard_with_payloads("a", WeightsChunk)
+    assert payloads == ()
+    newest = make_snapshot(1)
+    assert cluster.heard_with_payloads("a", Weights) == [
+        (newest.announcement("stream"), (newest.digests,))
+    ]
+
+
+def test_a_wrong_tensor_is_named(caplog):
+    """The weight's digest is right, the bias's is not."""
+    cluster = joined("a")
+    right = make_snapshot(0).digests
+    wrong = right[:16] + bytes(16)
+    ready = WeightsReady(
+        version=0, digest="wrong", route="stream", receive_seconds=0, load_seconds=0
+    )
+    for digests, text in ((wrong, "version 0: bias"), (b"", "it does not say which tensors")):
+        caplog.clear()
+        cluster.say("a", ready, [digests])
+        assert text in caplog.text
+
+
+def test_an_actor_with_other_weights_than_announced_is_fed_again():
+    cluster = joined()
+    cluster.hello("a")
+    cluster.heard("a", Weights)
+    cluster.weights_ready("a", digest="wrong")
+    cluster.status("a")
+    assert cluster.heard("a", Weights) == [make_snapshot(0).announcement("stream")]
+    assert cluster.ready() == []
+    assert cluster.leases("a") == []
+    assert cluster.coordinator.counters.digest_mismatches == 1
+    cluster.weights_ready("a")
+    assert len(cluster.leases("a")) == 4
+
+
+def test_an_actor_that_got_a_later_version_wrong_is_not_ready_any_more():
+    cluster = joined("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.weights_ready("a", version=1, digest="wrong", route="collective")
+    assert cluster.ready() == []
+
+
+def test_an_actor_that_worked_for_long_has_time_to_get_weights_right_again():
+    cluster = joined("a", join_timeout_s=100)
+    for _ in range(30):
+        cluster.clock.advance(5)
+        cluster.status("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.weights_ready("a", version=1, digest="wrong")
+    cluster.pass_time(1)
+    assert cluster.coordinator.num_live == 1
+    cluster.weights_ready("a", version=1)
+    assert cluster.ready() == ["a"]
+
+
+def test_weights_that_nobody_published_make_no_actor_ready():
+    cluster = joined()
+    cluster.hello("a")
+    cluster.status("a")
+    cluster.weights_ready("a", version=7, digest="anything")
+    assert cluster.ready() == []
+    assert cluster.leases("a") == []
+
+
+def test_an_actor_that_pulled_an_old_version_is_told_of_the_newest():
+    cluster = Cluster()
+    cluster.hello("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.heard("a", Weights)
+    cluster.weights_ready("a", version=0)
+    assert cluster.heard("a", Weights) == [make_snapshot(1).announcement("stream")]
+
+
+def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again():
+    """The offer may have been lost with a connection, or the answer to it."""
+    cluster = joined("a", actor_timeout_s=1000)
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.offers.begin_push(1, since=0)
+    cluster.heard("a", Weights)
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert cluster.heard("a", Weights) == []  # the push takes care of it
+    cluster.offers.end_push()
+    cluster.pass_time(0.1)
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
+    for _ in range(3):  # as long as it pulls, it is left alone
+        cluster.pass_time(OFFER_AGAIN_S - 1)
+        cluster.say("a", WeightsPull(version=1, chunk=0))
+        assert cluster.heard("a", Weights) == []
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
+    cluster.weights_ready("a", version=1)
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert cluster.heard("a", Weights) == []
+
+
+def test_an_actor_is_not_offered_less_than_before_unless_others_wait_for_it():
+    cluster = joined("a")
+    for version in (1, 2):
+        cluster.snapshots.publish(make_snapshot(version))
+    cluster.say("a", WeightsPull(version=1, chunk=0))  # gone
+    assert [offer.version for offer in cluster.heard("a", Weights)][-1] == 2
+    older = make_snapshot(1)
+    cluster.offers.announce("a", older.announcement("stream"), older)
+    assert cluster.heard("a", Weights) == []
+    broadcast = msgspec.structs.replace(older.announcement("collective"), epoch=1, rank=1)
+    cluster.offers.announce("a", broadcast, older)
+    assert cluster.heard("a", Weights) == [broadcast]
+
+
+def test_an_actor_that_was_late_by_whichever_route_catches_up():
+    cluster = joined("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.offers.begin_push(1, since=0)
+    cluster.offers.end_push()
+    cluster.snapshots.publish(make_snapshot(2))
+    cluster.offers.begin_push(2, since=1)
+    cluster.heard("a", Weights)
+    cluster.weights_ready("a", version=1, route="collective")
+    assert [offer.version for offer in cluster.heard("a", Weights)] == [2]
+
+
+def test_who_is_behind_a_version_and_who_is_gone():
+    cluster = joined("a", "b")
+    cluster.hello("loading")
+    assert cluster.ready() == ["a", "b"]
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.weights_ready("a", version=1)
+    assert cluster.offers.behind({"a": 1, "b": 2, "stranger": 3}, 1) == {"b": 2}
+    assert cluster.offers.gone({"a": 1, "b": 2, "stranger": 3}) == ("stranger",)
+    # Nobody waits for an actor that has gone.
+    cluster.say("b", Goodbye(cause="x"))
+    assert cluster.offers.behind({"a": 1, "b": 2}, 1) == {}
+    assert cluster.offers.gone({"a": 1, "b": 2}) == ("b",)
+
+
+def test_a_wait_ends_with_what_it_waits_for_or_with_its_time():
+    offers = (cluster := joined("a")).offers
+    cluster.snapshots.publish(make_snapshot(1))
+    assert not offers.wait_until(lambda: not offers.behind({"a": 1}, 1), timeout_s=0.02)
+    Timer(0.05, cluster.weights_ready, ["a", 1]).start()
+    assert offers.wait_until(lambda: not offers.behind({"a": 1}, 1), timeout_s=10)
+    events = []
+    Timer(0.05, lambda: (events.append(1), offers.notify())).start()
+    assert offers.wait_until(lambda: bool(events), timeout_s=10)
+
+
+def test_announcements_go_to_live_actors_only():
+    cluster = joined("a")
+    cluster.heard("a", Weights)
+    snapshot = make_snapshot(1)
+    offer = msgspec.structs.replace(snapshot.announcement("collective"), epoch=1, rank=1)
+    cluster.offers.announce("a", offer, snapshot)
+    cluster.offers.announce("gone", offer, snapshot)
+    assert cluster.heard_with_payloads("a", Weights) == [(offer, (snapshot.digests,))]
+    assert cluster.heard("gone", Weights) == []
+
+
+# ---- Evaluation --------------------------------------------------------------------------------
+
+
+def test_evaluation_leases_go_only_to_actors_that_have_the_version():
+    cluster = Cluster()
+    cluster.join("old")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.join("new")
+    cluster.weights_ready("new", version=1)
+    cluster.coordinator.start_evaluation([make_work(f"h{i}", "eval") for i in range(3)], version=1)
+    cluster.coordinator.tick()
+    assert cluster.leases("old") == []
+    assert [lease.purpose for lease in cluster.heard("new", Lease)] == ["eval"] * 3
+    cluster.weights_ready("old", version=1)
+    assert cluster.leases("old") == []  # none are left
+
+
+def test_an_evaluation_ends_with_the_means_over_the_rollouts_that_a_reward_applies_to():
+    cluster = Cluster()
+    cluster.join("a")
+    works = [make_work(f"h{i}", "eval") for i in range(2)]
+    evaluation = cluster.coordinator.start_evaluation(works, version=0)
+    cluster.coordinator.tick()
+    first, second = cluster.leases("a")
+    cluster.finish("a", first, scores=[[1, NAN], [0, NAN]], lengths=(3, 2))
+    assert not evaluation.done.is_set()
+    cluster.finish("a", second, scores=[[1, 4], [1, NAN]], lengths=(8, 7))
+    assert evaluation.done.is_set()
+    # format: (1 + 0 + 1 + 1) / 4; correctness: 4 / 1; tokens: (3 + 2 + 8 + 7) / 4.
+    assert evaluation.means(("format", "correctness")) == {"format": 0.75, "correctness": 4.0}
+    assert (evaluation.mean_tokens, evaluation.num_prompts, evaluation.num_failed) == (5, 2, 0)
+    assert len(cluster.buffer) == 0
+    assert cluster.coordinator.leases.books["eval"].received == 2
+
+
+def test_a_prompt_that_always_fails_is_left_out_of_the_evaluation():
+    cluster = Cluster(make_config(learner={"batch_groups": 4}))
+    cluster.join("a", capacity=1)
+    works = [make_work(f"h{i}", "eval") for i in range(2)]
+    evaluation = cluster.coordinator.start_evaluation(works, version=0)
+    cluster.coordinator.tick()
+    while leases := cluster.heard("a", Lease):
+        [lease] = leases
+        if lease.prompt_id == "h0":
+            cluster.say("a", Failed(lease=lease.lease, kind="prompt", cause="x"))
+        else:
+            cluster.finish("a", lease.lease, scores=[[1, NAN], [0, NAN]])
+    assert evaluation.done.is_set()
+    assert (evaluation.num_prompts, evaluation.num_failed) == (1, 1)
+    assert evaluation.means(("format", "correctness")) == {"format": 0.5, "correctness": None}
+
+
+def test_what_is_left_of_an_ended_evaluation_does_not_count_in_the_next():
+    cluster = Cluster()
+    cluster.join("a", capacity=2)
+    cluster.coordinator.start_evaluation([make_work(f"old{i}", "eval") for i in range(2)], 0)
+    cluster.coordinator.tick()
+    late, lost = cluster.leases("a")
+    cluster.coordinator.end_evaluation()
+    evaluation = cluster.coordinator.start_evaluation([make_work("new", "eval")], version=0)
+    cluster.finish("a", late, scores=[[0, 0], [0, 0]])
+    assert (evaluation.num_prompts, evaluation.done.is_set()) == (0, False)
+    cluster.say("a", Failed(lease=lost, kind="prompt", cause="x"))
+    new, *others = cluster.heard("a", Lease)
+    assert (new.prompt_id, others) == ("new", [])
+    cluster.finish("a", new.lease, scores=[[1, 1], [1, 1]])
+    assert evaluation.done.is_set()
+    assert evaluation.means(("format", "correctness")) == {"format": 1, "correctness": 1}
+
+
+def test_an_evaluation_of_nothing_is_done_at_once():
+    evaluation = Cluster().coordinator.start_evaluation([], version=0)
+    assert evaluation.done.is_set()
+    assert evaluation.means(("format",)) == {"format": None}
+    assert evaluation.mean_tokens == 0

@@ -53,34 +53,50 @@ class AlgorithmConfig(StrictModel):
     """Advantages and loss; see the package `gdpo`."""
 
     estimator: EstimatorName = "gdpo"
+    """How the rewards of a group become advantages; formulae in `gdpo.advantages`."""
     advantage_eps: PositiveFloat = 1e-6
+    """Added to every standard deviation that is divided by."""
     min_std: NonNegativeFloat = 0.0
     """A reward whose standard deviation in a group is not above it counts as constant there."""
     advantage_clamp: PositiveFloat | None = None
+    """Limit on the size of an advantage; None for no limit."""
     exclude_dead_from_batch_std: bool = False
     """Leave groups without any signal out of the batch's standard deviation."""
     batch_std_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the batches before in the batch's standard deviation."""
 
     correction: CorrectionName = "icepop"
+    """How the loss learns from stale tokens; formulae in `gdpo.corrections`."""
     proximal: Literal["recomputed", "interpolated"] = "recomputed"
     """``interpolated`` by the tokens' versions saves a forward pass over the batch."""
-    clip_low: PositiveFloat | None = None
-    """This limit and those below: None takes the correction's own default."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Ratios are clipped below 1 - clip_low. For this limit and those below, None takes the
+    correction's own default; a limit that the correction does not have is an error."""
     clip_high: PositiveFloat | None = None
+    """Ratios are clipped above 1 + clip_high."""
     weight_floor: NonNegativeFloat | None = None
+    """Tokens of smaller importance weight are masked."""
     weight_cap: PositiveFloat | None = None
-    tv_limit: PositiveFloat | None = None
+    """Tokens of larger importance weight are masked (``icepop``) or truncated to it."""
+    tv_limit: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Tokens whose probability moved further than this are masked."""
     log_ratio_penalty: NonNegativeFloat | None = None
+    """Coefficient of the squared log ratio to the policy that sampled."""
     second_moment_limit: PositiveFloat | None = None
+    """Tokens are masked until the mean squared log ratio is below it."""
     scale_lr_by_ess: bool = False
     """Scale each optimiser step by the square root of the effective sample size (VCPO)."""
 
     aggregation: AggregationName = "token_mean"
+    """How the tokens' objectives are averaged: all tokens alike, all sequences alike, or divided
+    by a constant, the tokens of the longest possible responses."""
     kl_coefficient: NonNegativeFloat = 0.0
-    """Of the KL divergence to the model that training began with; above 0 keeps a copy of it."""
+    """Weight of the KL divergence to the model that training began with; above 0 keeps a copy of
+    it."""
     kl_kind: KlName = "k3"
+    """Estimate of that divergence; formulae in `gdpo.penalties`."""
     entropy_coefficient: float = 0.0
+    """Weight of the policy's entropy as a bonus."""
 
     @model_validator(mode="after")
     def _limits_are_those_of_the_correction(self) -> Self:

@@ -111,7 +111,7 @@ def check_model(config: RunConfig) -> None:
 
 
 def _names_folder(path: str) -> bool:
-    """Rather than a model of the hub."""
+    """Whether a path means a folder and not a model of the hub."""
     return path.startswith((".", "/", "~"))
 
 

@@ -29,8 +29,9 @@ class RewardSetting:
     """What the rewards count in one batch: the values in force."""
 
     weights: Mapping[str, float]
-    """By name, in the order of the configuration."""
+    """Weight of each reward by its name, in the order of the configuration."""
     when: Mapping[str, When | None]
+    """Condition of each reward by its name, None without, in the same order."""
 
     @property
     def conditions(self) -> list[gdpo.RewardCondition]:

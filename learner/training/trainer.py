@@ -46,11 +46,11 @@ class StepResult:
     """What one step did."""
 
     version: int
-    """Of the policy after it."""
+    """Version of the policy after it."""
     num_tokens: int
     """Sampled tokens trained on."""
     staleness: list[int]
-    """Of each group, when the batch was cut."""
+    """Staleness of each group when the batch was cut, in training batches."""
     metrics: dict[str, float]
     rewards: dict[str, float]
     """Mean raw score of each reward."""
@@ -64,7 +64,7 @@ class StepResult:
 
 
 class Trainer:
-    """Owns the optimiser and the policy version."""
+    """The owner of the optimiser and of the policy version."""
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ def objective(correction: str, **limits: float) -> float:
 
 
 def gradient(correction: str, **limits: float) -> list[float]:
-    """Of the sum of the objective."""
+    """Gradient of the sum of the objective, token by token."""
     leaf = POLICY.clone().requires_grad_()
     loss_of(correction, leaf, **limits).loss.backward()
     assert leaf.grad is not None

@@ -231,6 +231,8 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("learner.lr=inf", "learner.lr: "),
         ("learner.steps=1.5", "learner.steps: "),
         ("algorithm.estimator=gdp", "algorithm.estimator: "),
+        ("algorithm.clip_low=1.5", "algorithm.clip_low: "),
+        ("algorithm.tv_limit=2", "algorithm.tv_limit: "),
         ("name=../other", "name: "),
         ("name=''", "name: "),
         ("rewards.format.name=Format", "rewards.0.name: "),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 
-from learner.config.run import WeightsConfig
+from learner.config.weights import WeightsConfig
 from learner.registry import ActorState
 from learner.weights.epochs import EpochRecord, Epochs
 from learner.weights.offers import Offers

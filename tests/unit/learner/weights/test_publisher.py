@@ -10,7 +10,7 @@ import torch
 
 from actors.weights.broadcast import Collective
 from actors.weights.receive_buffer import ReceiveBuffer
-from learner.config.run import WeightsConfig
+from learner.config.weights import WeightsConfig
 from learner.weights.publisher import CLOSE_TIMEOUT_S, Publisher, PushReport
 from learner.weights.routes import Topology
 from learner.weights.stream import WeightsStream

@@ -126,6 +126,6 @@ def test_an_interrupt_is_an_exit_code_and_no_traceback(monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.cli._check", interrupt)
+    monkeypatch.setattr("deploy.commands.operate._check", interrupt)
     assert main(["check", "recipe.toml"]) == 130
     assert capsys.readouterr().err == ""

@@ -23,7 +23,9 @@ def add_commands(commands: "Commands") -> None:
     check.set_defaults(command=_check)
 
     change = commands.add_parser("set", help="change weights and conditions of a run's rewards")
-    change.add_argument("run", type=Path, metavar="FOLDER", help="of a run that is going on")
+    change.add_argument(
+        "run", type=Path, metavar="FOLDER", help="the folder of a run that is going on"
+    )
     change.add_argument(
         "assignments",
         nargs="*",
@@ -49,7 +51,7 @@ def add_commands(commands: "Commands") -> None:
         help="from one look to the next (default: 1)",
     )
     top.add_argument(
-        "--once", action="store_true", help="print it and leave; so it is without a terminal"
+        "--once", action="store_true", help="print it and leave; without a terminal it always does"
     )
     top.set_defaults(command=_top)
 

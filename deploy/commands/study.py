@@ -36,7 +36,7 @@ def add_commands(commands: "Commands") -> None:
     _add_compare(commands)
 
     journal = commands.add_parser("journal", help="print what the journal of a run holds")
-    journal.add_argument("run", type=Path, metavar="FOLDER", help="of the run")
+    journal.add_argument("run", type=Path, metavar="FOLDER", help="the run folder")
     journal.add_argument(
         "--replay",
         action="store_true",
@@ -45,7 +45,9 @@ def add_commands(commands: "Commands") -> None:
     journal.set_defaults(command=_journal)
 
     plot = commands.add_parser("plot", help="draw the curves of a run or comparison again")
-    plot.add_argument("run", type=Path, metavar="FOLDER", help="of the run or comparison")
+    plot.add_argument(
+        "run", type=Path, metavar="FOLDER", help="the folder of the run or comparison"
+    )
     plot.set_defaults(command=_plot)
 
 
@@ -69,9 +71,13 @@ def _add_compare(commands: "Commands") -> None:
         metavar="N,N,...",
         help="train each at these fixed stalenesses (they set training.max_staleness too)",
     )
-    compare.add_argument("--seeds", type=positive, default=5, help="how many (default: 5)")
+    compare.add_argument(
+        "--seeds", type=positive, default=5, metavar="N", help="how many (default: 5)"
+    )
     compare.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/compare-CONFIG")
-    compare.add_argument("--jobs", type=positive, help="runs at once (default: one per core)")
+    compare.add_argument(
+        "--jobs", type=positive, metavar="N", help="runs at once (default: one per core)"
+    )
     add_allow_rewards(compare)
     compare.set_defaults(command=_compare)
 

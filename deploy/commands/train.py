@@ -45,7 +45,11 @@ def add_commands(commands: "Commands") -> None:
         help="address that the learner prints when it starts",
     )
     actor.add_argument(
-        "--metrics-port", type=int, default=0, metavar="PORT", help="0 (default): any free port"
+        "--metrics-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="port of the HTTP pages; 0 (default): any free one",
     )
     actor.add_argument(
         "--metrics-host",
@@ -62,7 +66,9 @@ def add_commands(commands: "Commands") -> None:
         metavar="SECONDS",
         help="longest wait for the learner's first answer (default: 30)",
     )
-    actor.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
+    actor.add_argument(
+        "--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)"
+    )
     add_allow_rewards(actor)
     _add_child_options(actor)
     actor.set_defaults(command=_actor)

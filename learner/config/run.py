@@ -26,7 +26,7 @@ from protocol.sockets import is_loopback, parse_tcp
 
 
 class RunConfig(StrictModel):
-    """The settings outside of any section."""
+    """The configuration of a run. These keys stand before the first section."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run and of its folder; the configuration file's name where none is given."""

@@ -51,6 +51,7 @@ class Cell:
 
     @property
     def overrides(self) -> list[str]:
+        """What makes this cell of the recipe."""
         lag = [f"buffer.lag={self.lag}", f"learner.max_staleness={self.lag}"]
         return [
             f"algorithm.estimator={self.estimator}",

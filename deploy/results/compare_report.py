@@ -73,6 +73,7 @@ def read_result(folder: Path) -> Result:
 
 
 def reward_names(result: Result) -> list[str]:
+    """Return the names of the rewards, in the order of the configuration."""
     return list(result["runs"][0]["curves"])
 
 

@@ -19,8 +19,8 @@ from rich.live import Live
 
 from deploy.watch.status import TIMEOUT_S, fetch_status
 from deploy.watch.top_picture import Picture
-from learner.records import Status, label
 from learner.run_folder import RunFolder
+from learner.status import Status, label
 from protocol.errors import AsyncGdpoError, ConfigError, PeerLost, brief
 
 FIRST_ANSWER_S = 5.0

@@ -33,7 +33,7 @@ from learner.coordinator.self_check import SelfCheck
 from learner.prompts.rows import load_rows
 from learner.prompts.stream import PromptStream, check_work, evaluation_work
 from learner.prompts.work_queue import WorkQueue, group_limits
-from learner.records import Control, Endpoints, EvaluationResult, Status, Summary
+from learner.records import Control, Endpoints, EvaluationResult, Summary
 from learner.recovery.checkpoints import Checkpoint, newest
 from learner.recovery.history import JOURNAL_TIMEOUT_S, History
 from learner.recovery.resume import Resumed, load_trainer
@@ -51,6 +51,7 @@ from learner.run.reports import (
 from learner.run.throughput import Progress as Throughput
 from learner.run_folder import RunFolder
 from learner.state import RunState
+from learner.status import Status
 from learner.training.reward_settings import RewardSetting, RewardSettings
 from learner.training.trainer import StepResult
 from learner.weights.chunks import Answer, ChunkSource

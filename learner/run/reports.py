@@ -9,22 +9,17 @@ from learner.coordinator.access import Access
 from learner.coordinator.coordinator import Coordinator
 from learner.prompts.evaluation import Evaluation
 from learner.records import (
-    ActorStatus,
     Books,
-    EpochStatus,
     EvaluationResult,
     GroupBooks,
     LeaseBooks,
-    PushStatus,
     RewardChangeRecord,
-    Status,
     Step,
     Summary,
     SummaryRewards,
     SummaryStaleness,
     SummaryThroughput,
     SummaryWeights,
-    WeightsStatus,
 )
 from learner.registry import ActorState
 from learner.replay.buffer import ReplayBuffer
@@ -32,6 +27,7 @@ from learner.run.progress import Progress
 from learner.run.throughput import Progress as Throughput
 from learner.run.throughput import Rates
 from learner.run_folder import RunFolder
+from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
 from learner.training.reward_settings import RewardSettings
 from learner.training.trainer import StepResult
 from learner.weights.publisher import Publisher, PushReport

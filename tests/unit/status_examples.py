@@ -75,8 +75,8 @@ EARLY: dict[str, Any] = {
     "connections_refused": {},
     "messages_refused": {},
     "bottleneck": None,
-    "actors": [],
     "weights": WEIGHTS,
+    "actors": [],
 }
 RUNNING: dict[str, Any] = EARLY | {
     "phase": "training",

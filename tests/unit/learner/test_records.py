@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from learner.records import Record, Status, Step, Summary
+from learner.records import Record, Step, Summary
+from learner.status import Status
 from tests.unit.record_examples import STEP, SUMMARY
 from tests.unit.status_examples import EARLY, WATCHED
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from deploy.results.summary import print_summary
 from deploy.watch.display import Display, render_line, render_panel
 from deploy.watch.status import read_status
-from learner.records import Status
+from learner.status import Status
 from tests.unit.record_examples import make_summary
 from tests.unit.status_examples import EARLY, RUNNING
 

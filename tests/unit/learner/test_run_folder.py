@@ -127,7 +127,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(recipe, tmp_path):
 def test_a_run_that_is_complete_goes_on_only_with_more_steps(recipe, tmp_path):
     folder = make_folder(recipe, tmp_path, "training.steps=5")
     folder.write_summary(make_summary(steps=5))
-    with pytest.raises(ConfigError, match=r"is complete, with 5 steps; .* learner\.steps=N"):
+    with pytest.raises(ConfigError, match=r"is complete, with 5 steps; .* training\.steps=N"):
         RunFolder.resume(folder.path, [])
     RunFolder.resume(folder.path, ["training.steps=6"])
     # One that was stopped while it was evaluated.

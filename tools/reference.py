@@ -168,10 +168,8 @@ def _metrics() -> Iterator[str]:
     yield "Served at `/metrics` in the format of Prometheus. A counter ends in `_total`; a"
     yield "histogram has `_bucket`, `_sum` and `_count`."
     yield ""
-    registry = CollectorRegistry()
-    StepMetrics(registry)
     yield from ("## Learner", "", "On `endpoints.metrics_port` of the learner.", "")
-    yield from _metric_table([*_registered(registry), *_collected(StateCollector)])
+    yield from _metric_table([*_registered(StepMetrics), *_collected(StateCollector)])
     yield from ("## Actor", "", "On `--metrics-port` of every actor.", "")
     yield from _metric_table(_collected(StatusCollector))
 
@@ -189,8 +187,16 @@ def _metric_table(metrics: Iterable[tuple[Metric, Sequence[str]]]) -> Iterator[s
     return _table(("metric", "type", "labels", "meaning"), rows)
 
 
-def _registered(registry: CollectorRegistry) -> Iterator[tuple[Metric, Sequence[str]]]:
-    """Read the metrics that are updated as things happen."""
+def _registered(*kinds: type[object]) -> Iterator[tuple[Metric, Sequence[str]]]:
+    """Read the metrics that these classes register and update as things happen."""
+    registry, nothing = CollectorRegistry(), _Nothing()
+    for kind in kinds:
+        kind(
+            **{
+                name: registry if name == "registry" else nothing
+                for name in signature(kind).parameters
+            }
+        )
     for collector in registry._collector_to_names:
         for metric in collector.collect():
             yield metric, getattr(collector, "_labelnames", ())

@@ -184,7 +184,7 @@ class StateCollector(Collector):
         yield _gauge("gdpo_buffer_bytes", "Memory of the groups", self._buffer.size_bytes)
         if self._journal is not None:
             size = self._journal.size_bytes
-            yield _gauge("gdpo_journal_bytes", "What the journal holds", size)
+            yield _gauge("gdpo_journal_bytes", "Size of the journal", size)
         yield _gauge("gdpo_actors_live", "Actors connected", self._coordinator.num_live)
         yield _gauge(
             "gdpo_actors_wanted",
@@ -192,9 +192,15 @@ class StateCollector(Collector):
             rates.actors_wanted or 0,
         )
         yield _gauge("gdpo_actor_idle_ratio", "Idle share of actors", rates.actor_idle_share)
-        yield _gauge("gdpo_learner_wait_ratio", "Waiting share", rates.learner_wait_share)
+        yield _gauge(
+            "gdpo_learner_wait_ratio",
+            "Share of time that the learner waits",
+            rates.learner_wait_share,
+        )
         yield _counter(
-            "gdpo_learner_wait_seconds", "Waited for groups", self._progress.wait_seconds
+            "gdpo_learner_wait_seconds",
+            "Time that the learner waited for groups",
+            self._progress.wait_seconds,
         )
         yield _counter(
             "gdpo_cluster_tokens_generated",
@@ -202,11 +208,20 @@ class StateCollector(Collector):
             self._progress.tokens_generated,
         )
         yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
-        yield _counter("gdpo_tokens_accepted", "Their completion tokens", books.accepted_tokens)
+        yield _counter(
+            "gdpo_tokens_accepted", "Completion tokens of groups accepted", books.accepted_tokens
+        )
         yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
         yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
-        yield _by("gdpo_tokens_evicted", "Their tokens", "cause", books.evicted_tokens)
-        yield _by("gdpo_groups_received", "Group messages", "verdict", counters.verdicts)
+        yield _by(
+            "gdpo_tokens_evicted",
+            "Completion tokens of groups evicted",
+            "cause",
+            books.evicted_tokens,
+        )
+        yield _by(
+            "gdpo_groups_received", "Group messages, by verdict", "verdict", counters.verdicts
+        )
         yield _counter("gdpo_bad_messages", "Messages refused as invalid", counters.bad_messages)
         yield _counter(
             "gdpo_unknown_session_messages",
@@ -238,7 +253,7 @@ class StateCollector(Collector):
             counters.digest_mismatches,
         )
         yield _counter(
-            "gdpo_weight_stream_bytes", "Sent to actors that pull", self._stream.sent_bytes
+            "gdpo_weight_stream_bytes", "Bytes sent to actors that pull", self._stream.sent_bytes
         )
         yield _counter(
             "gdpo_weight_stream_seconds",

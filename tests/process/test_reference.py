@@ -1,6 +1,7 @@
 """Pages made from the code: they are as it says, and a change of it that they miss is found."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,23 @@ def test_what_is_written_is_what_is_compared(tmp_path, monkeypatch, capsys):
     assert reference.main([]) == 0
     assert reference.main(["--check"]) == 0
     assert len(list((tmp_path / "reference").iterdir())) == 3
+
+
+def test_every_metric_that_the_code_names_is_on_the_page():
+    sources = [
+        path.read_text()
+        for folder in ("learner", "actors")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    named = {
+        name
+        for source in sources
+        if "prometheus_client" in source
+        for name in re.findall(r'"(gdpo_[a-z0-9_]+)"', source)
+    }
+    assert len(named) > 60
+    page = reference.pages()["metrics.md"]
+    assert [name for name in sorted(named) if not re.search(f"`{name}(_total)?`", page)] == []
 
 
 def test_pages_name_no_folder_of_this_machine():

@@ -83,7 +83,7 @@ def test_a_key_is_explained_without_a_configuration(capsys, key, expected):
         ),
         (["check", "--explain", "learning_rate"], "did you mean optimizer.lr?"),
         (["check", "--explain", "lora.rank"], "there is no such setting"),
-        (["check", "RECIPE", "training.steps=3"], "did you mean training.steps?"),
+        (["check", "RECIPE", "learner.steps=3"], "did you mean training.steps?"),
         (["check", "none.toml"], "cannot read none.toml"),
         (["run", "none.toml"], "cannot read none.toml"),
         (["learner", "none.toml"], "cannot read none.toml"),

@@ -207,7 +207,7 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path, override, problem)
             "rewards.0.schedule.0.from_step",
         ),
         ("actor.max_lease=1", "actor.max_lease", "actor.max_leases"),
-        ("training.steps=1", "training.steps", "training.steps"),
+        ("learner.steps=1", "learner.steps", "training.steps"),
         ("optimizer.steps=1", "optimizer.steps", "training.steps"),
         ("optimizer.learning_rate=1", "optimizer.learning_rate", "optimizer.lr"),
         ("actor.sampling.max_tokens=3", "actor.sampling.max_tokens", "sampling.max_tokens"),

@@ -76,7 +76,7 @@ def test_a_section_names_those_inside_it():
     ("path", "near"),
     [
         ("training.lr", "optimizer.lr"),
-        ("training.steps", "training.steps"),
+        ("learner.steps", "training.steps"),
         ("steps", "training.steps"),
         ("learning_rate", "optimizer.lr"),
         ("training.learning_rate", "optimizer.lr"),

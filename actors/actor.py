@@ -69,7 +69,7 @@ from protocol.messages import (
 )
 from protocol.observability import Heartbeat, ObservabilityServer
 from protocol.weights import layout
-from transfer.collective import gpu_identity, nccl_available
+from transfer.backends import gpu_identity, nccl_available
 
 log = logging.getLogger("actor")
 

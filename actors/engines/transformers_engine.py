@@ -19,8 +19,8 @@ from actors.engines.model_files import end_ids
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec, tensor_digest
-from transfer.packed import view
 from transfer.shared_memory import SharedMemory
+from transfer.views import view
 
 CLOSE_TIMEOUT_S = 2.0
 """For the token at hand; `actors.actor.DRAIN_TIMEOUT_S` counts on it."""

@@ -17,7 +17,7 @@ import torch
 
 from actors.engines.vllm_engine import ACTOR_PID
 from protocol.weights import TensorSpec
-from transfer.packed import view
+from transfer.views import view
 
 
 def _exit_with(pid: int) -> None:

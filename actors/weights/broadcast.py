@@ -17,7 +17,8 @@ from protocol.errors import CollectiveError
 from protocol.messages import Weights
 from protocol.sockets import address_towards, parse_tcp
 from protocol.weights import CHUNK_BYTES
-from transfer.collective import Backend, Group, create_backend, join_store
+from transfer.backends import create_backend
+from transfer.collective import Backend, BroadcastGroup, join_store
 
 
 class Collective:
@@ -28,7 +29,7 @@ class Collective:
         self._host, self._port = parse_tcp(learner_url)
         self._device = device
         self._backend: Backend | None = None
-        self._group: Group | None = None
+        self._group: BroadcastGroup | None = None
         self._epoch: int | None = None
 
     def receive(self, offer: Weights, turn: Turn) -> None:
@@ -55,7 +56,7 @@ class Collective:
         if self._group is not None:
             self._group.abort()
 
-    def _meet(self, offer: Weights) -> tuple[Backend, Group]:
+    def _meet(self, offer: Weights) -> tuple[Backend, BroadcastGroup]:
         assert offer.epoch is not None
         # Asked anew, and not by whoever makes this object: that may wait for a name server, or
         # fail while the network is down.
@@ -66,7 +67,7 @@ class Collective:
         return backend, group
 
 
-def _receive(group: Group, spans: list[tuple[int, int]], turn: Turn) -> None:
+def _receive(group: BroadcastGroup, spans: list[tuple[int, int]], turn: Turn) -> None:
     """Bucket by bucket; each is hashed while the next one arrives."""
     pending: Callable[[], None] | None = group.begin(turn.lend(*spans[0]))
     for span, following in zip(spans, [*spans[1:], None], strict=True):
@@ -84,7 +85,7 @@ def _receive(group: Group, spans: list[tuple[int, int]], turn: Turn) -> None:
 
 
 def _receive_and_copy(
-    group: Group, backend: Backend, spans: list[tuple[int, int]], turn: Turn
+    group: BroadcastGroup, backend: Backend, spans: list[tuple[int, int]], turn: Turn
 ) -> None:
     with backend.stream():
         # Of this stream's memory: what the engine's has just freed may still be in use.

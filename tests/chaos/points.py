@@ -42,7 +42,7 @@ POINTS = {
     "push": Point("actors.weights.broadcast:Collective.receive", "before"),
     "push.joined": Point("actors.weights.broadcast:Collective._meet", "after"),
     # Before each bucket of every broadcast; on the learner, too.
-    "push.bucket": Point("transfer.collective:_GlooGroup.begin", "before"),
+    "push.bucket": Point("transfer.gloo:GlooGroup.begin", "before"),
     "push.received": Point("actors.weights.broadcast:Collective.receive", "after"),
     "push.loaded": Point("actors.link:LearnerLink.send", "before", of="WeightsReady"),
     "goodbye": Point("actors.link:LearnerLink.send", "before", of="Goodbye"),

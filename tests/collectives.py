@@ -93,7 +93,7 @@ class Served:
 
     def broadcast(self, seed: int, num_bytes: int) -> str:
         """The digest of the bucket afterwards; rank 0 fills it from the seed before."""
-        with self._backend.stream():
+        with self._backend.copy_context():
             if self._rank == 0:
                 bucket = make_bucket(seed, num_bytes).to(self._backend.device)
             else:

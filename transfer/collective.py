@@ -79,7 +79,7 @@ class Backend(Protocol):
         `CollectiveError` if one of the members does not come in time.
         """
 
-    def stream(self) -> AbstractContextManager[object]:
+    def copy_context(self) -> AbstractContextManager[object]:
         """Context for copies from and to buckets: on a GPU it orders them with the broadcasts."""
 
 

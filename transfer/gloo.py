@@ -27,7 +27,7 @@ class GlooBackend(StoreBackend):
         options._devices = [ProcessGroupGloo.create_device(hostname=self._own_address)]
         return GlooGroup(ProcessGroupGloo(store, rank, world_size, options), timeout)
 
-    def stream(self) -> AbstractContextManager[object]:
+    def copy_context(self) -> AbstractContextManager[object]:
         """No context: copies in CPU memory are done when they return."""
         return nullcontext()
 

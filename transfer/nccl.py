@@ -77,15 +77,15 @@ class NcclBackend(StoreBackend):
         options = ProcessGroupNCCL.Options()
         options.config.blocking = 0
         options._timeout = timeout
-        with self.stream():
+        with self.copy_context():
             first = torch.zeros(1, dtype=torch.uint8, device=self.device)
         with _without_watchdog():
             group = NcclGroup(ProcessGroupNCCL(store, rank, world_size, options), self, timeout)
         group.broadcast(first)
         return group
 
-    def stream(self) -> AbstractContextManager[object]:
-        """The CUDA stream that broadcasts run on."""
+    def copy_context(self) -> AbstractContextManager[object]:
+        """Context that puts copies on the CUDA stream of the broadcasts."""
         return torch.cuda.stream(self._stream)
 
 
@@ -111,7 +111,7 @@ class NcclGroup:
             raise CollectiveError("the epoch is over")
 
         def exchange() -> None:
-            with self._backend.stream():
+            with self._backend.copy_context():
                 pending = self._group.broadcast(bucket, 0, self._timeout)  # type: ignore[attr-defined]
                 # CUDA has no wait with a deadline. With one, this asks every millisecond, in C++
                 # and without the GIL, whether the broadcast is done or the communicator broken.

@@ -169,7 +169,7 @@ class Epochs:
             if epoch.over:
                 return
             bucket = snapshot.packed[offset : offset + self._bucket_bytes]
-            with self._backend.stream():
+            with self._backend.copy_context():
                 sent = bucket.to(self._backend.device)
             group.broadcast(sent)
         epoch.record.pushes += 1

@@ -35,7 +35,7 @@ POINTS = {
     # Actor: a lease has come, others are being generated.
     "rollout": Point("actors.rollouts.single_turn:RolloutWorker.roll_out", "before"),
     "rollout.done": Point("actors.rollouts.single_turn:RolloutWorker.roll_out", "after"),
-    "engine.start": Point("actors.actor:start_engine", "before"),
+    "engine.start": Point("actors.build:start_engine", "before"),
     "upload": Point("actors.link:LearnerLink.send", "before", of="GroupHeader"),
     "upload.sent": Point("actors.link:LearnerLink.send", "after", of="GroupHeader"),
     # Actor: the learner already waits in the collective; then the others wait too.

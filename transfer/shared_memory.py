@@ -53,7 +53,7 @@ class SharedMemory:
         when_gone(self, os.close, self.descriptor)
         os.truncate(self.descriptor, num_bytes)
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
-        """File by which other processes of this user map the same pages, while this object lives."""
+        """File by which processes of this user map the same pages, while this object lives."""
         self.tensor = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
         """uint8 [num_bytes]; it keeps the pages even when this object is gone."""
         if pinned:

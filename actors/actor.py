@@ -22,7 +22,7 @@ Threads, all daemons:
 | engine          | decodes and loads weights (transformers)               | the engine closes  |
 | start-vllm      | starts vLLM                                            | it has started     |
 | close-engine    | waits for the engine's end                             | it has ended       |
-| broadcast       | receives weights in a collective                       | they arrived |
+| broadcast       | receives weights in a collective                       | they arrived       |
 | collective      | one call of torch that cannot be interrupted           | it returns         |
 | nccl-abort      | aborts a communicator                                  | its kernels ended  |
 | shared-memory   | reads the learner's memory                             | it is read         |

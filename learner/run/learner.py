@@ -43,7 +43,7 @@ from learner.run.reports import evaluation_report, status_report, step_line, sum
 from learner.run.throughput import Progress
 from learner.run_folder import RunFolder
 from learner.state import RunState
-from learner.training.reward_settings import RewardSetting, RewardSettings
+from learner.training.reward_settings import RewardSchedule, RewardSetting
 from learner.training.trainer import StepResult
 from learner.weights.chunks import Answer, ChunkSource
 from learner.weights.pack import MemoryPool, pack
@@ -109,7 +109,7 @@ class Learner:
         self._heartbeat = Heartbeat("trainer", limit_s=120.0)
         self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
         self._topology = topology_of(config, next(self.policy.model.parameters()).device)
-        self.rewards = RewardSettings(config.rewards, config.training.steps)
+        self.rewards = RewardSchedule(config.rewards, config.training.steps)
         self.history = History(self.folder, config, self.policy)
         self.buffer = ReplayBuffer.of(config)
 

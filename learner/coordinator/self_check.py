@@ -28,7 +28,7 @@ from learner.training.policy import Policy
 from learner.weights.snapshots import Snapshot
 from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
 from protocol.groups import Group
-from transfer.packed import view
+from transfer.views import view
 
 log = logging.getLogger("learner")
 

@@ -27,7 +27,7 @@ from learner.weights.snapshots import Snapshot, SnapshotStore
 from learner.weights.stream import WeightsStream
 from protocol.errors import AsyncGdpoError, TrainingError
 from protocol.messages import Route
-from transfer.collective import create_backend
+from transfer.backends import create_backend
 
 log = logging.getLogger("learner")
 

@@ -135,7 +135,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             "limit": learner.config.learner.max_staleness,
         },
         "lag0_logprob_difference": learner.lag0_difference,
-        "phase_seconds": learner.phase_seconds,
+        "phase_seconds": learner.phases.mean_seconds,
         "actors_lost": learner.coordinator.counters.actors_lost,
         "bad_messages": learner.coordinator.counters.bad_messages,
         **_refused(learner),

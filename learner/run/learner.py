@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from learner.config.run import RunConfig
 from learner.coordinator.access import Access
+from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
 from learner.coordinator.intake import Intake
 from learner.coordinator.self_check import SelfCheck
@@ -116,7 +117,10 @@ class Learner:
     def _assemble(self) -> None:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
-        self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
+        checks = [check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]]
+        self._self_check = (
+            SelfCheck(self.policy, config, checks) if config.learner.self_check else None
+        )
         self._memory = MemoryPool(
             total_bytes(self.policy.specs),
             pinned=any(parameter.is_cuda for parameter in self.policy.model.parameters()),
@@ -133,14 +137,16 @@ class Learner:
         self._pacing = config.pacing()
         self.coordinator = Coordinator(
             config,
-            welcome=Welcome(
-                run_id=self.folder.run_id,
-                actor=config.for_actors().model_dump(mode="json"),
-                model_digest=self.policy.files_digest,
-                files=tuple(self.policy.files),
-                manifest=self.policy.manifest,
+            greeting=Greeting(
+                Welcome(
+                    run_id=self.folder.run_id,
+                    actor=config.for_actors().model_dump(mode="json"),
+                    model_digest=self.policy.files_digest,
+                    files=tuple(self.policy.files),
+                    manifest=self.policy.manifest,
+                ),
+                tuple(self.policy.files.values()),
             ),
-            files=tuple(self.policy.files.values()),
             work=self._work,
             buffer=self.buffer,
             pacing=self._pacing,
@@ -151,7 +157,6 @@ class Learner:
             clock=time.monotonic,
             on_pull=self.weights_stream.pull,
             self_check=self._self_check,
-            checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
         )
         self.progress = Progress(self.coordinator, config.learner.batch_groups)
 

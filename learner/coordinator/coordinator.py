@@ -94,13 +94,13 @@ class Coordinator:
         ``on_pull`` takes an actor's pull, which is answered through `answer_pull`.
         Without a ``self_check`` new actors are not checked.
         """
-        self._config = config.learner
+        self._deadlines = config.deadlines
         self._work = work
         self._buffer = buffer
         self._clock = clock
         self._on_pull = on_pull
         self._bad_message_logged_at = float("-inf")
-        self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
+        self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._registry = Registry(
@@ -115,7 +115,7 @@ class Coordinator:
             self._registry,
             self._offers,
             greeting=greeting,
-            max_actors=config.learner.max_actors,
+            max_actors=config.admission.max_actors,
             self_check=self_check,
             on_result=self._judged,
         )
@@ -211,7 +211,7 @@ class Coordinator:
         with self._lock:
             now = self._clock()
             self._registry.forget_silent(
-                now, self._config.actor_timeout_s, self._config.join_timeout_s
+                now, self._deadlines.actor_timeout_s, self._deadlines.join_timeout_s
             )
             self._leasing.end_overdue(now)
             self._offers.tick(now)
@@ -341,7 +341,7 @@ class Coordinator:
     def raise_if_failed(self) -> None:
         """Raise what made it impossible to continue, if anything did."""
         with self._lock:
-            self._registry.raise_if_failed(self._config.wait_for_actors_s)
+            self._registry.raise_if_failed(self._deadlines.wait_for_actors_s)
 
     # --- views ----------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ class Resumed:
             finished(cut.step, again.finished)
             train(again, setting)
             buffer.step_done()
-        command_up_to(self.config.learner.steps)
+        command_up_to(self.config.training.steps)
         fetch(list(alive))
 
     def restore_work(
@@ -133,10 +133,10 @@ class Resumed:
 
     def _check_steps(self, cuts: Sequence[RecordedBatch]) -> None:
         """Check that the cuts follow the checkpoint, and that the run is to go as far as that."""
-        reached, steps = self.version + len(cuts), self.config.learner.steps
+        reached, steps = self.version + len(cuts), self.config.training.steps
         if reached > steps:
             raise ConfigError(
-                f"learner.steps = {steps}, but the run is at step {reached} already; give more"
+                f"training.steps = {steps}, but the run is at step {reached} already; give more"
             )
         if [cut.step for cut in cuts] != list(range(self.version + 1, reached + 1)):
             assert self.journal is not None
@@ -212,5 +212,5 @@ def replay(folder: RunFolder, config: RunConfig, on_step: Callable[[StepResult],
         on_step(trainer.step(cut.groups, setting))
 
     Resumed(config, checkpoint, journal, group_limits(config, policy.vocab_size)).replay(
-        ReplayBuffer.of(config), RewardSettings(config.rewards, config.learner.steps), train
+        ReplayBuffer.of(config), RewardSettings(config.rewards, config.training.steps), train
     )

@@ -2,12 +2,7 @@
 
 import json
 import logging
-import os
 import resource
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 import zipfile
 from functools import partial
@@ -361,50 +356,6 @@ def test_a_damaged_one_that_is_newer_does_not_stand_in_the_way_of_a_good_one(sav
     saved.save()
     assert saved.checkpoints.versions == [1, 2]
     assert newest(folder).version == 2
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from learner.config.file import load_config
-from tests.unit.learner.recovery.test_checkpoints import QUICK, Trained
-trained = Trained(load_config(Path({recipe!r}), QUICK), Path({folder!r}), keep=100)
-trained.step()
-print("go", flush=True)
-while True:
-    trained.trainer.version += 1
-    trained.save()
-    print(trained.trainer.version, flush=True)
-"""
-
-
-@pytest.mark.timeout(120)
-def test_guarantee_7_one_that_was_killed_while_it_was_written_is_never_read(folder, recipe):
-    root = str(Path(__file__).parents[4])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    program = textwrap.dedent(KILLED).format(root=root, recipe=str(recipe), folder=str(folder))
-    for delay_s in (0.05, 0.12, 0.3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment
-        )
-        try:
-            assert process.stdout.readline() == b"go\n"
-            time.sleep(delay_s)
-        finally:
-            process.send_signal(signal.SIGKILL)
-        written = [int(line) for line in process.stdout.read().split()]
-        process.wait(10)
-        found = newest(folder)
-        if written:
-            # The one that it was killed in may be complete, but is not told of yet.
-            assert found.version in (written[-1], written[-1] + 1)
-        if found is not None:
-            load_policy(load_config(recipe, QUICK), found.model)
-        for path in list(folder.iterdir()):
-            if not path.name.endswith(".partial"):
-                path.rename(path.with_name(f"seen-{delay_s}-{path.name}"))
-            # A leftover is for the next process to remove.
 
 
 def test_rewards_come_back_with_a_command_that_follows_a_schedule(config):

@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames lint format clean
+.PHONY: install demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames lint measure format clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +63,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Sizes, types, docstrings and circles of imports, as a table.
+measure: install
+	$(BIN)/python -m tools.measure
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -238,7 +238,7 @@ def _decorators(node: Definition | ast.ClassDef) -> set[str]:
 
 
 def _last_name(node: ast.expr) -> str:
-    """`Struct` of `msgspec.Struct`, `dataclass` of `@dataclass(frozen=True)`."""
+    """What follows the last dot: of `@dataclasses.dataclass(frozen=True)`, `dataclass`."""
     if isinstance(node, ast.Call):
         return _last_name(node.func)
     if isinstance(node, ast.Subscript):

@@ -250,7 +250,7 @@ class _Process:
         return not channel.poll(0)
 
     async def ask(self, request: Load | Call) -> Reply:
-        """Raises EOFError or OSError if the process ends, `MsgspecError` for what is no reply."""
+        """Raises EOFError or OSError if the process ends, msgspec.MsgspecError for no reply."""
         self._writer.write(frame(request))
         await self._writer.drain()
         length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")

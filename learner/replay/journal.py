@@ -7,7 +7,7 @@
 It is one SQLite file in WAL mode with full synchronisation. The writer takes everything that waits
 into one transaction, so that one flush of the disk serves many groups. With a checkpoint and what
 was written since, the same batches are cut and trained on again, in the same order: see
-`learner.resume`. What the oldest checkpoint that is kept has trained on is deleted.
+`learner.recovery.resume`. What the oldest checkpoint that is kept has trained on is deleted.
 """
 
 import json

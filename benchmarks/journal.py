@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Condition, Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import lmdb
 import msgspec
@@ -29,6 +29,7 @@ from rich.table import Table
 
 from learner.config.run import RunConfig
 from learner.coordinator.coordinator import Coordinator
+from learner.pacing import Pacing
 from learner.prompts.stream import PromptStream
 from learner.prompts.work_queue import WorkQueue
 from learner.registry import Outgoing
@@ -155,7 +156,7 @@ class Bench:
             files=(),
             work=WorkQueue(PromptStream([{"prompt": "p"}] * 100, config)),
             buffer=self._buffer,
-            pacing=_Window(outstanding),
+            pacing=cast(Pacing, _Window(outstanding)),
             snapshots=snapshots,
             vocab_size=VOCAB,
             journal=store,

@@ -43,6 +43,7 @@ def test_guarantee_7_one_that_was_killed_while_it_was_written_is_never_read(
         process = subprocess.Popen(
             [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment
         )
+        assert process.stdout is not None
         try:
             assert process.stdout.readline() == b"go\n"
             time.sleep(delay_s)
@@ -52,6 +53,7 @@ def test_guarantee_7_one_that_was_killed_while_it_was_written_is_never_read(
         process.wait(10)
         found = newest(folder)
         if written:
+            assert found is not None
             # The one that it was killed in may be complete, but is not told of yet.
             assert found.version in (written[-1], written[-1] + 1)
         if found is not None:

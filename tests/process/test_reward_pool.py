@@ -339,4 +339,4 @@ async def test_a_function_that_does_not_import_fails_the_start(tmp_path, source,
 async def test_a_slow_import_does_not_count_as_a_slow_call(tmp_path):
     source = "import time; time.sleep(0.3)\ndef f(**_): return [1.0]"
     async with make_pool(tmp_path, "f", source=source, timeout_s=0.2) as pool:
-        assert await asyncio.gather(call(pool, "f"), call(pool, "f")) == [[1.0]] * 2
+        assert [*await asyncio.gather(call(pool, "f"), call(pool, "f"))] == [[1.0]] * 2

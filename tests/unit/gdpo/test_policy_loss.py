@@ -293,6 +293,8 @@ def test_garbage_under_the_mask_leaks_nowhere(correction: str, garbage: float) -
     (loss, found, gradient), (garbage_loss, garbage_found, garbage_gradient) = results
     assert garbage_loss == loss
     assert garbage_found == found
+    assert gradient is not None
+    assert garbage_gradient is not None
     assert torch.equal(garbage_gradient, gradient)
     assert (garbage_gradient[~mask] == 0).all()
 

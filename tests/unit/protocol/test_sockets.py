@@ -1,6 +1,7 @@
 """The socket factory: limits that hold, whatever a peer does."""
 
 import random
+from typing import Any
 
 import pytest
 import zmq
@@ -18,7 +19,7 @@ def new_key() -> KeyPair:
 
 async def test_actors_that_lose_a_learner_do_not_come_back_in_step():
     context = zmq.asyncio.Context()
-    intervals = set()
+    intervals: set[Any] = set()
     for seed in range(8):
         socket, monitor = connect_actor(
             context, "tcp://127.0.0.1:1", b"actor", rng=random.Random(seed)

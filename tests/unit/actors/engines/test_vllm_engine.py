@@ -1,12 +1,15 @@
 """What the vLLM engine decides without vLLM; tests/vllm has the rest."""
 
+import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
-from actors.engines import choice, vllm_engine
+from actors.engines import vllm_engine
 from actors.engines.choice import chosen_engine
 from actors.engines.vllm_engine import VERSION, VllmEngine, _Load
 from protocol.config import ActorConfig, SamplingConfig
@@ -16,7 +19,7 @@ from protocol.errors import ConfigError
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """vLLM's settings stay in the test."""
-    monkeypatch.setattr(vllm_engine.os, "environ", dict(vllm_engine.os.environ))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
 
 
 async def refusal(**config) -> str:
@@ -57,7 +60,7 @@ async def test_a_temperature_that_vllm_does_not_take_is_refused_at_once():
 def test_vllm_is_taken_where_it_is_installed_and_there_is_a_gpu(
     monkeypatch, engine, gpu, installed, expected
 ):
-    monkeypatch.setattr(choice.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(vllm_engine, "is_installed", lambda: installed)
     assert chosen_engine(ActorConfig(engine=engine)) == expected
 
@@ -115,7 +118,7 @@ def test_what_ran_without_waiting_is_taken_again_at_once(state):
 
 def test_after_a_long_wait_fewer_leases_are_taken_to_be_enough(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(vllm_engine.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     load = make_load(64)
     report(load, waiting=3)
     assert load.capacity(active=6, num_rollouts=8) == 6

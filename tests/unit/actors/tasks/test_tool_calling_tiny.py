@@ -264,6 +264,8 @@ def test_the_shipped_policy_is_seldom_well_formatted_and_half_right(model, token
 
 def test_make_base_writes_the_same_bytes_again(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("make_base", EXAMPLE / "make_base.py")
+    assert spec is not None
+    assert spec.loader is not None
     make_base = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_base)
     monkeypatch.setattr(make_base.torch, "set_num_threads", lambda count: None)

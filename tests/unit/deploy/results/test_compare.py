@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def make_run(
     correction: str = "ppo",
     lag: int | None = None,
     seed: int = 0,
-) -> dict:
+) -> dict[str, Any]:
     return {
         "estimator": estimator,
         "correction": correction,
@@ -163,7 +164,7 @@ def write_run(folder, curve: list[float], after: float) -> None:
     (folder / "summary.json").write_text(json.dumps({"rewards": rewards}))
 
 
-def collect_to_json(tmp_path, settings: list[dict]) -> dict:
+def collect_to_json(tmp_path, settings: list[dict[str, Any]]) -> dict[str, Any]:
     runs = []
     for index, setting in enumerate(settings):
         folder = tmp_path / f"run{index}"

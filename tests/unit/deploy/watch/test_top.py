@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.console import Console
 from deploy.cli import main
 from deploy.watch.http import MAX_ANSWER_BYTES
 from deploy.watch.status import TIMEOUT_S, read_status
-from deploy.watch.top import Answer, View, Watched, watch
+from deploy.watch.top import Answer, Questions, View, Watched, watch
 from deploy.watch.top_picture import Picture
 from protocol.errors import BadMessage, ConfigError, PeerLost
 from tests.unit.status_examples import (
@@ -31,16 +31,16 @@ GONE = PeerLost("nothing answers at http://127.0.0.1:9400/status: Connection ref
 
 
 def text_of(status: dict[str, Any], *, width: int = 100, **options: Any) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=(file := io.StringIO()), width=width)
     console.print(Picture(read_status(status), **options))
-    return console.file.getvalue()
+    return file.getvalue()
 
 
 def rows_of(text: str, title: str) -> list[str]:
     """The lines of a panel, without its frame and its head."""
     lines = iter(text.splitlines())
     next(line for line in lines if f" {title}" in line and line.startswith("╭"))
-    rows = []
+    rows: list[str] = []
     for line in lines:
         if line.startswith("╰"):
             return rows[1:]
@@ -187,7 +187,17 @@ def test_on_the_narrowest_terminal_a_row_is_a_line_still():
 
 # ---- What answers may be anything --------------------------------------------------------------
 
-ODD = (None, "", "[red]\x1b[2J:smile:[/]", -2, 2**63, 10**400, float("nan"), float("inf"), -1e308)
+ODD: tuple[Any, ...] = (
+    None,
+    "",
+    "[red]\x1b[2J:smile:[/]",
+    -2,
+    2**63,
+    10**400,
+    float("nan"),
+    float("inf"),
+    -1e308,
+)
 ODD += (1e308, True, [], {}, [[]], {"[/]\n": "\x9b"}, [{}], "x" * 10_000, "\ud800")
 
 
@@ -219,9 +229,10 @@ def test_an_odd_value_anywhere_is_refused_or_shown_and_never_obeyed(odd):
         except BadMessage as error:
             assert str(error).isprintable()
             continue
-        console = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
+        file = io.StringIO()
+        console = Console(file=file, width=300, force_terminal=True, color_system=None)
         console.print(Picture(status, height=60))
-        text = console.file.getvalue()
+        text = file.getvalue()
         assert all(line.isprintable() for line in text.splitlines()), path
         shown += 1
     # Those that nobody looks at, if none else: process ids.
@@ -412,7 +423,8 @@ def play(
     file = io.StringIO()
     console = Console(file=file, width=100, height=60, force_terminal=True, color_system=None)
     view = View(read_status(WATCHED), interval_s=1.0, clock=Clock())
-    return watch(view, Script(*answers), Watched(target), console), file.getvalue()
+    questions = cast(Questions, Script(*answers))
+    return watch(view, questions, Watched(target), console), file.getvalue()
 
 
 def test_each_answer_is_drawn():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import msgspec
@@ -31,6 +31,7 @@ from learner.run.learner import Learner
 from learner.run_folder import RunFolder
 from learner.state import RunState
 from learner.training.reward_settings import RewardSetting, RewardSettings
+from learner.training.trainer import Trainer
 from protocol.config import RewardConfig
 from protocol.errors import ConfigError, TrainingError
 from protocol.messages import Ack, Failed, Lease
@@ -77,8 +78,8 @@ class Life:
     def __init__(self, run: Run, *, resume: bool = True) -> None:
         self.run = run
         with mock.patch.object(history, "Journal", SteppedJournal):
-            self.history = History(RunFolder(run.path), run.config, None)
-        self.journal: SteppedJournal | None = self.history.journal
+            self.history = History(RunFolder(run.path), run.config, policy=None)  # type: ignore[arg-type]
+        self.journal: SteppedJournal = cast(SteppedJournal, self.history.journal)
         self.cluster = Cluster(run.config, num_rows=7, journal=self.journal)
         self.coordinator, self.buffer = self.cluster.coordinator, self.cluster.buffer
         self.rewards = RewardSettings(run.config.rewards, run.config.learner.steps)
@@ -478,7 +479,7 @@ def test_no_checkpoint_is_made_of_a_batch_that_is_not_in_the_journal(folder: Pat
         getattr(life, name)(session, number)
     learner = Learner.__new__(Learner)
     learner.history, learner.folder = life.history, RunFolder(folder)
-    learner.trainer = SimpleNamespace(version=1, in_step=False)
+    learner.trainer = cast(Trainer, SimpleNamespace(version=1, in_step=False))
     with mock.patch.object(history, "JOURNAL_TIMEOUT_S", 0.01), pytest.raises(TrainingError):
         learner._save()
     assert life.history.checkpoints.versions == []

@@ -16,6 +16,7 @@ from protocol.errors import BadMessage, ConfigError, TrainingError
 from protocol.framing import decode_to_learner, encode
 from protocol.groups import Group, pack_group
 from protocol.leases import OutstandingLease
+from protocol.messages import GroupHeader
 from tests.unit.factories import VOCAB, make_config, make_group, make_work
 
 MAX_BYTES = 1 << 20
@@ -43,8 +44,9 @@ class Writer:
         object.__setattr__(held.work, "prompt_index", prompt_index)
         header, payloads = pack_group(group)
         # As it comes from the network.
-        header, frames = decode_to_learner(encode(header, payloads))
-        self.journal.append(ReceivedGroup(held, group), header, frames)
+        received, frames = decode_to_learner(encode(header, payloads))
+        assert isinstance(received, GroupHeader)
+        self.journal.append(ReceivedGroup(held, group), received, frames)
         return group
 
     def settle(self) -> None:

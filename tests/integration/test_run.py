@@ -12,6 +12,7 @@ from tests.integration.processes import (
     children_of,
     is_alive,
     start_run,
+    steps,
     versions_sampled_from,
     wait_for,
 )

@@ -19,8 +19,6 @@ def no_processes() -> Iterator[None]:
     """For all of tests/unit, fixtures of modules and of the session included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", refuse)
-        # Popen.__del__ reads it, also of one whose constructor has failed.
-        patch.setattr(subprocess.Popen, "_child_created", False)
         patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
         for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "kill", "killpg"):
             patch.setattr(os, name, refuse)

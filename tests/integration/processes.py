@@ -19,6 +19,10 @@ from learner.replay.journal_reader import JournalReader
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "examples" / "tool_calling_tiny.toml"
+PATIENCE_S = 90.0
+"""How long a test waits for what comes within seconds on a quiet machine: each process imports
+torch and loads a model first. A whole run has 240 s, so that this, which says what was missing,
+comes first."""
 
 QUICK = (
     "endpoints.bind=tcp://127.0.0.1:0",
@@ -103,7 +107,7 @@ class System:
         self.wait_until_it_listens(self.learner)
         return self.learner
 
-    def wait_until_it_listens(self, process: Process, timeout_s: float = 40.0) -> None:
+    def wait_until_it_listens(self, process: Process, timeout_s: float = PATIENCE_S) -> None:
         """``process`` is a learner, or a launcher that starts one."""
         path = self.run_folder / "endpoints.json"
         wait_for(
@@ -142,10 +146,12 @@ class System:
         """The learner's view of the actor with this process id."""
         return next((a for a in self.status()["actors"] if a["pid"] == pid), None)
 
-    def wait_for_step(self, step: int, timeout_s: float = 40.0) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = PATIENCE_S) -> None:
         wait_for(lambda: self.status()["step"] >= step, f"step {step}", timeout_s)
 
-    def wait_for_groups(self, process: Process, more: int = 1, timeout_s: float = 40.0) -> None:
+    def wait_for_groups(
+        self, process: Process, more: int = 1, timeout_s: float = PATIENCE_S
+    ) -> None:
         """Until so many more groups of an actor were accepted since it is connected."""
 
         def groups() -> int:
@@ -197,7 +203,7 @@ def http_get(url: str) -> str:
         return text
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 40.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Until ``condition`` holds; fails with ``what`` after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -16,7 +16,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 LONG_RUN = ("training.steps=2000", "deadlines.actor_timeout_s=2", "weights.timeout_s=2")
 

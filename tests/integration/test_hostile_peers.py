@@ -31,7 +31,7 @@ from tests.unit.factories import Cluster, make_config, make_snapshot, make_statu
 from tests.unit.mutants import Mutants
 from tests.unit.wire_examples import FRAMES
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 NUM_HOSTILE = 10_000
 MAX_FRAME_BYTES = 1 << 20

@@ -26,7 +26,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 LONG_RUN = ("training.steps=100000", "deadlines.actor_timeout_s=10", "weights.timeout_s=2")
 

@@ -18,7 +18,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 FAST = ("checkpoints.every_steps=4", "deadlines.actor_timeout_s=3", "weights.timeout_s=2")
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.integration.processes import System, steps, wait_for
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SCHEDULE = "rewards.format.schedule=[{from_step=3,weight=0.25}]"
 

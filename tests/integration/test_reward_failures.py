@@ -19,7 +19,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 REWARDS = """
 import ctypes, os, re, zlib

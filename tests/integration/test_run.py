@@ -17,7 +17,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):

@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames lint format clean
+.PHONY: install demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames lint measure format clean
 
 install: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.reference --check
+
+# Sizes, types, docstrings and circles of imports, as a table.
+measure: install
+	$(BIN)/python -m tools.measure
 
 format: install
 	$(BIN)/ruff check --fix .

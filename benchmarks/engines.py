@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 # Before anything brings torch: one thread for each process, so that engines are compared.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,7 +38,8 @@ from protocol.weights import layout, total_bytes
 from transfer.shared_memory import SharedMemory
 
 ROOT = Path(__file__).parent.parent
-ENGINES = ("transformers", "vllm")
+EngineName = Literal["transformers", "vllm"]
+ENGINES: tuple[EngineName, ...] = ("transformers", "vllm")
 PROMPTS = (1, 8, 64)
 SAMPLES = 8
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -92,9 +94,9 @@ def _make_model(folder: Path, options: argparse.Namespace) -> Qwen2ForCausalLM:
     return model
 
 
-async def _rates(name: str, folder: Path, model: Qwen2ForCausalLM) -> list[float]:
+async def _rates(name: EngineName, folder: Path, model: Qwen2ForCausalLM) -> list[float]:
     """Tokens a second for each of `PROMPTS`, after a warm-up."""
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
     config = ActorConfig(
         engine=name,
         dtype=dtype,

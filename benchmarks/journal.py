@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Condition, Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import lmdb
 import msgspec
@@ -30,6 +30,7 @@ from rich.table import Table
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
+from learner.pacing import Pacing
 from learner.phases import Phases
 from learner.prompts.stream import PromptStream
 from learner.prompts.work_queue import WorkQueue
@@ -158,7 +159,7 @@ class Bench:
             ),
             work=WorkQueue(PromptStream([{"prompt": "p"}] * 100, config)),
             buffer=self._buffer,
-            pacing=_Window(outstanding),
+            pacing=cast(Pacing, _Window(outstanding)),
             snapshots=snapshots,
             vocab_size=VOCAB,
             journal=store,

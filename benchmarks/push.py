@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before anything brings torch.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -283,7 +284,7 @@ def cluster(folder: Path, millions: int, backend: str, bucket_bytes: int) -> Ite
 
 
 def make_model(folder: Path, millions: int) -> None:
-    shape = dict(SHAPES[millions])
+    shape: dict[str, Any] = dict(SHAPES[millions])
     config = Qwen2Config(
         num_hidden_layers=shape.pop("layers"),
         num_attention_heads=shape["hidden_size"] // 64,

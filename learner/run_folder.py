@@ -99,6 +99,9 @@ class RunFolder:
             self._lock = (self.path / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            # `close` is for the learner that has the folder.
+            assert self._lock is not None
+            self._lock.close()
             raise ConfigError(f"another learner works in {self.path}") from error
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error

@@ -56,7 +56,9 @@ class Nursery:
 
     def code(self, pid: int, timeout_s: float | None = 0.0) -> int | None:
         """Exit code of a process, as of `subprocess.Popen`; None if it runs on until then."""
-        while pid not in self._codes and select.select([self._popen.stdout], [], [], timeout_s)[0]:
+        answers = self._popen.stdout
+        assert answers is not None
+        while pid not in self._codes and select.select([answers], [], [], timeout_s)[0]:
             self._answer()
         return self._codes.get(pid)
 

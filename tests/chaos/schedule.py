@@ -8,12 +8,20 @@ KILLS_EVERY_S, STOPS_EVERY_S, CUTS_EVERY_S = 20.0, 45.0, 45.0
 """On average; the times between are exponential, as those of independent faults are."""
 
 
+FaultKind = Literal["kill", "stop", "cut"]
+EVERY_S: dict[FaultKind, float] = {
+    "kill": KILLS_EVERY_S,
+    "stop": STOPS_EVERY_S,
+    "cut": CUTS_EVERY_S,
+}
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Fault:
     """One thing that goes wrong."""
 
     at_s: float
-    kind: Literal["kill", "stop", "cut"]
+    kind: FaultKind
     victim: int
     """Which of the actors."""
     lasts_s: float
@@ -33,7 +41,7 @@ def schedule(seed: int, seconds: float, actors: int) -> list[Fault]:
     """Faults in order of time."""
     draw = random.Random(seed)
     faults = []
-    for kind, every_s in (("kill", KILLS_EVERY_S), ("stop", STOPS_EVERY_S), ("cut", CUTS_EVERY_S)):
+    for kind, every_s in EVERY_S.items():
         at_s = draw.expovariate(1 / every_s)
         while at_s < seconds:
             faults.append(Fault(at_s, kind, draw.randrange(actors), draw.uniform(0.5, 5.0)))

@@ -100,7 +100,7 @@ class Chaos(System):
 
     # --- beginnings -----------------------------------------------------------------------------
 
-    def start_learner(self, *overrides: str, crash: At | None = None) -> Process:  # type: ignore[override]
+    def start_learner(self, *overrides: str, crash: At | None = None) -> Process:
         self.begin_learner(*overrides, crash=crash)
         self.wait_until_it_listens(self.learner)
         return self.learner
@@ -120,14 +120,6 @@ class Chaos(System):
         )
         self.wait_until_it_listens(self.learner)
         return self.learner
-
-    def wait_until_it_listens(self, process: Process) -> None:
-        """``process`` is a learner, or a launcher that starts one."""
-        path = self.run_folder / "endpoints.json"
-        wait_for(lambda: path.exists() or process.popen.poll() is not None, "the learner")
-        assert path.exists(), process.output
-        endpoints = json.loads(path.read_text())
-        self.url, self.metrics_url = endpoints["learner"], endpoints["metrics"]
 
     def through_a_proxy(self) -> Proxy:
         """Actors that start from now on connect through it."""
@@ -201,15 +193,6 @@ class Chaos(System):
 
     def events(self, *kinds: str, since: float = 0.0) -> list[dict[str, Any]]:
         return [e for e in read(self.record) if e["event"] in kinds and e["at"] >= since]
-
-    def wait_for_groups(self, process: Process, more: int = 1, timeout_s: float = 40.0) -> None:
-        """Until so many more groups of an actor were accepted since it is connected."""
-        before = (self.actor(process.pid) or {}).get("groups", 0)
-        wait_for(
-            lambda: (self.actor(process.pid) or {}).get("groups", 0) >= before + more,
-            f"{more} groups of {process.log.stem}",
-            timeout_s,
-        )
 
     def groups_received(self, since: float, until: float, *, without: int = -1) -> list[float]:
         """When groups came in, but for those of the actor with process id ``without``."""

@@ -4,13 +4,13 @@ The run folder, or only its checkpoints, lies on a small disk in memory, which t
 test see in a mount namespace of their own.
 """
 
-import json
 import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +25,7 @@ from tests.integration.processes import (
     Process,
     System,
     assert_books_balance,
+    steps,
     wait_for,
 )
 
@@ -113,9 +114,8 @@ class OnDisk(System):
     def resume(self) -> Process:
         return self._listening("resumed", "--resume", str(self.own))
 
-    def lines(self) -> dict[int, dict]:
-        text = (self.run_folder / "metrics.jsonl").read_text()
-        return {line["step"]: line for line in map(json.loads, text.splitlines())}
+    def lines(self) -> dict[int, dict[str, Any]]:
+        return {step["step"]: step for step in steps(self)}
 
     def cuts(self) -> list[RecordedBatch]:
         # SQLite resolves the path by itself, out of the namespace: it gets a copy.
@@ -157,7 +157,7 @@ def assert_good_state(run: OnDisk) -> None:
     load_policy(load_config(RECIPE), checkpoint.model)
 
 
-def assert_goes_on(run: OnDisk, before: dict[int, dict], stored: set[int]) -> None:
+def assert_goes_on(run: OnDisk, before: dict[int, dict[str, Any]], stored: set[int]) -> None:
     """The same history, every group that was there, and books that balance."""
     run.resume()
     actor = run.start_actor("actor-2")

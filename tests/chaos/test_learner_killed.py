@@ -4,7 +4,6 @@ With toy actors and a lag of 0, generation and training take turns, so that a ru
 is a pure function of its configuration: its losses are what those of a killed run must be.
 """
 
-import json
 import signal
 import socket
 import time
@@ -19,7 +18,7 @@ from learner.replay.journal_reader import JournalReader
 from tests.chaos.audit import of
 from tests.chaos.record import read
 from tests.chaos.system import At, Chaos
-from tests.integration.processes import Process, assert_books_balance, wait_for
+from tests.integration.processes import Process, assert_books_balance, steps, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
 
@@ -49,8 +48,7 @@ def bind() -> str:
 
 
 def losses(chaos: Chaos) -> list[tuple[int, float]]:
-    lines = (chaos.run_folder / "metrics.jsonl").read_text().splitlines()
-    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+    return [(step["step"], step["loss"]) for step in steps(chaos)]
 
 
 def end(actors: list[Process]) -> None:

@@ -158,7 +158,9 @@ def test_actors_at_every_moment(chaos: Chaos, shared_memory: Any, figures: Any):
     wait_for(lambda: "joined run" in pulling.output, "its welcome")
     proxy.freeze("down")
     time.sleep(3)
-    assert chaos.actor(pulling.pid)["version"] == -1
+    actor = chaos.actor(pulling.pid)
+    assert actor is not None
+    assert actor["version"] == -1
     figures(moment="pulling", gone_s=gone_after_s(pulling, term(pulling), (0,)))
     proxy.restore()
 

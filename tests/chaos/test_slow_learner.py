@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.chaos.system import Chaos
-from tests.integration.processes import resident_bytes, wait_for
+from tests.integration.processes import resident_bytes
 
 pytestmark = pytest.mark.chaos
 
@@ -36,7 +36,7 @@ def test_memory_is_flat_and_nothing_is_dropped(
     step = chaos.status()["step"]
     while (elapsed := (time.monotonic() - since) / 60) < minutes:
         step += 1
-        wait_for(lambda target=step: chaos.status()["step"] >= target, f"step {step}", 20)
+        chaos.wait_for_step(step, 20)
         samples["minutes"].append(elapsed)
         samples["buffered"].append(chaos.status()["buffer_groups"])
         for name, pid in pids.items():

@@ -124,7 +124,7 @@ def toy_rollout(seed: int, number: int, length: int, first: int, second: int) ->
     spans = ((0, first),) if first == second else ((0, first), (middle, second))
     return Rollout(
         tokens=tokens,
-        logprobs=-1.0 - tokens.astype(np.float32) / 40,
+        logprobs=(-1.0 - tokens.astype(np.float32) / 40).astype(np.float32),
         spans=spans,
         finish="length",
     )

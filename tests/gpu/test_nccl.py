@@ -7,6 +7,7 @@ On two GPUs: ``pytest -m multi_gpu tests/gpu``. On one, with an NCCL of 2.30 or 
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,9 @@ def two_gpus() -> None:
 @pytest.fixture
 def shared_gpu() -> None:
     require_nccl()
-    version = torch.distributed.distributed_c10d.ProcessGroupNCCL.get_runtime_nccl_version()
+    # It is static, which its stub does not say.
+    nccl: Any = torch.distributed.distributed_c10d.ProcessGroupNCCL
+    version = nccl.get_runtime_nccl_version()
     if version < SHARING_SINCE:
         pytest.skip(f"NCCL {'.'.join(map(str, version))} refuses two ranks on one GPU")
     if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":

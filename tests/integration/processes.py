@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from learner.replay.journal_reader import JournalReader
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "examples" / "tool_calling_tiny.toml"
+PATIENCE_S = 90.0
+"""How long a test waits for what comes within seconds on a quiet machine: each process imports
+torch and loads a model first. A whole run has 240 s, so that this, which says what was missing,
+comes first."""
 
 QUICK = (
     "endpoints.bind=tcp://127.0.0.1:0",
@@ -99,12 +104,18 @@ class System:
     def _listening(self, name: str, *arguments: str) -> Process:
         (self.run_folder / "endpoints.json").unlink(missing_ok=True)
         self.learner = self.gdpo(name, "learner", *arguments)
+        self.wait_until_it_listens(self.learner)
+        return self.learner
+
+    def wait_until_it_listens(self, process: Process, timeout_s: float = PATIENCE_S) -> None:
+        """``process`` is a learner, or a launcher that starts one."""
         path = self.run_folder / "endpoints.json"
-        wait_for(lambda: path.exists() or self.learner.popen.poll() is not None, "the learner")
-        assert path.exists(), self.learner.output
+        wait_for(
+            lambda: path.exists() or process.popen.poll() is not None, "the learner", timeout_s
+        )
+        assert path.exists(), process.output
         endpoints = json.loads(path.read_text())
         self.url, self.metrics_url = endpoints["learner"], endpoints["metrics"]
-        return self.learner
 
     def start_actor(self, name: str, *arguments: str) -> Process:
         return self.gdpo(name, "actor", "--learner", self.url, *arguments)
@@ -135,12 +146,55 @@ class System:
         """The learner's view of the actor with this process id."""
         return next((a for a in self.status()["actors"] if a["pid"] == pid), None)
 
-    def wait_for_step(self, step: int, timeout_s: float = 40.0) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = PATIENCE_S) -> None:
         wait_for(lambda: self.status()["step"] >= step, f"step {step}", timeout_s)
+
+    def wait_for_groups(
+        self, process: Process, more: int = 1, timeout_s: float = PATIENCE_S
+    ) -> None:
+        """Until so many more groups of an actor were accepted since it is connected."""
+
+        def groups() -> int:
+            return int((self.actor(process.pid) or {}).get("groups", 0))
+
+        before = groups()
+        wait_for(
+            lambda: groups() >= before + more, f"{more} groups of {process.log.stem}", timeout_s
+        )
 
     def close(self) -> None:
         for process in self._processes:
             process.end()
+
+
+def start_run(system: System, *overrides: str) -> Process:
+    """A run under the launcher; its learner's addresses as soon as they are known."""
+    run = system.gdpo("run", "run", str(RECIPE), *QUICK, *overrides)
+    system.wait_until_it_listens(run)
+    return run
+
+
+def steps(system: System) -> list[dict[str, Any]]:
+    """What the run wrote of each step, in order."""
+    lines = (system.run_folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def metrics(text: str) -> dict[str, float]:
+    """Sample values of a page for Prometheus by name, summed over labels."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return values
+
+
+def free_port() -> int:
+    """A port that nobody listens on, for a learner that is to have it again when it is resumed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def http_get(url: str) -> str:
@@ -149,7 +203,7 @@ def http_get(url: str) -> str:
         return text
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 40.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Until ``condition`` holds; fails with ``what`` after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not condition():

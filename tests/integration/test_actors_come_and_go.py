@@ -5,29 +5,20 @@ import signal
 import time
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.processes import (
     System,
     assert_books_balance,
     http_get,
     listening_addresses,
+    metrics,
     resident_bytes,
     wait_for,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 LONG_RUN = ("training.steps=2000", "deadlines.actor_timeout_s=2", "weights.timeout_s=2")
-
-
-def metrics(text: str) -> dict[str, float]:
-    """Sample values by name, summed over labels."""
-    values: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            values[sample.name] = values.get(sample.name, 0.0) + sample.value
-    return values
 
 
 def test_actors_join_die_and_drain_while_the_learner_trains(system: System):
@@ -148,13 +139,7 @@ def test_a_learner_that_was_frozen_goes_on_with_its_actors(system: System):
     time.sleep(14)
     system.learner.signal(signal.SIGCONT)
     for actor in actors:
-        before = (system.actor(actor.pid) or {}).get("groups", 0)
-        wait_for(
-            lambda pid=actor.pid, groups=before: (
-                (system.actor(pid) or {}).get("groups", 0) > groups
-            ),
-            "each actor to work again",
-        )
+        system.wait_for_groups(actor)
     assert_books_balance(system.summary_after_stop())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.integration.processes import QUICK, RECIPE, System, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 GRID = ("compare", str(RECIPE), "--estimators", "gdpo,grpo", "--seeds", "1", "--out", "grid")
 

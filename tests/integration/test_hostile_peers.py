@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
+from typing import TypeVar
 
 import pytest
 import zmq
@@ -30,7 +31,7 @@ from tests.unit.factories import Cluster, make_config, make_snapshot, make_statu
 from tests.unit.mutants import Mutants
 from tests.unit.wire_examples import FRAMES
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 NUM_HOSTILE = 10_000
 MAX_FRAME_BYTES = 1 << 20
@@ -40,7 +41,7 @@ MAX_GROWTH_BYTES = 32 << 20
 class Learner:
     """The real coordinator behind the real intake, on a free port of this machine."""
 
-    def __init__(self, context: zmq.Context) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.cluster = Cluster(make_config(training={"steps": 10**9}))
         bound = bind_learner(context, "tcp://127.0.0.1:0", MAX_FRAME_BYTES)
         self.url = bound.url
@@ -54,10 +55,13 @@ class Learner:
         return self.coordinator.counters.bad_messages
 
 
+Heard = TypeVar("Heard", bound=Header)
+
+
 class Peer:
     """A DEALER that says what it likes."""
 
-    def __init__(self, context: zmq.Context, url: str, identity: bytes) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], url: str, identity: bytes) -> None:
         self.session = identity.decode("latin-1")
         self.socket = context.socket(zmq.DEALER)
         for option, value in ((zmq.LINGER, 0), (zmq.SNDTIMEO, 10_000)):
@@ -71,7 +75,7 @@ class Peer:
     def say(self, header: Header, payloads: Sequence[Buffer] = ()) -> None:
         self.send(encode(header, payloads))
 
-    def hear(self, kind: type[Header]) -> Header:
+    def hear(self, kind: type[Heard]) -> Heard:
         """The next message of one kind; others are dropped."""
         while self.socket.poll(30_000):
             message, _ = decode_to_actor(self.socket.recv_multipart())
@@ -97,21 +101,21 @@ class Peer:
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context]:
-    context = zmq.Context()
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     yield context
     context.destroy(linger=0)
 
 
 @pytest.fixture
-def learner(context: zmq.Context) -> Iterator[Learner]:
+def learner(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Learner]:
     learner = Learner(context)
     yield learner
     learner.intake.close()
 
 
 @pytest.fixture
-def good(context: zmq.Context, learner: Learner) -> Callable[[], None]:
+def good(context: zmq.Context[zmq.Socket[bytes]], learner: Learner) -> Callable[[], None]:
     """Roll out one lease, have its group accepted, and train when there is a batch."""
     peer = Peer(context, learner.url, b"good")
     peer.join()

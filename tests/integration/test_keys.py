@@ -1,8 +1,6 @@
 """An encrypted learner, and all who should not get in: what they try, and what is told of it."""
 
-import json
 import os
-import re
 import signal
 import socket
 import time
@@ -24,10 +22,11 @@ from tests.integration.processes import (
     assert_books_balance,
     children_of,
     listening_addresses,
+    metrics,
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 LONG_RUN = ("training.steps=100000", "deadlines.actor_timeout_s=10", "weights.timeout_s=2")
 
@@ -78,21 +77,12 @@ class Encrypted:
 
     def handled(self) -> dict[str, float]:
         """Counters of all that handlers do with messages that are of no use."""
-        names = "gdpo_bad_messages_total|gdpo_unknown_session_messages_total"
-        found = re.findall(rf"^({names}) (\S+)$", self.system.get("/metrics"), re.MULTILINE)
-        return {name: float(value) for name, value in found}
+        names = ("gdpo_bad_messages_total", "gdpo_unknown_session_messages_total")
+        found = metrics(self.system.get("/metrics"))
+        return {name: found[name] for name in names}
 
     def joined(self) -> int:
         return self.system.learner.output.count(" joined: ")
-
-    def works_on(self, process: Process) -> None:
-        """The actor's groups go on being accepted."""
-
-        def groups() -> int:
-            return int((self.system.actor(process.pid) or {}).get("groups", 0))
-
-        before = groups()
-        wait_for(lambda: groups() > before, "the good actor's next group")
 
 
 class Peer:
@@ -194,7 +184,7 @@ def test_without_a_listed_key_nothing_reaches_a_handler(encrypted: Encrypted):
             return any(now.get(cause, 0) > counted.get(cause, 0) for cause in causes)
 
         attempt()
-        encrypted.works_on(good)
+        encrypted.system.wait_for_groups(good)
 
     assert encrypted.joined() == 1
     assert encrypted.handled() == before
@@ -247,11 +237,11 @@ def test_a_withdrawn_key_ends_its_actor_and_frees_its_leases(encrypted: Encrypte
     wait_for(lambda: system.actor(second.pid) is None, "its end", 5)
     assert second.wait(20) == 1
     assert "its key has been withdrawn" in second.output
-    encrypted.works_on(good)
+    encrypted.system.wait_for_groups(good)
 
     encrypted.add("second")
     back = encrypted.actor("second")
-    encrypted.works_on(back)
+    encrypted.system.wait_for_groups(back)
     assert_books_balance(system.summary_after_stop())
 
 
@@ -263,14 +253,14 @@ def test_a_silent_actor_with_a_withdrawn_key_is_forgotten_and_its_messages_count
     encrypted.start("deadlines.actor_timeout_s=100")
     good, second = encrypted.actor("good"), encrypted.actor("second")
     for actor in (good, second):
-        wait_for(lambda pid=actor.pid: (system.actor(pid) or {}).get("groups", 0) > 0, "groups")
+        system.wait_for_groups(actor)
     before = encrypted.handled()
     second.signal(signal.SIGSTOP)
     encrypted.withdraw("second")
     withdrawn = time.monotonic()
     wait_for(lambda: system.actor(second.pid) is None, "its end", 5)
     assert time.monotonic() - withdrawn < 2.0
-    encrypted.works_on(good)
+    encrypted.system.wait_for_groups(good)
     second.signal(signal.SIGCONT)
     wait_for(lambda: encrypted.refused("messages").get("withdrawn_key", 0) > 0, "the count", 15)
     assert second.wait(20) == 1
@@ -278,7 +268,7 @@ def test_a_silent_actor_with_a_withdrawn_key_is_forgotten_and_its_messages_count
         system.learner.output
     )
     assert encrypted.handled() == before
-    encrypted.works_on(good)
+    encrypted.system.wait_for_groups(good)
 
 
 def test_a_listed_key_does_not_get_at_another_ones_session(encrypted: Encrypted):
@@ -296,7 +286,7 @@ def test_a_listed_key_does_not_get_at_another_ones_session(encrypted: Encrypted)
         with peer(system.url, "victim", thief_keys) as thief:
             thief.hello()
             wait_for(lambda: encrypted.refused("messages").get("foreign_session", 0), "the count")
-            encrypted.works_on(good)
+            encrypted.system.wait_for_groups(good)
             assert thief.socket.poll(0) == 0
     assert encrypted.handled() == before
     assert encrypted.joined() == joined
@@ -313,9 +303,7 @@ def test_open_to_other_machines_everything_goes_over_the_encrypted_socket(encryp
         "endpoints.bind=tcp://*:0",
     )
     run = system.gdpo("run", "run", str(RECIPE), *QUICK, *LONG_RUN, *settings)
-    path = system.run_folder / "endpoints.json"
-    wait_for(lambda: path.exists() or run.popen.poll() is not None, "the learner")
-    system.metrics_url = json.loads(path.read_text())["metrics"]
+    system.wait_until_it_listens(run)
     system.wait_for_step(5)
     assert {actor["route"] for actor in system.status()["actors"]} == {"stream"}
     learner = min(children_of(run.pid))

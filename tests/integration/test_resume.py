@@ -1,8 +1,6 @@
 """A learner that is killed, and the run that goes on: guarantees 2, 3 and 7."""
 
-import json
 import signal
-import socket
 
 import pytest
 
@@ -13,27 +11,16 @@ from tests.integration.processes import (
     System,
     assert_books_balance,
     children_of,
+    free_port,
     is_alive,
+    steps,
     versions_sampled_from,
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 FAST = ("checkpoints.every_steps=4", "deadlines.actor_timeout_s=3", "weights.timeout_s=2")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def steps(system: System) -> list[dict]:
-    return [
-        json.loads(line) for line in (system.run_folder / "metrics.jsonl").read_text().splitlines()
-    ]
 
 
 def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: System):
@@ -106,9 +93,7 @@ def test_a_resumed_learner_pushes_the_versions_that_it_would_have_pushed(system:
 
 def test_a_run_that_was_stopped_goes_on_under_the_launcher(system: System):
     run = system.gdpo("run", "run", str(RECIPE), *QUICK, "training.steps=400", *FAST)
-    wait_for(lambda: (system.run_folder / "endpoints.json").exists(), "the learner")
-    endpoints = json.loads((system.run_folder / "endpoints.json").read_text())
-    system.metrics_url = endpoints["metrics"]
+    system.wait_until_it_listens(run)
     system.wait_for_step(6)
     run.signal(signal.SIGINT)
     assert run.wait(30) == 130, run.output

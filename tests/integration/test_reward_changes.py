@@ -1,20 +1,19 @@
 """Weights and conditions change while training runs: by schedule, and by `gdpo set`."""
 
-import json
 import stat
+from typing import Any
 
 import pytest
 
-from tests.integration.processes import System, wait_for
+from tests.integration.processes import System, steps, wait_for
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SCHEDULE = "rewards.format.schedule=[{from_step=3,weight=0.25}]"
 
 
-def settings_by_step(system: System) -> list[dict]:
-    lines = (system.run_folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["reward_settings"] for line in lines]
+def settings_by_step(system: System) -> list[dict[str, Any]]:
+    return [step["reward_settings"] for step in steps(system)]
 
 
 def test_a_running_learner_takes_weights_and_conditions_from_schedule_and_command(system: System):

@@ -15,10 +15,11 @@ from tests.integration.processes import (
     children_of,
     http_get,
     is_alive,
+    metrics,
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 REWARDS = """
 import ctypes, os, re, zlib
@@ -82,7 +83,10 @@ def test_a_reward_that_may_be_missing_costs_no_group(system: System):
     bad = settings(system, "sometimes", "missing")
     system.start_learner("training.steps=5", "training.pause_per_step_s=0.5", *bad)
     actor = system.start_actor("actor")
-    wait_for(lambda: failures(system.get("/metrics")) >= 3, "failures that the learner counts")
+    wait_for(
+        lambda: metrics(system.get("/metrics")).get("gdpo_reward_failures_total", 0) >= 3,
+        "failures that the learner counts",
+    )
     [scraped] = json.loads(system.get("/sd"))
     reported = http_get(f"http://{scraped['targets'][0]}/metrics")
     assert 'gdpo_reward_failures_total{kind="died",reward="format"}' in reported
@@ -112,11 +116,6 @@ def test_no_reward_process_outlives_an_actor_that_is_killed(system: System):
     assert system.actor(actor.pid) is not None
     os.kill(actor.pid, signal.SIGKILL)
     wait_for(lambda: not any(map(is_alive, started)), "the end of the reward processes", 5)
-
-
-def failures(metrics: str) -> float:
-    lines = [line for line in metrics.splitlines() if line.startswith("gdpo_reward_failures_total")]
-    return sum(float(line.split()[-1]) for line in lines)
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,6 +1,5 @@
 """`gdpo run`: the whole loop on this machine, from a configuration to a checkpoint."""
 
-import json
 import os
 import re
 import signal
@@ -9,28 +8,16 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.processes import (
-    QUICK,
-    RECIPE,
-    System,
     assert_books_balance,
     children_of,
     is_alive,
+    start_run,
+    steps,
     versions_sampled_from,
     wait_for,
 )
 
-pytestmark = pytest.mark.timeout(120)
-
-
-def start_run(system: System, *overrides: str):
-    """A run under the launcher; its learner's addresses as soon as they are known."""
-    run = system.gdpo("run", "run", str(RECIPE), *QUICK, *overrides)
-    path = system.run_folder / "endpoints.json"
-    wait_for(lambda: path.exists() or run.popen.poll() is not None, "the learner")
-    assert path.exists(), run.output
-    endpoints = json.loads(path.read_text())
-    system.url, system.metrics_url = endpoints["learner"], endpoints["metrics"]
-    return run
+pytestmark = pytest.mark.timeout(240)
 
 
 def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
@@ -48,8 +35,7 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
     for when in ("before", "after"):
         assert summary["rewards"][when]["prompts"] == 8
         assert summary["rewards"][when]["means"].keys() == {"format", "correctness"}
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [step["step"] for step in steps(system)] == list(range(1, 9))
     assert (folder / "plots" / "curves.png").stat().st_size > 10_000
     for text in ("before", "after", "[balanced]", "checkpoint:", "curves:", "step"):
         assert text in run.output

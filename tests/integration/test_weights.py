@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.processes import System, assert_books_balance, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 LONG_RUN = ("training.steps=2000", "deadlines.actor_timeout_s=3", "weights.timeout_s=3")
 ROUTES = {"gloo": "collective", "shared": "shared", "stream": "stream"}

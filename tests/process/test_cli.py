@@ -4,6 +4,7 @@ import importlib.metadata
 import subprocess
 import sys
 import tomllib
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ COMMANDS = (
 )
 
 
-def python(*arguments: str, **options) -> subprocess.CompletedProcess:
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=30, **options
     )

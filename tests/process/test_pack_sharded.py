@@ -50,7 +50,7 @@ def _be_rank(rank: int, tmp_path: Path) -> None:
     dist.destroy_process_group()
 
 
-def odd_model() -> torch.nn.Module:
+def odd_model() -> torch.nn.Sequential:
     """Sizes that two ranks cannot share evenly, one that leaves a rank without any, one tied."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgpack
 
+from protocol.framing import Buffer
 from tests.unit.factories import VOCAB
 
 Frames = list[bytes]
@@ -41,7 +42,7 @@ _BYTES = b"\x00\x01\x7f\x80\x8f\x90\x9f\xa0\xbf\xc0\xc1\xc4\xc7\xca\xcb\xcf\xd3\
 class Mutants:
     """Mutants of the examples given; ``next`` starts from any of them, or from what is given."""
 
-    def __init__(self, random: Random, examples: Sequence[Frames]) -> None:
+    def __init__(self, random: Random, examples: Sequence[Sequence[Buffer]]) -> None:
         self._random = random
         self._examples = [list(map(bytes, frames)) for frames in examples]
         self._ways: tuple[Callable[[Frames], Frames], ...] = (
@@ -53,16 +54,16 @@ class Mutants:
             self._splice,
         )
 
-    def next(self, frames: Frames | None = None) -> Frames:
+    def next(self, frames: Sequence[Buffer] | None = None) -> Frames:
         """One or several changes of one message."""
-        mutant = list(frames if frames is not None else self._random.choice(self._examples))
+        mutant = list(map(bytes, self._random.choice(self._examples) if frames is None else frames))
         for _ in range(self._random.choice((1, 1, 1, 2, 3))):
             mutant = self._random.choice(self._ways)(mutant)
         return mutant
 
-    def valid_header(self, frames: Frames) -> Frames:
+    def valid_header(self, frames: Sequence[Buffer]) -> Frames:
         """Only payload words change, and the header tells their true sizes: it goes deepest."""
-        mutant = list(frames)
+        mutant = list(map(bytes, frames))
         for _ in range(self._random.choice((1, 1, 2))):
             mutant = self._change_payload(mutant)
         return _with_header(mutant, {"sizes": [len(frame) for frame in mutant[1:]]})

@@ -1,5 +1,10 @@
 """What a learner says at /status: before its first step, and in the middle of training."""
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 WEIGHTS: dict[str, Any] = {
@@ -144,3 +149,46 @@ ACTORS = [
     },
 ]
 WATCHED = RUNNING | {"actors": ACTORS, "actors_live": 3}
+
+
+class StatusServer:
+    """A learner that answers every question with ``body``."""
+
+    def __init__(self, body: bytes, code: int = 200) -> None:
+        server = self
+        self.body = body
+        self.paths: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.paths.append(self.path)
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(server.body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def status_servers() -> Iterator[Callable[..., StatusServer]]:
+    """Start servers with the status (or the bytes) and the code that they answer with."""
+    servers: list[StatusServer] = []
+
+    def start(body: Any = WATCHED, code: int = 200) -> StatusServer:
+        servers.append(
+            StatusServer(body if isinstance(body, bytes) else json.dumps(body).encode(), code)
+        )
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -77,17 +76,6 @@ def test_the_tail_of_a_record_waits_for_the_end_of_a_line(tmp_path):
         file.write('nt": "b"}\n')
     assert tail.read() == [{"event": "b"}]
     assert tail.read() == []
-
-
-@pytest.mark.parametrize("recorder", ["record_actor", "record_learner"])
-def test_everything_that_is_recorded_is_a_method_of_the_product(recorder, tmp_path):
-    # In a process of its own, because it wraps them.
-    script = f"""
-from pathlib import Path
-from tests.chaos.record import Record, {recorder}
-{recorder}(Record(Path({str(tmp_path / "record")!r})))
-"""
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=50)
 
 
 def test_what_a_toy_says_depends_on_seed_rollout_and_version_only():

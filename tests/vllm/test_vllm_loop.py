@@ -1,9 +1,9 @@
 """The whole loop with vLLM actors: learner, weights in flight, late join, kill and restart."""
 
-import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,17 +34,14 @@ VLLM = (
 JOIN_S = 120
 
 
-def actors_at_work(system: System) -> dict[int, dict]:  # noqa: F811
+def actors_at_work(system: System) -> dict[int, dict[str, Any]]:  # noqa: F811
     """Actors by process that have passed their check and sent something since."""
     return {a["pid"]: a for a in system.status()["actors"] if a["groups"] > 2}
 
 
 def test_actors_generate_join_die_and_are_replaced_while_training_goes_on(system):  # noqa: F811
     run = system.gdpo("run", "run", str(RECIPE), *VLLM)
-    path = system.run_folder / "endpoints.json"
-    wait_for(path.exists, "the learner", JOIN_S)
-    endpoints = json.loads(path.read_text())
-    system.url, system.metrics_url = endpoints["learner"], endpoints["metrics"]
+    system.wait_until_it_listens(run, JOIN_S)
 
     # Two actors, whose engines compute what the learner does, follow its weights.
     wait_for(lambda: len(actors_at_work(system)) == 2, "two actors at work", JOIN_S)

@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,12 @@ def test_weights_for_which_there_is_no_memory_are_an_error_of_the_engine():
     ],
 )
 def test_a_collective_that_cannot_be_is_left_at_once(changes):
-    good = {"rank": 1, "world_size": 3, "store_port": 1, "bucket_bytes": CHUNK_BYTES}
+    good: dict[str, Any] = {
+        "rank": 1,
+        "world_size": 3,
+        "store_port": 1,
+        "bucket_bytes": CHUNK_BYTES,
+    }
     good |= {"timeout_s": 0.2}
     offer = Weights(version=1, num_bytes=8, digest="d", epoch=1, **{**good, **changes})
     turn = ReceiveBuffer(SharedMemory(8), layout([("w", "float32", (2,))])).begin(1)

@@ -15,13 +15,13 @@ OF_PYTHON = {"asyncio-waitpid"}
 
 def names_in_the_code() -> set[str]:
     """Names of all threads that an actor starts; a thread without a name fails."""
-    names = set()
+    names: set[str] = set()
     for folder in ("actors", "protocol", "transfer"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 match node:
                     case ast.Call(func=ast.Name("in_daemon_thread"), args=[ast.Constant(name), *_]):
-                        names.add(name)
+                        names.add(str(name))
                     case ast.Call(func=ast.Name("in_daemon_thread" | "Thread"), keywords=keywords):
                         values = {keyword.arg: keyword.value for keyword in keywords}
                         if path.name != "threads.py":

@@ -33,7 +33,7 @@ ADVANTAGES = torch.tensor([2.0, -1.0])
 # min(r A, clip(r) A) with clip to [.8, 1.2] is 2.4, 1, -1.5, -.8.
 
 
-def loss_of(correction: str, policy: Tensor = POLICY, **limits: float) -> PolicyLoss:
+def loss_of(correction: str, policy: Tensor = POLICY, **limits: Any) -> PolicyLoss:
     return policy_loss(
         policy,
         ADVANTAGES,
@@ -44,12 +44,12 @@ def loss_of(correction: str, policy: Tensor = POLICY, **limits: float) -> Policy
     )
 
 
-def objective(correction: str, **limits: float) -> float:
+def objective(correction: str, **limits: Any) -> float:
     """Sum of the objective over the four tokens."""
     return -4 * float(loss_of(correction, **limits).loss)
 
 
-def gradient(correction: str, **limits: float) -> list[float]:
+def gradient(correction: str, **limits: Any) -> list[float]:
     """Gradient of the sum of the objective, token by token."""
     leaf = POLICY.clone().requires_grad_()
     loss_of(correction, leaf, **limits).loss.backward()
@@ -57,7 +57,7 @@ def gradient(correction: str, **limits: float) -> list[float]:
     return (-4 * leaf.grad).flatten().tolist()
 
 
-def shares(correction: str, **limits: float) -> dict[str, float]:
+def shares(correction: str, **limits: Any) -> dict[str, float]:
     """Shares of truncated, clipped and masked tokens that are not 0."""
     found = loss_of(correction, **limits).metrics
     return {name: float(x) for name, x in found.items() if name.endswith("share") and x > 0}

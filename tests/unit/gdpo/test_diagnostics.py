@@ -1,6 +1,7 @@
 """Diagnostics of a batch's rewards."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from gdpo import compute_advantages, reward_diagnostics
 NAN = math.nan
 
 
-def diagnose(rewards: list[list[tuple[float, ...]]] | Tensor, **settings_: object) -> dict:
+def diagnose(
+    rewards: Sequence[Sequence[tuple[float, ...]]] | Tensor, **settings_: object
+) -> dict[str, float]:
     """Diagnostics of rewards [P, G, K] named a, b, c, ..."""
     rewards_PGK = torch.as_tensor(rewards, dtype=torch.float32)
     names = "abcdefgh"[: rewards_PGK.shape[-1]]

@@ -169,7 +169,7 @@ def test_nothing_as_large_as_the_logits_is_made_but_their_gradient(with_entropy:
         if with_entropy:
             values = list(token_logprobs_and_entropy(logits, tokens, 1.0, 4))
         assert made.count == 0
-        sum(value.sum() for value in values).backward()
+        torch.stack([value.sum() for value in values]).sum().backward()
         assert made.count == 1
     with NewTensors(logits.numel()) as made:
         dense_logprobs(logits, tokens, 1.0)

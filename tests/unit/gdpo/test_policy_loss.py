@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_clip_higher_lets_a_good_token_rise_further(correction: str) -> None:
     result = loss_of(
         logs((0.3,)),
         (2.0,),
-        correction=CORRECTIONS[correction](clip_high=0.28),
+        correction=cast(Any, CORRECTIONS[correction])(clip_high=0.28),
         behaviour_logprobs=logs((0.2,)),
         proximal_logprobs=logs((0.2,)),
     )
@@ -304,6 +304,8 @@ def test_garbage_under_the_mask_leaks_nowhere(correction: str, garbage: float) -
     (loss, found, gradient), (garbage_loss, garbage_found, garbage_gradient) = results
     assert garbage_loss == loss
     assert garbage_found == found
+    assert gradient is not None
+    assert garbage_gradient is not None
     assert torch.equal(garbage_gradient, gradient)
     assert (garbage_gradient[~mask] == 0).all()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import Literal
 
 import pytest
 from hypothesis import assume, given, settings
@@ -169,7 +170,7 @@ class Run:
     num_actors: int
     random: Random
     in_order: bool
-    sampling: str = "fifo"
+    sampling: Literal["fifo", "freshest"] = "fifo"
     failure_rate: float = 0.0
     resumes: int = 0
     """How often the learner is still to be killed."""
@@ -271,7 +272,7 @@ class Run:
 
 
 @st.composite
-def runs(draw: st.DrawFn, max_uses: int = 1, lag: int | None = None, **values) -> Run:
+def runs(draw: st.DrawFn, /, max_uses: int = 1, lag: int | None = None, **values) -> Run:
     max_staleness = draw(st.integers(lag or max_uses - 1, 4))
     batch_groups = draw(st.integers(1, 5))
     steps = draw(st.integers(1, 12))

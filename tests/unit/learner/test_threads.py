@@ -4,6 +4,7 @@ import time
 import weakref
 from collections import deque
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,11 @@ class Line:
     """Items in the order in which they came."""
 
     def __init__(self, *, drains: bool = True, **hooks) -> None:
-        self.waiting: deque = deque()
-        self.handled: list = []
+        self.waiting: deque[Any] = deque()
+        self.handled: list[Any] = []
         self.failures: list[AsyncGdpoError] = []
         self.ended = Event()
-        self.worker: Worker = Worker("line", self._take, self.handle, drains=drains, **hooks)
+        self.worker: Worker[Any] = Worker("line", self._take, self.handle, drains=drains, **hooks)
 
     def _take(self):
         return self.waiting.popleft() if self.waiting else None

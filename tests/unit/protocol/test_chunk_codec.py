@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from protocol.chunk_codec import (
     encode_patch,
 )
 from protocol.errors import BadMessage
+from protocol.framing import Buffer
 from protocol.weights import CHUNK_BYTES
 
 widths = st.sampled_from([1, 2, 4])
@@ -29,7 +31,7 @@ SPECIAL_BF16 = (0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x7F80, 0xFF80, 0x7FC0, 
 SPECIAL_FP32 = tuple(pattern << 16 | low for pattern in SPECIAL_BF16 for low in (0, 1, 0xFFFF))
 
 
-def compressed(content: bytes, **settings_: bool) -> bytes:
+def compressed(content: bytes, **settings_: Any) -> bytes:
     return zstandard.ZstdCompressor(level=1, **settings_).compress(content)
 
 
@@ -43,7 +45,7 @@ def patched(base: bytes, patches: list[bytes], width: int) -> bytes:
     return bytes(target)
 
 
-def decoded(encoding: str, payload: bytes, length: int, width: int) -> bytes:
+def decoded(encoding: Any, payload: Buffer, length: int, width: int) -> bytes:
     target = bytearray(length)
     decode_full(encoding, payload, target, width)
     return bytes(target)
@@ -223,7 +225,7 @@ def frame(content_bytes: int, *blocks: bytes, window_log: int | None = None) -> 
     """A zstd frame by hand: a single segment if no window is given."""
     single = window_log is None
     descriptor = bytes([0xC0 | (0x20 if single else 0)])
-    window = b"" if single else bytes([(window_log - 10) << 3])
+    window = b"" if window_log is None else bytes([(window_log - 10) << 3])
     size = content_bytes.to_bytes(8, "little")
     return b"\x28\xb5\x2f\xfd" + descriptor + window + size + b"".join(blocks)
 

@@ -43,7 +43,7 @@ def test_the_whole_digest_is_of_names_and_digests():
 def test_any_bit_changes_the_digest_of_its_tensor_and_of_the_whole(byte, bit):
     damaged = bytearray(PACKED)
     damaged[byte] ^= 1 << bit
-    ours, theirs = packed_digests(PACKED, SPECS), packed_digests(damaged, SPECS)
+    ours, theirs = packed_digests(PACKED, SPECS), packed_digests(bytes(damaged), SPECS)
     assert differing(SPECS, ours, theirs) == ["a" if byte < 8 else "b"]
     assert whole_digest(ours, SPECS) != whole_digest(theirs, SPECS)
 

@@ -179,4 +179,4 @@ def test_mutated_messages_raise_nothing_but_bad_message(example, seed):
     random = Random(seed)
     header, *payloads = encode(example, [b"1234"])
     for _ in range(20):
-        decode_or_refuse([mutate(random, header), *payloads])
+        decode_or_refuse([mutate(random, bytes(header)), *payloads])

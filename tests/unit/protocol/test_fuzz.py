@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ from tests.unit.wire_examples import EXAMPLES, FRAMES, name_of
 
 SHARES = {"whole messages": 0.6, "groups": 0.15, "to an actor": 0.25}
 """Of --fuzz-frames."""
+PARTS = 4
+"""Each share is sent in so many tests, so that none takes long on a busy machine."""
 ROUND = 500
 """Mutants between two looks at the books."""
 MAX_GROWTH_BYTES = 512 << 10
@@ -44,16 +47,16 @@ TO_LEARNER = [name for name in FRAMES if name in ("hello", "group", "failed", "s
 SESSIONS = ("a", "b", "c")
 
 
-@pytest.fixture
+@pytest.fixture(params=range(PARTS))
 def fuzz(request: pytest.FixtureRequest) -> Callable[[str], tuple[int, Random]]:
     """Number of frames for a share of them, and its random numbers; both are printed."""
 
     def start(share: str) -> tuple[int, Random]:
         chosen = request.config.getoption("--fuzz-seed")
         seed = Random().getrandbits(32) if chosen == "random" else int(chosen)
-        num_frames = int(request.config.getoption("--fuzz-frames") * SHARES[share])
-        print(f"\n{share}: {num_frames} frames, --fuzz-seed {seed}")
-        return num_frames, Random(seed)
+        num_frames = int(request.config.getoption("--fuzz-frames") * SHARES[share] / PARTS)
+        print(f"\n{share}, part {request.param}: {num_frames} frames, --fuzz-seed {seed}")
+        return num_frames, Random(f"{seed}/{request.param}")
 
     return start
 
@@ -333,7 +336,7 @@ TREES = st.recursive(
 
 
 @st.composite
-def headers(draw: st.DrawFn) -> dict:
+def headers(draw: st.DrawFn) -> dict[str, Any]:
     """The keys of a message with any values."""
     example = draw(st.sampled_from([e for e in EXAMPLES if name_of(e) in TO_LEARNER]))
     fields = {name: draw(TREES) for name in example.__struct_fields__ if draw(st.booleans())}

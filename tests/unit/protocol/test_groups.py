@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocol.errors import BadMessage
 from protocol.framing import decode_to_learner, encode
 from protocol.groups import Group, GroupLimits, Rollout, pack_group, unpack_group
+from protocol.messages import GroupHeader
 from tests.unit.factories import REWARDS, VOCAB, make_group
 
 NAN = math.nan
@@ -30,7 +31,9 @@ ids = st.integers(0, VOCAB - 1)
 
 def receive(group: Group, limits: GroupLimits = LIMITS) -> Group:
     """A group after a journey over the wire."""
-    return unpack_group(*decode_to_learner(encode(*pack_group(group))), limits)
+    header, payloads = decode_to_learner(encode(*pack_group(group)))
+    assert isinstance(header, GroupHeader)
+    return unpack_group(header, payloads, limits)
 
 
 def assert_same(left: Group, right: Group) -> None:

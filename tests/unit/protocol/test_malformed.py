@@ -2,6 +2,9 @@
 
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 from unittest import mock
 
 import msgpack
@@ -10,7 +13,7 @@ import pytest
 
 from learner.coordinator.admission import MAX_CHECKS_GOING_ON
 from protocol.errors import BadMessage
-from protocol.framing import MAX_FRAMES, decode_to_actor, encode
+from protocol.framing import MAX_FRAMES, Buffer, decode_to_actor, encode
 from protocol.groups import pack_group
 from protocol.messages import (
     Ack,
@@ -44,7 +47,7 @@ def changed(name: str, **changes) -> list[bytes]:
 
 # ---- Messages that are none --------------------------------------------------------------------
 
-BAD_VALUES = {
+BAD_VALUES: dict[str, list[dict[str, Any]]] = {
     "hello": [
         *({"session": text} for text in (*NO_TEXT, "a b", "é")),
         *({"host": text} for text in NO_TEXT[1:]),
@@ -57,7 +60,7 @@ BAD_VALUES = {
     ],
     "group": [
         *({"lease": lease} for lease in (-1, -(2**63), HUGE, 2**63, "3", 3.0, [3])),
-        *({"finish": finish} for finish in (["stop", "eos"], ["stop", 1], "stop", {})),
+        *({"finish": f} for f in (["stop", "eos"], ["stop", 1], "stop", cast(Any, {}))),
         *({"reward_names": names} for names in ([b"format"], [1, 2], "format", [["format"]])),
         *({"generation_seconds": s} for s in (math.nan, math.inf, -math.inf, -1.0, 1e300)),
         *({"reward_seconds": s} for s in (math.nan, math.inf, -1e-9, 1e300)),
@@ -145,26 +148,26 @@ def test_a_malformed_message_is_counted_answered_and_changes_nothing(frames):
 # ---- Groups that are none ----------------------------------------------------------------------
 
 
-def with_frame(lease: int, index: int, frame: bytes) -> list[bytes]:
+def with_frame(lease: int, index: int, frame: bytes) -> list[Buffer]:
     header, payloads = pack_group(make_group(lease))
     payloads[index] = frame
     return encode(header, payloads)
 
 
-def with_header(lease: int, **changes) -> list[bytes]:
+def with_header(lease: int, **changes: Any) -> list[Buffer]:
     header, payloads = pack_group(make_group(lease))
     return encode(msgspec.structs.replace(header, **changes), payloads)
 
 
-def with_payloads(lease: int, payloads: list[bytes]) -> list[bytes]:
+def with_payloads(lease: int, payloads: list[Buffer]) -> list[Buffer]:
     header, _ = pack_group(make_group(lease))
     return encode(header, payloads)
 
 
 # The run of these tests allows prompts of 8 tokens and has version 0.
-BAD_GROUPS = {
+BAD_GROUPS: dict[str, Callable[[int], list[Buffer]]] = {
     **{
-        f"a frame with {what}": lambda lease, i=index, f=frame: with_frame(lease, i, f)
+        f"a frame with {what}": partial(with_frame, index=index, frame=frame)
         for what, (index, frame, _) in BAD_FRAMES.items()
         if what != "a prompt too long"
     },
@@ -321,7 +324,7 @@ def test_a_flood_of_hellos_leaves_one_actor_and_balanced_books():
 
 # ---- What an actor believes of a learner -------------------------------------------------------
 
-BAD_TO_ACTOR = {
+BAD_TO_ACTOR: dict[str, list[dict[str, Any]]] = {
     "welcome": [
         {"run_id": "a\nb"},
         {"files": ["a\x00.json"]},

@@ -99,7 +99,7 @@ def test_a_rank_that_cannot_be_is_refused(rank: int, world_size: int):
 
 def test_what_comes_too_late_is_discarded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(collective, "GRACE_S", 0.0)
-    discarded = []
+    discarded: list[str] = []
     done = threading.Event()
 
     def late() -> str:

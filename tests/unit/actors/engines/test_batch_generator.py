@@ -1,5 +1,7 @@
 """The sampling loop against full recomputations with the same weights."""
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
@@ -33,8 +35,8 @@ def make_model(seed: int) -> Qwen2ForCausalLM:
     return model.eval()
 
 
-def make_request(**changes) -> Request:
-    values = {
+def make_request(**changes: Any) -> Request:
+    values: dict[str, Any] = {
         "prompt_tokens": (5, 6, 7),
         "num_rollouts": 3,
         "temperature": 1.0,
@@ -101,7 +103,7 @@ def test_greedy_generation_equals_generate():
         generator, [make_request(prompt_tokens=prompt, num_rollouts=1, temperature=0.0)]
     )
     with torch.no_grad():
-        expected = model.generate(
+        expected = cast(Any, model).generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=EOS
         )[0, len(prompt) :]
     assert rollout.tokens.tolist() == expected.tolist()

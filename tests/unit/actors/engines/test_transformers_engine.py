@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,10 @@ def test_weights_that_do_not_fit_change_nothing(base_folder, in_place, change):
     model, specs = load(base_folder)
     before = pack_alone(0, model, specs).digest
     last = specs[-1]
-    changes = {"shape": {"shape": (*last.shape, 1)}, "dtype": {"dtype": "bfloat16"}}
+    changes: dict[str, dict[str, Any]] = {
+        "shape": {"shape": (*last.shape, 1)},
+        "dtype": {"dtype": "bfloat16"},
+    }
     specs[-1] = replace(last, **changes[change])
     packed = torch.zeros(last.offset + last.num_bytes, dtype=torch.uint8)
     with pytest.raises(EngineError, match=last.name):

@@ -1,13 +1,16 @@
 """What the vLLM engine decides without vLLM; tests/vllm has the rest."""
 
+import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import get_args
 
 import pytest
+import torch
 
-from actors.engines import choice, vllm_load, vllm_start
+from actors.engines import vllm_start
 from actors.engines.choice import ENGINES, chosen_engine
 from actors.engines.vllm_engine import VllmEngine
 from actors.engines.vllm_load import EngineLoad
@@ -19,7 +22,7 @@ from protocol.errors import ConfigError
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """vLLM's settings stay in the test."""
-    monkeypatch.setattr(vllm_start.os, "environ", dict(vllm_start.os.environ))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
 
 
 async def refusal(**config) -> str:
@@ -60,7 +63,7 @@ async def test_a_temperature_that_vllm_does_not_take_is_refused_at_once():
 def test_vllm_is_taken_where_it_is_installed_and_there_is_a_gpu(
     monkeypatch, engine, gpu, installed, expected
 ):
-    monkeypatch.setattr(choice.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(vllm_start, "is_installed", lambda: installed)
     assert chosen_engine(ActorConfig(engine=engine)) == expected
 
@@ -123,7 +126,7 @@ def test_what_ran_without_waiting_is_taken_again_at_once(state):
 
 def test_after_a_long_wait_fewer_leases_are_taken_to_be_enough(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(vllm_load.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     load = make_load(64)
     report(load, waiting=3)
     assert load.capacity(active=6, num_rollouts=8) == 6

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import random
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -165,14 +164,6 @@ def test_the_shipped_rows_are_those_of_seed_zero_and_disjoint():
     assert not prompts[0] & prompts[1]
 
 
-def test_the_module_imports_neither_torch_nor_transformers():
-    program = (
-        "import sys, actors.tasks.tool_calling_tiny;"
-        "assert not {'torch', 'transformers', 'tokenizers'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
 # The tokenizer.
 
 
@@ -273,6 +264,8 @@ def test_the_shipped_policy_is_seldom_well_formatted_and_half_right(model, token
 
 def test_make_base_writes_the_same_bytes_again(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("make_base", EXAMPLE / "make_base.py")
+    assert spec is not None
+    assert spec.loader is not None
     make_base = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_base)
     monkeypatch.setattr(make_base.torch, "set_num_threads", lambda count: None)

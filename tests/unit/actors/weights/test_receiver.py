@@ -195,7 +195,7 @@ async def test_what_was_pulled_of_a_version_before_it_went_is_used_again(actor):
     first = actor.learner.snapshots.latest
     held_back = asyncio.Event()
     actor.learner.change = lambda header, payloads: (
-        (header, payloads) if header.chunk > 0 else (held_back.set() or header, [])
+        (header, payloads) if header.chunk > 0 else (held_back.set() or header, [])  # type: ignore[func-returns-value]
     )
     actor.receiver.announce(first.announcement("stream"), [memoryview(first.digests)])
     await held_back.wait()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def make_run(
     correction: str = "ppo",
     lag: int | None = None,
     seed: int = 0,
-) -> dict:
+) -> dict[str, Any]:
     return {
         "estimator": estimator,
         "correction": correction,
@@ -162,12 +163,12 @@ def write_run(folder: RunFolder, curve: list[float], after: float) -> None:
     for step, value in enumerate(curve, start=1):
         folder.append_step(make_step(step, rewards={"format": value}, ess=0.5))
     evaluation = make_evaluation(means={"format": after})
-    rewards = {"before": None, "after": evaluation, "changes": [], "failures": {}}
+    rewards: dict[str, Any] = {"before": None, "after": evaluation, "changes": [], "failures": {}}
     folder.write_summary(make_summary(rewards=rewards))
     folder.close()
 
 
-def collect_to_json(tmp_path, settings: list[dict]) -> dict:
+def collect_to_json(tmp_path, settings: list[dict[str, Any]]) -> dict[str, Any]:
     runs = []
     for index, setting in enumerate(settings):
         folder = RunFolder(tmp_path / f"run{index}")

@@ -2,6 +2,7 @@
 
 import io
 from threading import Semaphore
+from typing import Any
 
 from rich.console import Console
 
@@ -13,10 +14,10 @@ from tests.unit.record_examples import make_summary
 from tests.unit.status_examples import EARLY, RUNNING
 
 
-def panel_text(status: dict) -> str:
-    console = Console(file=io.StringIO(), width=80)
+def panel_text(status: dict[str, Any]) -> str:
+    console = Console(file=(file := io.StringIO()), width=80)
     console.print(render_panel(read_status(status)))
-    return console.file.getvalue()
+    return file.getvalue()
 
 
 def test_the_line_of_an_early_run_says_that_nothing_has_happened_yet():
@@ -71,21 +72,21 @@ def test_a_name_of_a_run_or_reward_is_shown_as_it_is(monkeypatch):
         asked.release()
         return read_status(status)
 
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=(file := io.StringIO()), width=200)
     with Display(source, console):
         # With the second question the first answer has been printed.
         assert asked.acquire(timeout=10)
         assert asked.acquire(timeout=10)
-    assert "[bold]format[/] 0.500" in console.file.getvalue()
+    assert "[bold]format[/] 0.500" in file.getvalue()
     assert "[red]tiny" in panel_text(status)
     assert "[bold]format[/]" in panel_text(status)
 
 
 def test_the_display_ends_at_once_though_there_was_nothing_to_show():
-    console = Console(file=io.StringIO())
+    console = Console(file=(file := io.StringIO()))
     with Display(lambda: None, console):
         pass
-    assert console.file.getvalue() == ""
+    assert file.getvalue() == ""
 
 
 # ---- The summary -------------------------------------------------------------------------------

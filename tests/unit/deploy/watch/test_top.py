@@ -1,23 +1,12 @@
 """`gdpo top`: what it shows of a learner's status, and what it makes of one that is not there."""
 
-import codecs
 import copy
-import fcntl
 import io
 import json
-import os
-import pty
-import signal
-import struct
-import subprocess
-import sys
-import termios
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any
+from threading import Event
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -25,27 +14,34 @@ from rich.console import Console
 from deploy.cli import main
 from deploy.watch.http import MAX_ANSWER_BYTES
 from deploy.watch.status import TIMEOUT_S, read_status
-from deploy.watch.top import Answer, View, Watched, watch
+from deploy.watch.top import Answer, Questions, View, Watched, watch
 from deploy.watch.top_picture import Picture
 from protocol.errors import BadMessage, ConfigError, PeerLost
 from tests.unit.record_examples import SUMMARY
-from tests.unit.status_examples import ACTORS, EARLY, WATCHED, WEIGHTS
+from tests.unit.status_examples import (
+    ACTORS,
+    EARLY,
+    WATCHED,
+    WEIGHTS,
+    StatusServer,
+    status_servers,
+)
 
 ROOT = Path(__file__).parents[4]
 GONE = PeerLost("nothing answers at http://127.0.0.1:9400/status: Connection refused")
 
 
 def text_of(status: dict[str, Any], *, width: int = 100, **options: Any) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=(file := io.StringIO()), width=width)
     console.print(Picture(read_status(status), **options))
-    return console.file.getvalue()
+    return file.getvalue()
 
 
 def rows_of(text: str, title: str) -> list[str]:
     """The lines of a panel, without its frame and its head."""
     lines = iter(text.splitlines())
     next(line for line in lines if f" {title}" in line and line.startswith("╭"))
-    rows = []
+    rows: list[str] = []
     for line in lines:
         if line.startswith("╰"):
             return rows[1:]
@@ -192,7 +188,17 @@ def test_on_the_narrowest_terminal_a_row_is_a_line_still():
 
 # ---- What answers may be anything --------------------------------------------------------------
 
-ODD = (None, "", "[red]\x1b[2J:smile:[/]", -2, 2**63, 10**400, float("nan"), float("inf"), -1e308)
+ODD: tuple[Any, ...] = (
+    None,
+    "",
+    "[red]\x1b[2J:smile:[/]",
+    -2,
+    2**63,
+    10**400,
+    float("nan"),
+    float("inf"),
+    -1e308,
+)
 ODD += (1e308, True, [], {}, [[]], {"[/]\n": "\x9b"}, [{}], "x" * 10_000, "\ud800")
 
 
@@ -224,9 +230,10 @@ def test_an_odd_value_anywhere_is_refused_or_shown_and_never_obeyed(odd):
         except BadMessage as error:
             assert str(error).isprintable()
             continue
-        console = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
+        file = io.StringIO()
+        console = Console(file=file, width=300, force_terminal=True, color_system=None)
         console.print(Picture(status, height=60))
-        text = console.file.getvalue()
+        text = file.getvalue()
         assert all(line.isprintable() for line in text.splitlines()), path
         shown += 1
     # Those that nobody reads, if none else.
@@ -252,46 +259,10 @@ def test_a_name_from_the_network_is_no_markup():
     assert r"[blink]:smile:\x1b[2J" in text
 
 
-class Learner:
-    """Answers every question with ``body``."""
-
-    def __init__(self, body: bytes, code: int = 200) -> None:
-        learner = self
-        self.body = body
-        self.paths: list[str] = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                learner.paths.append(self.path)
-                self.send_response(code)
-                self.end_headers()
-                self.wfile.write(learner.body)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
-        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture
-def start() -> Iterator[Callable[..., Learner]]:
-    learners: list[Learner] = []
-
-    def start(body: Any = WATCHED, code: int = 200) -> Learner:
-        learners.append(
-            Learner(body if isinstance(body, bytes) else json.dumps(body).encode(), code)
-        )
-        return learners[-1]
-
-    yield start
-    for learner in learners:
-        learner.close()
+def start() -> Iterator[Callable[..., StatusServer]]:
+    with status_servers() as start:
+        yield start
 
 
 @pytest.mark.parametrize(
@@ -456,7 +427,8 @@ def play(
     file = io.StringIO()
     console = Console(file=file, width=100, height=60, force_terminal=True, color_system=None)
     view = View(read_status(WATCHED), interval_s=1.0, clock=Clock())
-    return watch(view, Script(*answers), Watched(target), console), file.getvalue()
+    questions = cast(Questions, Script(*answers))
+    return watch(view, questions, Watched(target), console), file.getvalue()
 
 
 def test_each_answer_is_drawn():
@@ -539,83 +511,3 @@ def test_a_run_that_is_resumed_at_another_address_is_found_again(start, tmp_path
     endpoints = {"learner": "tcp://127.0.0.1:5556", "metrics": f"{resumed.address}/metrics"}
     (folder / "endpoints.json").write_text(json.dumps(endpoints))
     assert target.fetch().step == 50
-
-
-class Terminal:
-    """A `gdpo` command on a terminal of 60 lines and 100 columns."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._leader, follower = pty.openpty()
-        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 100, 0, 0))
-        environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
-        for name in ("COLUMNS", "LINES"):
-            environment.pop(name, None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "deploy", *arguments],
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            env=environment,
-            start_new_session=True,
-        )
-        os.close(follower)
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text = ""
-
-    def read_until(self, expected: str) -> None:
-        deadline = time.monotonic() + 20
-        while expected not in self.text:
-            assert time.monotonic() < deadline, f"no {expected!r} in {self.text}"
-            self.text += self._decoder.decode(os.read(self._leader, 65536))
-
-    def end(self) -> int:
-        """Its exit code, with the rest of what it prints."""
-        try:
-            while part := os.read(self._leader, 65536):
-                self.text += self._decoder.decode(part)
-        except OSError:
-            # Nobody has the other end open any more.
-            pass
-        os.close(self._leader)
-        return self.process.wait(20)
-
-
-@pytest.fixture
-def open_terminal() -> Iterator[Callable[..., Terminal]]:
-    terminals: list[Terminal] = []
-
-    def open_terminal(*arguments: str) -> Terminal:
-        terminals.append(Terminal(*arguments))
-        return terminals[-1]
-
-    yield open_terminal
-    for terminal in terminals:
-        terminal.process.kill()
-        terminal.process.wait()
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_terminal_shows_it_live_and_is_left_as_it_was(start, open_terminal, signum):
-    learner = start()
-    terminal = open_terminal("top", learner.address, "--interval", "0.05")
-    terminal.read_until("40 of 100")
-    learner.body = json.dumps(WATCHED | {"step": 41}).encode()
-    terminal.read_until("41 of 100")
-    terminal.process.send_signal(signum)
-    assert terminal.end() == 0
-    assert "Traceback" not in terminal.text
-    # The screen that was there before is back, and so is the cursor.
-    assert "\x1b[?1049h" in terminal.text
-    assert "\x1b[?25h" in terminal.text
-    _, left, after = terminal.text.rpartition("\x1b[?1049l")
-    assert left
-    assert "41 of 100" in after
-
-
-def test_a_terminal_is_told_that_the_learner_has_left(start, open_terminal):
-    learner = start(WATCHED | {"phase": "leaving"})
-    terminal = open_terminal("top", learner.address, "--interval", "0.05")
-    terminal.read_until("leaving")
-    learner.close()
-    assert terminal.end() == 0
-    assert terminal.text.rstrip().endswith("The learner has left, after step 40 of 100.")

@@ -66,6 +66,7 @@ def test_the_example_loads_and_its_paths_are_found_from_anywhere(recipe, tmp_pat
     assert config.name == "tool_calling_tiny"
     assert [reward.name for reward in config.rewards] == ["format", "correctness"]
     for path in (config.model.path, config.data.train, config.data.heldout):
+        assert path is not None
         assert Path(path).is_absolute()
         assert Path(path).exists()
 
@@ -96,7 +97,9 @@ def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
 def test_a_condition_survives_the_round_trip(tmp_path):
     config = load(tmp_path)
     again = load(tmp_path, text=config.to_toml())
-    assert again.rewards[0].when.at_least == 0.5
+    when = again.rewards[0].when
+    assert when is not None
+    assert when.at_least == 0.5
     assert again == config
 
 

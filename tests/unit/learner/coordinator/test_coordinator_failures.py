@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -155,7 +156,7 @@ def test_the_late_group_of_a_lost_actor_is_refused():
     assert len(cluster.buffer) == 0
 
 
-def stay_alive(cluster: Cluster, *sessions: str, seconds: int, **status: int) -> None:
+def stay_alive(cluster: Cluster, *sessions: str, seconds: int, **status: Any) -> None:
     """Let time pass in which these actors send heartbeats."""
     for _ in range(seconds // 5):
         cluster.clock.advance(5)

@@ -206,7 +206,12 @@ def test_a_wait_ends_with_what_it_waits_for_or_with_its_time():
     Timer(0.05, cluster.weights_ready, ["a", 1]).start()
     assert offers.wait_until(lambda: not offers.behind({"a": 1}, 1), timeout_s=10)
     events = []
-    Timer(0.05, lambda: (events.append(1), offers.notify())).start()
+
+    def happen() -> None:
+        events.append(1)
+        offers.notify()
+
+    Timer(0.05, happen).start()
     assert offers.wait_until(lambda: bool(events), timeout_s=10)
 
 

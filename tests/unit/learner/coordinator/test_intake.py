@@ -1,5 +1,6 @@
 """Intake between a real coordinator and a socket: what makes it send."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -68,8 +69,13 @@ def test_a_message_of_another_thread_is_sent_at_once(cluster, peer):
 
 def test_many_messages_wake_intake_once_while_it_waits(cluster, peer, monkeypatch):
     written = []
-    write = module.os.write
-    monkeypatch.setattr(module.os, "write", lambda fd, data: written.append(1) or write(fd, data))
+    write = os.write
+
+    def count(descriptor: int, data: bytes) -> int:
+        written.append(data)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", count)
     with cluster.coordinator._lock:
         for number in range(1000):
             cluster.coordinator._registry.send("a", Drain(cause=f"number {number}"))

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_while_the_run_ends_no_check_is_leased():
 
 def test_a_comparison_that_fails_ends_the_run_instead_of_never_ending(check, policy):
     group = make_sequence(model_logprobs(policy, 0.7))
-    failures: SimpleQueue = SimpleQueue()
+    failures: SimpleQueue[Any] = SimpleQueue()
     broken = dataclasses.replace(snapshot_of(policy), packed=torch.zeros(3, dtype=torch.uint8))
     check.start(failures.put)
     check.submit(group, broken, report=failures.put)

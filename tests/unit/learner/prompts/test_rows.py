@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -24,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-def jsonl(tmp_path: Path, rows: list) -> str:
+def jsonl(tmp_path: Path, rows: list[Any]) -> str:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import msgspec
@@ -32,7 +32,9 @@ from learner.replay.journal import Journal, wait_until_stored
 from learner.run.learner import Learner
 from learner.run_folder import RunFolder
 from learner.state import RunState
+from learner.training.policy import Policy
 from learner.training.reward_settings import RewardSchedule, RewardSetting
+from learner.training.trainer import Trainer
 from protocol.config import RewardConfig
 from protocol.errors import ConfigError, TrainingError
 from protocol.messages import Ack, Failed, Lease
@@ -79,10 +81,9 @@ class Life:
     def __init__(self, run: Run, *, resume: bool = True) -> None:
         self.run = run
         with mock.patch.object(history, "Journal", SteppedJournal):
-            self.history = History(
-                RunFolder(run.path), run.config, None, Phases(CollectorRegistry())
-            )
-        self.journal: SteppedJournal | None = self.history.journal
+            folder, phases = RunFolder(run.path), Phases(CollectorRegistry())
+            self.history = History(folder, run.config, cast(Policy, None), phases)
+        self.journal: SteppedJournal = cast(SteppedJournal, self.history.journal)
         self.cluster = Cluster(run.config, num_rows=7, journal=self.journal)
         self.coordinator, self.buffer = self.cluster.coordinator, self.cluster.buffer
         self.rewards = RewardSchedule(run.config.rewards, run.config.training.steps)
@@ -482,7 +483,7 @@ def test_no_checkpoint_is_made_of_a_batch_that_is_not_in_the_journal(folder: Pat
         getattr(life, name)(session, number)
     learner = Learner.__new__(Learner)
     learner.history, learner.folder = life.history, RunFolder(folder)
-    learner.trainer = SimpleNamespace(version=1, in_step=False)
+    learner.trainer = cast(Trainer, SimpleNamespace(version=1, in_step=False))
     with mock.patch.object(history, "JOURNAL_TIMEOUT_S", 0.01), pytest.raises(TrainingError):
         learner._save()
     assert life.history.checkpoints.versions == []

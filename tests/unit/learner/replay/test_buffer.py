@@ -180,7 +180,8 @@ SETTINGS = st.fixed_dictionaries(
 @given(SETTINGS, st.lists(ADD | TAKE, max_size=40), st.randoms(use_true_random=False))
 def test_guarantees_1_3_4_and_5_hold_for_any_history(values, history, random):
     buffer = ReplayBuffer(**values)
-    version, added, uses = 0, {}, Counter()
+    version, added = 0, {}
+    uses: Counter[int] = Counter()
     numbers = list(range(len(history)))
     random.shuffle(numbers)
     for kind, *arguments in history:

@@ -2,9 +2,6 @@
 
 import os
 import sqlite3
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from threading import Event
 
@@ -15,10 +12,11 @@ from learner.prompts.work_queue import group_limits
 from learner.replay.buffer import TrainingBatch
 from learner.replay.journal import Journal, ReceivedGroup, wait_until_stored
 from learner.replay.journal_reader import JournalReader, RecordedBatch, RecordedCommand
-from protocol.errors import BadMessage, ConfigError, TrainingError
+from protocol.errors import AsyncGdpoError, BadMessage, ConfigError, TrainingError
 from protocol.framing import decode_to_learner, encode
 from protocol.groups import Group, pack_group
 from protocol.leases import OutstandingLease
+from protocol.messages import GroupHeader
 from tests.unit.factories import VOCAB, make_config, make_group, make_work
 
 MAX_BYTES = 1 << 20
@@ -32,7 +30,7 @@ class Writer:
         self.journal = Journal(path, max_bytes)
         self.stored: list[list[int]] = []
         """Prompt indices, as they came to be stored together."""
-        self.failures: list[TrainingError] = []
+        self.failures: list[AsyncGdpoError] = []
         self.failed = Event()
         if start:
             self.start()
@@ -46,8 +44,9 @@ class Writer:
         object.__setattr__(held.work, "prompt_index", prompt_index)
         header, payloads = pack_group(group)
         # As it comes from the network.
-        header, frames = decode_to_learner(encode(header, payloads))
-        self.journal.append(ReceivedGroup(held, group), header, frames)
+        received, frames = decode_to_learner(encode(header, payloads))
+        assert isinstance(received, GroupHeader)
+        self.journal.append(ReceivedGroup(held, group), received, frames)
         return group
 
     def settle(self) -> None:
@@ -56,7 +55,7 @@ class Writer:
     def _on_stored(self, arrivals) -> None:
         self.stored.append([arrival.held.work.prompt_index for arrival in arrivals])
 
-    def _on_failure(self, error: TrainingError) -> None:
+    def _on_failure(self, error: AsyncGdpoError) -> None:
         self.failures.append(error)
         self.failed.set()
 
@@ -245,46 +244,6 @@ def test_a_journal_that_does_not_write_in_time_is_an_error(path):
     with pytest.raises(TrainingError, match="has not written for 0 s"):
         wait_until_stored(writer.journal.cut(1, make_cut((1,))), 0.01)
     writer.journal.close()
-
-
-KILLED = """
-import os, sys, threading
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.unit.learner.replay.test_journal import Writer
-writer = Writer(Path({path!r}), start=False)
-told = 0
-
-def on_stored(arrivals):
-    global told
-    for arrival in arrivals:
-        os.write(1, b"%d\\n" % arrival.held.work.prompt_index)
-        told += 1
-        if told >= {after}:
-            os._exit(9)
-
-writer.journal.start(on_stored, lambda error: os._exit(1))
-for prompt_index in range(10_000):
-    writer.append(prompt_index)
-threading.Event().wait()
-"""
-
-
-@pytest.mark.parametrize("after", [1, 7, 60])
-def test_guarantee_2_what_was_told_is_there_after_the_process_was_killed(path, after):
-    root = str(Path(__file__).parents[4])
-    program = textwrap.dedent(KILLED).format(root=root, path=str(path), after=after)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
-    assert result.returncode == 9, result.stderr.decode()
-    told = [int(line) for line in result.stdout.split()]
-    assert len(told) == after
-    reader = read(path)
-    assert set(told) <= set(reader.prompt_indices())
-    for prompt_index in told:
-        assert reader.group(prompt_index, limits()).lease == prompt_index + 100
-    # Nothing of a transaction that was not complete.
-    prompt_indices = reader.prompt_indices()
-    assert prompt_indices == tuple(range(len(prompt_indices)))
 
 
 # ---- Size --------------------------------------------------------------------------------------

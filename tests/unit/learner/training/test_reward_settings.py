@@ -1,6 +1,7 @@
 """What the rewards count: by configuration, by schedule, by command."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from protocol.errors import ConfigError
 WHEN = {"reward": "right", "at_least": 1.0}
 
 
-def make_rewards(right: dict | None = None, short: dict | None = None) -> RewardSchedule:
+def make_rewards(
+    right: dict[str, Any] | None = None, short: dict[str, Any] | None = None
+) -> RewardSchedule:
     return RewardSchedule(
         [
             RewardConfig.model_validate({"name": "right", "function": "tasks:f", **(right or {})}),

@@ -75,6 +75,7 @@ def train_once(config: RunConfig, **algorithm) -> StepResult:
 def test_the_samplers_log_probabilities_equal_the_trainers_at_lag_0(config):
     result = train(Trainer(load_policy(config), config), make_groups(config))
     print(f"largest difference: {result.lag0_difference:.2e}")
+    assert result.lag0_difference is not None
     assert result.lag0_difference < 1e-4
     assert result.metrics["ess"] == pytest.approx(1.0, abs=1e-4)
 
@@ -159,6 +160,7 @@ def test_every_correction_trains(config, correction):
     result = train_once(config, correction=correction)
     assert math.isfinite(result.metrics["loss"])
     assert result.metrics["grad_norm"] > 0
+    assert result.lag0_difference is not None
     assert result.lag0_difference < 1e-4
     # All tokens are of the trainer's version.
     assert result.metrics["staleness/0/ess"] == pytest.approx(1.0, abs=0.05)
@@ -222,6 +224,8 @@ def test_the_batch_std_can_be_smoothed_over_batches(config):
     first = trainer.batch_std
     train(trainer, groups)
     # Five dead groups of six shrink the batch's own std; half of it is the one before.
+    assert first is not None
+    assert trainer.batch_std is not None
     assert first / 2 < trainer.batch_std < first
 
 
@@ -231,6 +235,7 @@ def test_other_weights_begin_the_smoothed_batch_std_anew(config):
     train(trainer, groups)
     first = trainer.batch_std
     train(trainer, groups, format=100.0, correctness=100.0)
+    assert first is not None
     assert trainer.batch_std == pytest.approx(100 * first, rel=1e-5)
 
 
@@ -251,7 +256,8 @@ def test_token_versions_follow_the_spans():
         spans=((0, 2), (3, 5)),
         finish="stop",
     )
-    group = Group(1, np.array([8, 9], dtype=np.int32), (rollout,), ("a",), np.zeros((1, 1)))
+    scores = np.zeros((1, 1), dtype=np.float32)
+    group = Group(1, np.array([8, 9], dtype=np.int32), (rollout,), ("a",), scores)
     batch = collate([group], torch.device("cpu"))
     # Two prompt tokens, four sampled ones; position t predicts token t + 1.
     assert batch.tokens_BL.tolist() == [[8, 9, 3, 4, 5, 6]]

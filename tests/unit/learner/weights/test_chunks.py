@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,12 @@ def test_whatever_was_finished_an_actor_gets_the_right_bytes(finished, base, chu
 def test_a_difference_is_made_once_whoever_asks_for_it(monkeypatch):
     made = []
     encode = chunk_codec.encode_patch
-    monkeypatch.setattr(chunk_codec, "encode_patch", lambda *args: made.append(1) or encode(*args))
+
+    def counted(*args):
+        made.append(1)
+        return encode(*args)
+
+    monkeypatch.setattr(chunk_codec, "encode_patch", counted)
     source = make_source()
     push(source, 1, finish=False)
     for _ in range(3):
@@ -117,7 +123,8 @@ def test_finished_differences_keep_no_snapshot():
     assert source._steps[0].previous is not None
     while source.work():
         pass
-    assert (source._steps[0].previous, source._steps[0].new) == (None, None)
+    finished: Any = source._steps[0]
+    assert (finished.previous, finished.new) == (None, None)
 
 
 def test_old_differences_go_when_there_are_too_many_or_they_are_too_large(monkeypatch):
@@ -176,7 +183,9 @@ class Slow:
 @pytest.fixture
 def served():
     """A stream over a slow source, and the list of what it answered."""
-    source, answers, failures = Slow(), [], []
+    source = Slow()
+    answers: list[tuple[str, int]] = []
+    failures: list[Exception] = []
     weights = WeightsStream(source)  # type: ignore[arg-type]
     weights.start(
         lambda session, answer: answers.append((session, answer.header.chunk)), failures.append
@@ -227,7 +236,7 @@ def test_what_one_session_asks_for_beyond_all_measure_is_dropped(served):
 
 def test_differences_are_made_while_nobody_asks(served):
     source, weights, *_ = served
-    weights.keep_differences(None, None)  # type: ignore[arg-type]
+    weights.keep_differences(None, None)
     wait_for(lambda: source.worked == 3)
 
 

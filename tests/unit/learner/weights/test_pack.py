@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_a_snapshot_does_not_change_with_the_model():
     snapshot = pack_alone(0, model, specs)
     before = snapshot.packed.clone()
     with torch.no_grad():
-        model.weight.fill_(2.0)
+        cast(torch.Tensor, model.weight).fill_(2.0)
     assert torch.equal(snapshot.packed, before)
     assert pack_alone(0, model, specs).digest != snapshot.digest
 
@@ -236,7 +237,9 @@ def test_a_snapshot_that_is_pulled_keeps_its_memory_after_it_has_left_the_store(
     model, specs = make_model(0.0)
     pool = MemoryPool(total_bytes(specs))
     store = SnapshotStore(pack(0, model, specs, pool))
-    chunk = store.pulled(0).packed[4:12].numpy().data
+    pulled = store.pulled(0)
+    assert pulled is not None
+    chunk = pulled.packed[4:12].numpy().data
     content = bytes(chunk)
     store._pulled_at.clear()
     with torch.no_grad():

@@ -251,7 +251,9 @@ def test_who_pulls_every_version_gets_differences():
     """From the second push on, of which the publisher knows that somebody pulls."""
     scene = Scene("a", backend="stream")
     kept = []
-    scene.stream.keep_differences = lambda before, new: kept.append((before.version, new.version))  # type: ignore[method-assign]
+    scene.stream.keep_differences = lambda previous, new: kept.append(  # type: ignore[method-assign]
+        (previous.version, new.version)
+    )
     for version in (1, 2, 3):
         scene.push(version)
     assert kept == [(1, 2), (2, 3)]

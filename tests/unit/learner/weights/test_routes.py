@@ -1,5 +1,7 @@
 """By which route each actor gets a push."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -19,7 +21,7 @@ def make_actor(number: int, machine: str = HERE, gpu: str = "") -> ActorState:
     return ActorState(f"s{number}", hello, 0.0, 0.0, 0.0, number)
 
 
-def routes(backend: str, *actors: ActorState, machine: str = HERE, gpu: str = "") -> list[str]:
+def routes(backend: Any, *actors: ActorState, machine: str = HERE, gpu: str = "") -> list[str]:
     return list(plan_routes(actors, Topology(backend, machine, torch.device("cpu"), gpu)).values())
 
 

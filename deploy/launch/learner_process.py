@@ -13,7 +13,6 @@ from deploy.watch.status import Status, read_status
 from learner.config.run import RunConfig
 from learner.run.learner import Learner
 from learner.run.process import run_learner
-from learner.run.reports import status_report
 from learner.run_folder import RunFolder
 
 
@@ -28,7 +27,7 @@ def run_with_display(config: RunConfig, folder: RunFolder, *, resume: bool, as_c
 
     def status() -> Status | None:
         # By way of JSON, as for everybody else: it makes lists of tuples and words of keys.
-        return read_status(json.loads(json.dumps(status_report(learners[0])))) if learners else None
+        return read_status(json.loads(json.dumps(learners[0].status()))) if learners else None
 
     display = Display(status)
     with nullcontext() if as_child else display:

@@ -4,255 +4,52 @@
         ▲                  │                            │
         └──────leases──────┘◄───────room in the buffer──┘
 
-| loop       | consumes        | waits for              | unblocked by       | produces         |
-|------------|-----------------|------------------------|--------------------|------------------|
-| intake     | messages, ticks | nothing                | -                  | groups, leases   |
-| trainer    | batches         | enough fresh groups    | intake             | a new version    |
-| publisher  | newest version  | actors, with deadlines | actors, the clock  | fresh actors     |
+Every loop has a thread of its own, of this name:
 
-The trainer runs on the main thread; the others on one thread each.
+THREADTABLE
 """
 
 import logging
-import math
-import socket
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-import zmq
-from prometheus_client import CollectorRegistry
-
 from learner.config.run import RunConfig
-from learner.coordinator.access import Access
-from learner.coordinator.coordinator import Coordinator
-from learner.coordinator.intake import Intake
-from learner.coordinator.self_check import SelfCheck
-from learner.prompts.rows import load_rows
-from learner.prompts.stream import PromptStream, check_work, evaluation_work
-from learner.prompts.work_queue import WorkQueue, group_limits
-from learner.recovery.checkpoints import Checkpoint, newest
-from learner.recovery.history import JOURNAL_TIMEOUT_S, History
-from learner.recovery.resume import Resumed, load_trainer
-from learner.replay.buffer import ReplayBuffer, TrainingBatch
-from learner.replay.journal import ReceivedGroup
-from learner.run.metrics import StateCollector, StepMetrics
-from learner.run.reports import evaluation_report, status_report, step_line, summary_report
-from learner.run.throughput import Progress
+from learner.recovery.checkpoints import newest
+from learner.run.connections import connect
+from learner.run.endpoints import Endpoints
+from learner.run.evaluations import Evaluations
+from learner.run.loop import TrainingLoop
+from learner.run.parts import assemble, load
+from learner.run.reports import status_report, summary_report
+from learner.run.resumption import resume as resume_run
+from learner.run.saver import Saver
 from learner.run_folder import RunFolder
-from learner.state import RunState
-from learner.training.reward_settings import RewardSetting, RewardSettings
-from learner.training.trainer import StepResult
-from learner.weights.chunks import Answer, ChunkSource
-from learner.weights.pack import MemoryPool, pack
-from learner.weights.publisher import Publisher
-from learner.weights.routes import topology_of
-from learner.weights.snapshots import Snapshot, SnapshotStore
-from learner.weights.stream import WeightsStream
-from protocol.errors import ConfigError, TrainingError, brief
-from protocol.keys import AllowList
-from protocol.messages import Welcome
-from protocol.observability import Heartbeat, ObservabilityServer
-from protocol.sockets import bind_learner, is_wildcard, parse_tcp
-from protocol.weights import item_bytes, total_bytes
+from protocol.errors import TrainingError, brief
 
 log = logging.getLogger("learner")
 
 DRAIN_TIMEOUT_S = 3.0
 """For the actors' goodbyes: they drop what they are at, so that only a hung one takes longer."""
-STOP_CHECK_S = 0.5
-CHECK_ROWS = 64
-"""Rows that new actors are checked with, in turn: one of them may be unusable."""
 
 
 class Learner:
     """One training run; `run` returns when it is done or `stop` was called."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, *, resume: bool = False) -> None:
-        """``resume`` goes on where the learner before in this folder ended, or was killed."""
-        self.config = config
-        self.folder = folder
-        self.phase = "loading"
-        self.before: dict[str, Any] | None = None
-        """`evaluation_report` of the policy before the first step; likewise after the last."""
-        self.after: dict[str, Any] | None = None
-        self.last_step: StepResult | None = None
-        self.lag0_difference: float | None = None
-        self.training_seconds = 0.0
-        self.phase_seconds: dict[str, float] = {}
-        """Mean duration of each phase of a group and of a weight push."""
-        self.interrupted = ""
-        """Why the run is to end early."""
-        self.completed = False
-        if config.learner.threads:
-            torch.set_num_threads(config.learner.threads)
+        """Build everything and open the ports; raises `ConfigError`.
+
+        ``resume`` goes on where the learner before in this folder ended, or was killed.
+        """
         folder.take()
         checkpoint = newest(folder.checkpoints) if resume else None
-        self._load(checkpoint)
-        self._assemble()
+        self.parts = assemble(load(config, folder, checkpoint))
         if resume:
-            self._resume(checkpoint)
+            resume_run(self.parts, checkpoint)
         folder.go_on(config)
-        self._connect()
-
-    def _load(self, checkpoint: Checkpoint | None) -> None:
-        """Model and data: everything that the user may have got wrong, before a port opens."""
-        config = self.config
-        self._keys = config.load_keys()
-        rows = load_rows(config.data.train, config.data.train_split)
-        self._heldout = (
-            load_rows(config.data.heldout, config.data.heldout_split) if config.data.heldout else []
-        )
-        self._stream = PromptStream(rows, config)
-        self._heartbeat = Heartbeat("trainer", limit_s=120.0)
-        self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
-        self._topology = topology_of(config, next(self.policy.model.parameters()).device)
-        self.rewards = RewardSettings(config.rewards, config.learner.steps)
-        self.history = History(self.folder, config, self.policy)
-        self.buffer = ReplayBuffer.of(config)
-
-    def _assemble(self) -> None:
-        """The parts that decide, still without a connection to anybody."""
-        config = self.config
-        self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
-        self._memory = MemoryPool(
-            total_bytes(self.policy.specs),
-            pinned=any(parameter.is_cuda for parameter in self.policy.model.parameters()),
-        )
-        self._snapshots = SnapshotStore(self._packed())
-        self.weights_stream = WeightsStream(
-            ChunkSource(
-                self._snapshots,
-                width=item_bytes(self.policy.specs),
-                compress=config.weights.compress,
-            )
-        )
-        self._work = WorkQueue(self._stream)
-        self._pacing = config.pacing()
-        self.coordinator = Coordinator(
-            config,
-            welcome=Welcome(
-                run_id=self.folder.run_id,
-                actor=config.for_actors().model_dump(mode="json"),
-                model_digest=self.policy.files_digest,
-                files=tuple(self.policy.files),
-                manifest=self.policy.manifest,
-            ),
-            files=tuple(self.policy.files.values()),
-            work=self._work,
-            buffer=self.buffer,
-            pacing=self._pacing,
-            snapshots=self._snapshots,
-            vocab_size=self.policy.vocab_size,
-            journal=self.history.journal,
-            clock=time.monotonic,
-            on_pull=self.weights_stream.pull,
-            self_check=self._self_check,
-            checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
-        )
-        self.progress = Progress(self.coordinator, config.learner.batch_groups)
-
-    def _resume(self, checkpoint: Checkpoint | None) -> None:
-        """Be as the learner before was after the last batch that it began, and go on from there."""
-        limits = group_limits(self.config, self.policy.vocab_size)
-        resumed = Resumed(self.config, checkpoint, self.history.journal, limits)
-        self.before = self.folder.read_evaluation()
-        self.history.checkpoints.put_aside_after(resumed.version)
-        self.folder.forget_steps_after(resumed.version)
-        log.info("resuming %s from step %d", self.folder.path, resumed.version)
-        if checkpoint is not None:
-            state = checkpoint.state
-            self.training_seconds = state.training_seconds
-            self.lag0_difference = state.lag0_difference
-            self.progress.tokens_trained = state.tokens_trained
-            self.progress.tokens_generated_before = state.tokens_generated
-            self.coordinator.counters.restore(state.counters)
-        resumed.replay(self.buffer, self.rewards, self._train_again, self.history.note_finished)
-        resumed.restore_work(self._stream, self._work, self.coordinator.leases, self.buffer)
-        self.coordinator.advance(self.trainer.version)
-        if self.trainer.version > resumed.version:
-            self._snapshots.publish(self._packed())
-
-    def _train_again(self, cut: TrainingBatch, setting: RewardSetting) -> None:
-        started = time.monotonic()
-        step = self.trainer.step(cut.groups, setting)
-        self.training_seconds += time.monotonic() - started
-        self._note(step)
-        self.folder.append_step(step_line(self, step, time.monotonic() - started))
-
-    def _connect(self) -> None:
-        """Open the ports and start the threads; from here on actors may join."""
-        config = self.config
-        self._context: zmq.Context[Any] = zmq.Context()
-        # The largest frame of a group is its version spans: at most one triple a token.
-        tokens = config.sampling.max_tokens * max(
-            config.sampling.num_rollouts, config.eval.num_rollouts
-        )
-        sockets = bind_learner(
-            self._context, config.learner.bind, max(1 << 20, 12 * tokens), self._keys
-        )
-        self.url = self._reachable(sockets.url, "127.0.0.1")
-        """For actors on this machine."""
-        self.join_url = self._reachable(sockets.url, socket.gethostname())
-        """For all others too."""
-        allowed = AllowList(Path(config.keys.allowed)) if config.keys.allowed else None
-        if self._keys is not None and allowed is not None:
-            self.folder.write_learner_key(self._keys.public)
-            log.info(
-                "encrypted, with the key %s; %d keys may connect", self._keys.public, len(allowed)
-            )
-        self.access = Access(sockets, allowed)
-        intake_heartbeat = Heartbeat("intake", limit_s=10.0)
-        self._intake = Intake(sockets, self.access, self.coordinator, intake_heartbeat)
-        if journal := self.history.journal:
-            journal.start(self._stored, self.coordinator.fail)
-            self.rewards.record = self._record_command
-        self.weights_stream.start(self._answer_pull, self.coordinator.fail)
-        self.publisher = Publisher(
-            self.coordinator.offers,
-            self._snapshots,
-            self.weights_stream,
-            config.weights,
-            self._topology,
-            config.collective_address,
-            self._intake.wake,
-            self.coordinator.fail,
-        )
-        registry = CollectorRegistry()
-        registry.register(
-            StateCollector(
-                self.coordinator,
-                self.access,
-                self.buffer,
-                self.progress,
-                self.history.journal,
-                self.weights_stream,
-            )
-        )
-        self._metrics = StepMetrics(registry)
-        self._server = ObservabilityServer(
-            registry,
-            host=config.learner.metrics_host,
-            port=config.learner.metrics_port,
-            heartbeats=(self._heartbeat, intake_heartbeat),
-            ready=lambda: self.phase != "loading",
-            routes={"/status": lambda: status_report(self), "/sd": self._service_discovery},
-            commands={"/rewards": self._change_rewards},
-        )
-        self.metrics_url = f"http://{self._server.address}/metrics"
-        self.folder.write_control(self._server.command_url, self._server.token)
-        self.folder.write_endpoints(self.url, self.metrics_url)
-
-    def _reachable(self, bound: str, host_of_all: str) -> str:
-        """``bound``, with a host that actors can connect to in the place of a wildcard."""
-        host, port = parse_tcp(bound)
-        if not is_wildcard(host):
-            return bound
-        return f"tcp://{self.config.collective_address or host_of_all}:{port}"
-
-    # --- the run --------------------------------------------------------------------------------
+        self.connections = connect(self.parts)
+        self.endpoints = Endpoints(self.parts, self.connections)
+        self._evaluations = Evaluations(self.parts, self.connections)
+        self._saver = Saver(self.parts)
+        self._loop = TrainingLoop(self.parts, self.connections, self._saver)
 
     def run(self) -> dict[str, Any]:
         """Evaluate, train, evaluate, save; returns the summary.
@@ -261,259 +58,69 @@ class Learner:
         Raises what made going on impossible, a `TrainingError` above all; the summary is written
         even then, and a checkpoint too, unless it was a step that failed.
         """
-        failure: Exception | None = None
+        progress, failure = self.parts.progress, None
         try:
-            if self.before is None and self.trainer.version == 0:
-                self.before = self._evaluate("evaluating before")
-                if self.before and not self.interrupted:
-                    self.folder.write_evaluation(self.before)
-            self._train()
-            self._save()
-            self.after = self._evaluate("evaluating after")
-            self.completed = not self.interrupted
+            self._train_and_evaluate()
         except Exception as error:
             failure = error
-            self.interrupted = brief(error)
+            progress.interrupted = brief(error)
         try:
-            self.phase = "saving"
-            self._save()
+            progress.phase = "saving"
+            self._saver.finish()
         except Exception as error:
             failure = failure or error
-            self.completed = False
-            self.interrupted = self.interrupted or brief(error)
+            progress.completed = False
+            progress.stop(brief(error))
         self._leave()
-        self._note_weights()
+        self._loop.note_weights()
         # Nothing changes the books any more.
-        self._intake.close()
-        self.history.close()
-        summary = summary_report(self)
+        self.connections.intake.close()
+        self.parts.history.close()
+        summary = summary_report(self.parts, self.connections)
         try:
-            self.folder.write_summary(summary)
+            self.parts.folder.write_summary(summary)
         except TrainingError as error:
             failure = failure or error
         if failure is not None:
             raise failure
         return summary
 
+    def status(self) -> dict[str, Any]:
+        """The state of the run now, for displays; callable from any thread."""
+        return status_report(self.parts, self.connections)
+
     def stop(self, cause: str) -> None:
         """End after the step at hand; callable from a signal handler."""
-        self.interrupted = self.interrupted or cause
+        self.parts.progress.stop(cause)
 
     def close(self) -> None:
         """Threads and ports; after `run`."""
-        self.publisher.close()
-        self.weights_stream.close()
-        self._intake.close()
-        self.history.close()
-        if self._self_check is not None:
-            self._self_check.close()
-        self._server.close()
-        self._context.term()
-        self.folder.close()
+        self.connections.publisher.close()
+        self.parts.weights_stream.close()
+        self.connections.intake.close()
+        self.parts.history.close()
+        if self.parts.self_check is not None:
+            self.parts.self_check.close()
+        self.endpoints.close()
+        self.connections.context.term()
+        self.parts.folder.close()
 
-    def _train(self) -> None:
-        self.phase = "training"
-        started = time.monotonic() - self.training_seconds
-        self.progress.restart()
-        self.coordinator.open_training()
-        while self.trainer.version < self.config.learner.steps:
-            cut = self._next_batch()
-            if cut is None:
-                break
-            step_started = time.monotonic()
-            # In this order: a command for the batch after it is in the journal behind it.
-            self.history.begin(self.trainer.version + 1, cut)
-            setting = self.rewards.begin(self.trainer.version + 1)
-            step = self.trainer.step(cut.groups, setting)
-            # Nobody may see a version that a resumed run would not make again.
-            self.history.wait()
-            self.coordinator.advance(step.version)
-            if self._pacing.is_pushed(step.version):
-                self._publish()
-            self._intake.wake()
-            self.training_seconds = time.monotonic() - started
-            self._record(step, time.monotonic() - step_started)
-            if self.history.is_due(step.version):
-                self._checkpoint_now()
-            self._pause()
-        self.training_seconds = time.monotonic() - started
-        self.coordinator.close_training()
-
-    def _checkpoint_now(self) -> None:
-        """Training waits for the copy, not for the disk."""
-        started = time.monotonic()
-        self.history.checkpoints.begin(self._state(), self.trainer.state_tensors())
-        self._metrics.checkpoint(time.monotonic() - started)
-
-    def _save(self) -> None:
-        """The checkpoint of the last step, complete; none if there is no step, or half of one."""
-        checkpoints = self.history.checkpoints
-        version = self.trainer.version
-        try:
-            checkpoints.finish()
-            if version and not self.trainer.in_step and version not in checkpoints.versions:
-                # With a checkpoint of a batch that is not in the journal, a resumed run would train
-                # on its groups again.
-                self.history.wait()
-                self._checkpoint_now()
-                checkpoints.finish()
-        finally:
-            if versions := checkpoints.versions:
-                self.folder.show_checkpoint(checkpoints.path(versions[-1]) / "model")
-
-    def _state(self) -> RunState:
-        prompts, leases = self.coordinator.state()
-        trainer, setting = self.trainer, self.trainer.batch_std_setting
-        return RunState(
-            run_id=self.folder.run_id,
-            version=trainer.version,
-            prompts=prompts,
-            next_lease=self.coordinator.leases.next_lease,
-            leases=leases,
-            groups=self.buffer.state(),
-            rewards=self.rewards.state(),
-            batch_std=trainer.batch_std,
-            batch_std_setting=setting.as_json() if setting else None,
-            tokens_trained=self.progress.tokens_trained,
-            tokens_generated=self.progress.tokens_generated,
-            training_seconds=self.training_seconds,
-            lag0_difference=self.lag0_difference,
-            counters=self.coordinator.counters.totals(),
-        )
-
-    def _stored(self, arrivals: Sequence[ReceivedGroup]) -> None:
-        """On the journal's thread."""
-        self.coordinator.stored(arrivals)
-        self._intake.wake()
-
-    def _record_command(self, from_step: int, updates: Any) -> None:
-        assert self.history.journal is not None
-        self.history.journal.command(from_step, updates).wait(JOURNAL_TIMEOUT_S)
-
-    def _packed(self) -> Snapshot:
-        """The weights of the trainer's version."""
-        return pack(self.trainer.version, self.policy.model, self.policy.specs, self._memory)
-
-    def _publish(self) -> None:
-        started = time.monotonic()
-        snapshot = self._packed()
-        self.publisher.publish(snapshot, time.monotonic() - started)
-
-    def _answer_pull(self, session: str, answer: Answer) -> None:
-        """On the weights stream's thread."""
-        self.coordinator.offers.answer_pull(session, answer)
-        self._intake.wake()
-
-    def _next_batch(self) -> TrainingBatch | None:
-        """Wait for a batch; None if the run is to stop. Raises what ends the run."""
-        last_group_at = time.monotonic()
-        accepted = self.buffer.books.accepted
-        config = self.config.learner
-        patience_s = config.lease_timeout_s + config.wait_for_actors_s
-        with self.progress.waiting():
-            while not self.interrupted:
-                self.coordinator.raise_if_failed()
-                if self.buffer.books.accepted > accepted:
-                    last_group_at, accepted = time.monotonic(), self.buffer.books.accepted
-                if time.monotonic() - last_group_at > patience_s:
-                    raise TrainingError(
-                        f"no group came in for {patience_s:.0f} s, though "
-                        f"{self.coordinator.num_live} actors are connected; look into their logs"
-                    )
-                self._heartbeat.beat()
-                cut = self.buffer.take(
-                    config.batch_groups,
-                    self.trainer.version,
-                    STOP_CHECK_S,
-                    batches_after=config.steps - self.trainer.version - 1,
-                )
-                # Room in the buffer: leases can be issued.
-                self._intake.wake()
-                if cut is not None:
-                    return cut
-            return None
-
-    def _evaluate(self, phase: str) -> dict[str, Any] | None:
-        """Roll the held-out prompts out under the current version; None if stopped or no data.
-
-        Actors get this version: it is the first one, the last one, or where a resume led to.
-        """
-        if not self._heldout or self.interrupted:
-            return None
-        self.phase = phase
-        version = self.trainer.version
-        works = evaluation_work(self._heldout, self.config, version)
-        evaluation = self.coordinator.start_evaluation(works, version)
-        self._intake.wake()
-        deadline = math.inf
-        while not evaluation.done.wait(STOP_CHECK_S):
-            self.coordinator.raise_if_failed()
-            self._heartbeat.beat()
-            if self.interrupted:
-                return None
-            # The time runs while there is somebody to evaluate.
-            if not self.coordinator.offers.ready_actors():
-                deadline = math.inf
-            elif deadline == math.inf:
-                deadline = time.monotonic() + self.config.eval.timeout_s
-            if time.monotonic() > deadline:
-                log.warning(
-                    "evaluation ended after eval.timeout_s = %g with %d of %d prompts",
-                    self.config.eval.timeout_s,
-                    evaluation.num_prompts,
-                    len(works),
-                )
-                break
-        self.coordinator.end_evaluation()
-        return evaluation_report(evaluation, tuple(r.name for r in self.config.rewards))
-
-    def _record(self, step: StepResult, seconds: float) -> None:
-        self._note(step)
-        self.progress.sample()
-        self._metrics.step(step, seconds)
-        self._note_weights()
-        self.folder.append_step(step_line(self, step, seconds))
-
-    def _note_weights(self) -> None:
-        """What pushes and actors have reported since this was last called."""
-        self._metrics.actor_phases(self.coordinator.timings)
-        for report in self.publisher.take_reports():
-            self._metrics.push(report)
-        self.phase_seconds = self._metrics.mean_seconds
-
-    def _note(self, step: StepResult) -> None:
-        self.last_step = step
-        if step.lag0_difference is not None:
-            self.lag0_difference = max(self.lag0_difference or 0.0, step.lag0_difference)
-        self.progress.tokens_trained += step.num_tokens
-        self.progress.steps = step.version
-
-    def _pause(self) -> None:
-        deadline = time.monotonic() + self.config.learner.pause_per_step_s
-        while not self.interrupted and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, STOP_CHECK_S))
+    def _train_and_evaluate(self) -> None:
+        progress = self.parts.progress
+        if progress.before is None and self.parts.trainer.version == 0:
+            progress.before = self._evaluations.run("evaluating before")
+            if progress.before and not progress.interrupted:
+                self.parts.folder.write_evaluation(progress.before)
+        self._loop.run()
+        self._saver.finish()
+        progress.after = self._evaluations.run("evaluating after")
+        progress.completed = not progress.interrupted
 
     def _leave(self) -> None:
         """Let the actors go."""
-        self.phase = "leaving"
-        self.coordinator.drain(self.interrupted or "the run is complete")
-        self._intake.wake()
-        if not self.coordinator.wait_until_empty(DRAIN_TIMEOUT_S):
-            log.warning("%d actors did not say goodbye", self.coordinator.num_live)
-
-    def _change_rewards(self, updates: Any) -> dict[str, Any]:
-        """A command from outside, on a thread of the server."""
-        if self.interrupted:
-            raise ConfigError(f"the run is ending: {self.interrupted}")
-        return self.rewards.command(updates)
-
-    def _service_discovery(self) -> list[dict[str, Any]]:
-        """Prometheus HTTP service discovery: the live actors' metrics endpoints."""
-        return [
-            {
-                "targets": [f"{actor.hello.metrics_host}:{actor.hello.metrics_port}"],
-                "labels": {"actor": str(actor.number), "run": self.folder.path.name},
-            }
-            for actor in self.coordinator.actors()
-            if actor.hello.metrics_port
-        ]
+        coordinator, progress = self.parts.coordinator, self.parts.progress
+        progress.phase = "leaving"
+        coordinator.drain(progress.interrupted or "the run is complete")
+        self.connections.intake.wake()
+        if not coordinator.wait_until_empty(DRAIN_TIMEOUT_S):
+            log.warning("%d actors did not say goodbye", coordinator.num_live)

@@ -3,59 +3,59 @@
 import time
 from dataclasses import asdict
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from learner.coordinator.access import Access
 from learner.prompts.evaluation import Evaluation
 from learner.registry import ActorState
+from learner.run.connections import Connections
+from learner.run.parts import Parts
 from learner.training.trainer import StepResult
 from protocol.weights import total_bytes
 
-if TYPE_CHECKING:
-    from learner.run.learner import Learner
 
-
-def status_report(learner: "Learner") -> dict[str, Any]:
+def status_report(parts: Parts, connections: Connections) -> dict[str, Any]:
     """The state of the run now, for displays."""
-    rates = learner.progress.sample()
-    step, done = learner.last_step, learner.trainer.version
-    total = learner.config.learner.steps
-    live = learner.coordinator.num_live
+    rates = parts.throughput.sample()
+    step, done = parts.progress.last_step, parts.trainer.version
+    total = parts.config.learner.steps
+    live = parts.coordinator.num_live
     # With a fixed lag they wait for each other by design.
-    free = learner.config.buffer.lag is None
+    free = parts.config.buffer.lag is None
     return {
-        "run": learner.folder.path.name,
-        "phase": learner.phase if live else f"{learner.phase}, waiting for an actor",
+        "run": parts.folder.path.name,
+        "phase": parts.progress.phase if live else f"{parts.progress.phase}, waiting for an actor",
         "step": done,
         "steps": total,
-        "seconds_left": _seconds_left(learner.training_seconds, done, total),
+        "seconds_left": _seconds_left(parts.progress.training_seconds, done, total),
         "rewards": step.rewards if step else {},
         "tokens_generated_per_s": rates.tokens_generated_per_s,
         "tokens_trained_per_s": rates.tokens_trained_per_s,
         "staleness_mean": fmean(step.staleness) if step else None,
         "staleness_max": max(step.staleness) if step else None,
-        "max_staleness": learner.config.learner.max_staleness,
-        "buffer_groups": len(learner.buffer),
-        "buffer_bytes": learner.buffer.size_bytes,
-        "batch_groups": learner.config.learner.batch_groups,
+        "max_staleness": parts.config.learner.max_staleness,
+        "buffer_groups": len(parts.buffer),
+        "buffer_bytes": parts.buffer.size_bytes,
+        "batch_groups": parts.config.learner.batch_groups,
         "actors_live": live,
         "actors_wanted": rates.actors_wanted if free else None,
         "actor_idle_share": rates.actor_idle_share,
         "learner_wait_share": rates.learner_wait_share,
-        **_refused(learner),
+        **_refused(connections.access),
         "bottleneck": rates.bottleneck if done and live and free else None,
-        "weights": weights_report(learner),
-        "actors": [_actor(learner, actor) for actor in learner.coordinator.actors()],
+        "weights": weights_report(parts, connections),
+        "actors": [_actor(parts, actor) for actor in parts.coordinator.actors()],
     }
 
 
-def weights_report(learner: "Learner") -> dict[str, Any]:
+def weights_report(parts: Parts, connections: Connections) -> dict[str, Any]:
     """Epochs, the last pushes, and what pulling costs."""
-    publisher, stream = learner.publisher, learner.weights_stream
+    publisher, stream = connections.publisher, parts.weights_stream
     return {
         "backend": publisher.backend,
-        "push_every": learner.config.weights.push_every,
+        "push_every": parts.config.weights.push_every,
         "pushes": publisher.pushes,
-        "num_bytes": total_bytes(learner.policy.specs),
+        "num_bytes": total_bytes(parts.policy.specs),
         "stream_share": stream.share,
         "stream_bytes": stream.sent_bytes,
         "stream_plain_bytes": stream.plain_bytes,
@@ -65,12 +65,12 @@ def weights_report(learner: "Learner") -> dict[str, Any]:
     }
 
 
-def step_line(learner: "Learner", step: StepResult, seconds: float) -> dict[str, Any]:
+def step_line(parts: Parts, step: StepResult, seconds: float) -> dict[str, Any]:
     """One line of metrics.jsonl."""
-    rates = learner.progress.rates
+    rates = parts.throughput.rates
     return {
         "step": step.version,
-        "seconds": learner.training_seconds,
+        "seconds": parts.progress.training_seconds,
         "step_seconds": seconds,
         "rewards": step.rewards,
         "reward_settings": step.setting.as_json(),
@@ -81,29 +81,31 @@ def step_line(learner: "Learner", step: StepResult, seconds: float) -> dict[str,
         "tokens_trained_per_s": rates.tokens_trained_per_s,
         "actor_idle_share": rates.actor_idle_share,
         "learner_wait_share": rates.learner_wait_share,
-        "buffer_groups": len(learner.buffer),
-        "buffer_bytes": learner.buffer.size_bytes,
-        "actors_live": learner.coordinator.num_live,
+        "buffer_groups": len(parts.buffer),
+        "buffer_bytes": parts.buffer.size_bytes,
+        "actors_live": parts.coordinator.num_live,
         "lag0_logprob_difference": step.lag0_difference,
         **step.metrics,
     }
 
 
-def summary_report(learner: "Learner") -> dict[str, Any]:
+def summary_report(parts: Parts, connections: Connections) -> dict[str, Any]:
     """summary.json: what the run achieved, and its books."""
-    leases, books = learner.coordinator.leases.books, learner.buffer.books
-    seconds = learner.training_seconds
+    leases, books = parts.coordinator.leases.books, parts.buffer.books
+    seconds = parts.progress.training_seconds
     return {
-        "run": learner.folder.path.name,
-        "completed": learner.completed,
-        "ended_because": "all steps done" if learner.completed else learner.interrupted,
-        "steps": learner.trainer.version,
+        "run": parts.folder.path.name,
+        "completed": parts.progress.completed,
+        "ended_because": "all steps done"
+        if parts.progress.completed
+        else parts.progress.interrupted,
+        "steps": parts.trainer.version,
         "seconds_training": seconds,
         "rewards": {
-            "before": learner.before,
-            "after": learner.after,
-            "changes": [asdict(change) for change in learner.rewards.changes],
-            "failures": dict(learner.coordinator.counters.reward_failures),
+            "before": parts.progress.before,
+            "after": parts.progress.after,
+            "changes": [asdict(change) for change in parts.rewards.changes],
+            "failures": dict(parts.coordinator.counters.reward_failures),
         },
         "books": {
             "leases": {
@@ -126,35 +128,35 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
             },
         },
         "throughput": {
-            "tokens_trained": learner.progress.tokens_trained,
-            "tokens_trained_per_s": learner.progress.tokens_trained / seconds if seconds else 0.0,
-            "tokens_generated": learner.progress.tokens_generated,
+            "tokens_trained": parts.throughput.tokens_trained,
+            "tokens_trained_per_s": parts.throughput.tokens_trained / seconds if seconds else 0.0,
+            "tokens_generated": parts.throughput.tokens_generated,
         },
         "staleness": {
-            "largest": learner.buffer.largest_staleness,
-            "limit": learner.config.learner.max_staleness,
+            "largest": parts.buffer.largest_staleness,
+            "limit": parts.config.learner.max_staleness,
         },
-        "lag0_logprob_difference": learner.lag0_difference,
-        "phase_seconds": learner.phase_seconds,
-        "actors_lost": learner.coordinator.counters.actors_lost,
-        "bad_messages": learner.coordinator.counters.bad_messages,
-        **_refused(learner),
+        "lag0_logprob_difference": parts.progress.lag0_difference,
+        "phase_seconds": parts.phases.mean_seconds,
+        "actors_lost": parts.coordinator.counters.actors_lost,
+        "bad_messages": parts.coordinator.counters.bad_messages,
+        **_refused(connections.access),
         "weights": {
-            "version": learner.trainer.version,
-            "digest_mismatches": learner.coordinator.counters.digest_mismatches,
-            "actors_stalled_share": learner.progress.stalled_share,
-            "pushes": learner.publisher.pushes,
-            "evictions": dict(learner.publisher.evictions),
-            "stream_share": learner.weights_stream.share,
+            "version": parts.trainer.version,
+            "digest_mismatches": parts.coordinator.counters.digest_mismatches,
+            "actors_stalled_share": parts.throughput.stalled_share,
+            "pushes": connections.publisher.pushes,
+            "evictions": dict(connections.publisher.evictions),
+            "stream_share": parts.weights_stream.share,
         },
-        "checkpoint": str(learner.folder.checkpoint.resolve())
-        if learner.folder.checkpoint.exists()
+        "checkpoint": str(parts.folder.checkpoint.resolve())
+        if parts.folder.checkpoint.exists()
         else None,
     }
 
 
-def _actor(learner: "Learner", actor: ActorState) -> dict[str, Any]:
-    idle, stalled = learner.progress.shares(actor.session) or (None, None)
+def _actor(parts: Parts, actor: ActorState) -> dict[str, Any]:
+    idle, stalled = parts.throughput.shares(actor.session) or (None, None)
     return {
         "number": actor.number,
         "host": actor.hello.host,
@@ -172,11 +174,11 @@ def _actor(learner: "Learner", actor: ActorState) -> dict[str, Any]:
     }
 
 
-def _refused(learner: "Learner") -> dict[str, Any]:
+def _refused(access: Access) -> dict[str, Any]:
     """What did not get past the access, by cause."""
     return {
-        "connections_refused": dict(learner.access.connections_refused),
-        "messages_refused": dict(learner.access.messages_refused),
+        "connections_refused": dict(access.connections_refused),
+        "messages_refused": dict(access.messages_refused),
     }
 
 

@@ -73,7 +73,7 @@ class Rates:
         return "actors" if self.learner_wait_share > self.actor_idle_share else "learner"
 
 
-class Progress:
+class Throughput:
     """Totals of the run, sampled into `Rates`."""
 
     def __init__(
@@ -98,6 +98,11 @@ class Progress:
         self._waiting_since: float | None = None
         self.steps = 0
         self.rates = Rates()
+
+    def note(self, version: int, num_tokens: int) -> None:
+        """Count a training step."""
+        self.tokens_trained += num_tokens
+        self.steps = version
 
     def restart(self) -> None:
         """Forget what was before training: rates are about now."""

@@ -27,7 +27,7 @@ from learner.recovery.history import History
 from learner.recovery.resume import Resumed
 from learner.replay.buffer import TrainingBatch
 from learner.replay.journal import Journal
-from learner.run.learner import Learner
+from learner.run.saver import Saver
 from learner.run_folder import RunFolder
 from learner.state import RunState
 from learner.training.reward_settings import RewardSetting, RewardSettings
@@ -476,9 +476,11 @@ def test_no_checkpoint_is_made_of_a_batch_that_is_not_in_the_journal(folder: Pat
     life = Life(run, resume=False)
     for name, session, number in batches(1)[:-1]:
         getattr(life, name)(session, number)
-    learner = Learner.__new__(Learner)
-    learner.history, learner.folder = life.history, RunFolder(folder)
-    learner.trainer = SimpleNamespace(version=1, in_step=False)
+    parts: Any = SimpleNamespace(
+        history=life.history,
+        folder=RunFolder(folder),
+        trainer=SimpleNamespace(version=1, in_step=False),
+    )
     with mock.patch.object(history, "JOURNAL_TIMEOUT_S", 0.01), pytest.raises(TrainingError):
-        learner._save()
+        Saver(parts).finish()
     assert life.history.checkpoints.versions == []

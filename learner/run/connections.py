@@ -1,0 +1,116 @@
+"""The learner's ports and the threads that serve them: once they are open, actors may join."""
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from learner.coordinator.access import Access
+from learner.coordinator.intake import Intake
+from learner.recovery.history import JOURNAL_TIMEOUT_S
+from learner.replay.journal import Journal, ReceivedGroup
+from learner.run.parts import Parts
+from learner.weights.chunks import Answer
+from learner.weights.publisher import Publisher
+from protocol.keys import AllowList
+from protocol.observability import Heartbeat
+from protocol.sockets import LearnerSockets, bind_learner, is_wildcard, parse_tcp
+
+log = logging.getLogger("learner")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Connections:
+    """What actors are reached through."""
+
+    url: str
+    """Where actors on this machine join."""
+    join_url: str
+    """Where all other actors join, too."""
+    access: Access
+    intake: Intake
+    heartbeat: Heartbeat
+    """The intake thread's."""
+    publisher: Publisher
+    context: "zmq.Context[Any]"
+
+
+def connect(parts: Parts) -> Connections:
+    """Open the port for actors and start the threads; raises `ConfigError`."""
+    config, coordinator = parts.config, parts.coordinator
+    context: zmq.Context[Any] = zmq.Context()
+    sockets = _bind(parts, context)
+    access = _access(parts, sockets)
+    heartbeat = Heartbeat("intake", limit_s=10.0)
+    intake = Intake(sockets, access, coordinator, heartbeat)
+
+    def stored(arrivals: Sequence[ReceivedGroup]) -> None:
+        """On the journal's thread."""
+        coordinator.stored(arrivals)
+        intake.wake()
+
+    def answer_pull(session: str, answer: Answer) -> None:
+        """On the weights stream's thread."""
+        coordinator.offers.answer_pull(session, answer)
+        intake.wake()
+
+    if journal := parts.history.journal:
+        journal.start(stored, coordinator.fail)
+        parts.rewards.record = _command_writer(journal)
+    parts.weights_stream.start(answer_pull, coordinator.fail)
+    publisher = Publisher(
+        coordinator.offers,
+        parts.snapshots,
+        parts.weights_stream,
+        config.weights,
+        parts.topology,
+        config.collective_address,
+        intake.wake,
+        coordinator.fail,
+    )
+    return Connections(
+        url=_reachable(sockets.url, config.collective_address or "127.0.0.1"),
+        join_url=_reachable(sockets.url, config.collective_address or socket.gethostname()),
+        access=access,
+        intake=intake,
+        heartbeat=heartbeat,
+        publisher=publisher,
+        context=context,
+    )
+
+
+def _bind(parts: Parts, context: "zmq.Context[Any]") -> LearnerSockets:
+    config = parts.config
+    # The largest frame of a group is its version spans: at most one triple a token.
+    tokens = config.sampling.max_tokens * max(
+        config.sampling.num_rollouts, config.eval.num_rollouts
+    )
+    return bind_learner(context, config.learner.bind, max(1 << 20, 12 * tokens), parts.keys)
+
+
+def _access(parts: Parts, sockets: LearnerSockets) -> Access:
+    folder = parts.config.keys.allowed
+    allowed = AllowList(Path(folder)) if folder else None
+    if parts.keys is not None and allowed is not None:
+        parts.folder.write_learner_key(parts.keys.public)
+        log.info("encrypted, with the key %s; %d keys may connect", parts.keys.public, len(allowed))
+    return Access(sockets, allowed)
+
+
+def _command_writer(journal: Journal) -> Callable[[int, Any], None]:
+    """A function that returns when a command is on disk."""
+
+    def record(from_step: int, updates: Any) -> None:
+        journal.command(from_step, updates).wait(JOURNAL_TIMEOUT_S)
+
+    return record
+
+
+def _reachable(bound: str, host_of_wildcard: str) -> str:
+    """``bound``, with a host that actors can connect to in the place of a wildcard."""
+    host, port = parse_tcp(bound)
+    return f"tcp://{host_of_wildcard}:{port}" if is_wildcard(host) else bound

@@ -1,0 +1,140 @@
+"""The training loop: batches in, versions out, on the main thread."""
+
+import time
+
+from learner.replay.buffer import TrainingBatch
+from learner.run.connections import Connections
+from learner.run.metrics import StepMetrics
+from learner.run.parts import Parts
+from learner.run.reports import step_line
+from learner.run.saver import Saver
+from learner.training.trainer import StepResult
+from protocol.errors import TrainingError
+
+STOP_CHECK_S = 0.5
+
+
+class TrainingLoop:
+    """Trains until all steps are done or the run is to stop."""
+
+    def __init__(self, parts: Parts, connections: Connections, saver: Saver) -> None:
+        self._parts = parts
+        self._connections = connections
+        self._metrics = StepMetrics(parts.registry)
+        self._saver = saver
+        self._began_at = 0.0
+        """When training would have begun without any interruption."""
+
+    def run(self) -> None:
+        """Train; raises what made going on impossible, a `TrainingError` above all."""
+        parts = self._parts
+        self._open()
+        while (batch := self._next_batch()) is not None:
+            started, version = time.monotonic(), parts.trainer.version + 1
+            # In this order: a command for the batch after it is in the journal behind it.
+            parts.history.begin(version, batch)
+            setting = parts.rewards.begin(version)
+            step = parts.trainer.step(batch.groups, setting)
+            # Nobody may see a version that a resumed run would not make again.
+            parts.history.wait()
+            parts.coordinator.advance(version)
+            if parts.pacing.is_pushed(version):
+                self._publish()
+            self._connections.intake.wake()
+            self._record(step, started)
+            if parts.history.is_due(version):
+                self._saver.begin()
+            self._pause()
+        self._close()
+
+    def note_weights(self) -> None:
+        """Export what pushes and actors have reported since this was last called."""
+        timings, phases = self._parts.coordinator.timings, self._parts.phases
+        while timings:
+            phases.actor(*timings.popleft())
+        for report in self._connections.publisher.take_reports():
+            self._metrics.push(report)
+            phases.push(report.phases, report.seconds)
+
+    def _open(self) -> None:
+        self._parts.progress.phase = "training"
+        self._began_at = time.monotonic() - self._parts.progress.training_seconds
+        self._parts.throughput.restart()
+        self._parts.coordinator.open_training()
+
+    def _next_batch(self) -> TrainingBatch | None:
+        """Wait for a batch; None if there is no step left or the run is to stop."""
+        parts = self._parts
+        if parts.trainer.version >= parts.config.learner.steps:
+            return None
+        patience = _Patience(parts)
+        with parts.throughput.waiting():
+            while not parts.progress.interrupted:
+                parts.coordinator.raise_if_failed()
+                patience.check()
+                parts.heartbeat.beat()
+                batch = self._take()
+                if batch is not None:
+                    return batch
+        return None
+
+    def _take(self) -> TrainingBatch | None:
+        """A batch, if enough groups come in within a moment."""
+        parts, config = self._parts, self._parts.config.learner
+        batch = parts.buffer.take(
+            config.batch_groups,
+            parts.trainer.version,
+            STOP_CHECK_S,
+            batches_after=config.steps - parts.trainer.version - 1,
+        )
+        # Room in the buffer: leases can be issued.
+        self._connections.intake.wake()
+        return batch
+
+    def _publish(self) -> None:
+        """Give the weights to the publisher; training waits for the copy, not for a push."""
+        started = time.monotonic()
+        snapshot = self._parts.packed()
+        self._connections.publisher.publish(snapshot, time.monotonic() - started)
+
+    def _record(self, step: StepResult, started: float) -> None:
+        """Tell of a step that began at ``started``, wherever it is told."""
+        parts, seconds = self._parts, time.monotonic() - started
+        parts.progress.training_seconds = time.monotonic() - self._began_at
+        parts.note(step)
+        parts.throughput.sample()
+        self._metrics.step(step, seconds)
+        self.note_weights()
+        parts.folder.append_step(step_line(parts, step, seconds))
+
+    def _pause(self) -> None:
+        """Be as slow as ``learner.pause_per_step_s`` asks for."""
+        parts = self._parts
+        deadline = time.monotonic() + parts.config.learner.pause_per_step_s
+        while not parts.progress.interrupted and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, STOP_CHECK_S))
+
+    def _close(self) -> None:
+        self._parts.progress.training_seconds = time.monotonic() - self._began_at
+        self._parts.coordinator.close_training()
+
+
+class _Patience:
+    """Ends a run in which actors are connected and no group comes in."""
+
+    def __init__(self, parts: Parts) -> None:
+        config = parts.config.learner
+        self._parts = parts
+        self._limit_s = config.lease_timeout_s + config.wait_for_actors_s
+        self._accepted = parts.buffer.books.accepted
+        self._since = time.monotonic()
+
+    def check(self) -> None:
+        """Raise `TrainingError` if the last group is too long ago."""
+        if self._parts.buffer.books.accepted > self._accepted:
+            self._since, self._accepted = time.monotonic(), self._parts.buffer.books.accepted
+        if time.monotonic() - self._since > self._limit_s:
+            raise TrainingError(
+                f"no group came in for {self._limit_s:.0f} s, though "
+                f"{self._parts.coordinator.num_live} actors are connected; look into their logs"
+            )

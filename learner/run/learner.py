@@ -4,9 +4,25 @@
         ▲                  │                            │
         └──────leases──────┘◄───────room in the buffer──┘
 
-Every loop has a thread of its own, of this name:
+Every loop has a thread of its own:
 
-THREADTABLE
+| loop       | thread         | consumes     | waits for       | unblocked by     | produces       |
+|------------|----------------|--------------|-----------------|------------------|----------------|
+| training   | MainThread     | batches      | fresh groups    | intake, journal  | versions       |
+| intake     | intake         | messages     | a tick at most  | actors, a wake   | groups, leases |
+| journal    | journal        | groups, cuts | either          | any other thread | stored groups  |
+| stream     | weights-stream | pulls        | pulls, versions | intake, pushes   | chunks         |
+| publisher  | publisher      | versions     | actors' answers | intake, clock    | actors in step |
+| checkpoint | checkpoint     | copies       | a copy          | training         | checkpoints    |
+| self-check | self-check     | first groups | a first group   | intake           | verdicts       |
+| pages      | http           | requests     | a request       | who asks         | pages          |
+| broadcast  | broadcast      | one version  | its members     | members, clock   | sent buckets   |
+| call       | collective     | one call     | its peers       | peers            | its result     |
+| abort      | nccl-abort     | one epoch    | CUDA kernels    | CUDA             | freed memory   |
+
+The last three live as long as the one thing that they were made for. A call is one to
+torch.distributed with a deadline, after which nobody waits for its thread any more. Every HTTP
+request has a thread besides, which Python names.
 """
 
 import logging

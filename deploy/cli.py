@@ -383,8 +383,9 @@ def _plot(options: Any) -> int:
         print(*plot_comparison(options.run), sep="\n")
         return 0
     from deploy.results.plot import plot_run
+    from learner.run_folder import RunFolder
 
-    print(plot_run(options.run))
+    print(plot_run(RunFolder(options.run)))
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from learner.run_folder import RunFolder
 from protocol.errors import ConfigError
 
 WINDOW = 10
@@ -28,24 +29,24 @@ Run = dict[str, Any]
 Result = dict[str, list[Run]]
 
 
-def collect(runs: list[tuple[dict[str, Any], Path]]) -> Result:
-    """What (setting, run folder) came to: held-out means, training curves, ESS.
+def collect(runs: list[tuple[dict[str, Any], RunFolder]]) -> Result:
+    """Gather what (setting, run folder) came to: held-out means, training curves, ESS.
 
-    A setting has the keys of `deploy.results.compare.Cell`.
+    A setting has the keys of `deploy.results.compare.Cell`. Raises `ConfigError`.
     """
     result: Result = {"runs": []}
     for setting, folder in runs:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rewards = json.loads((folder / "summary.json").read_text())["rewards"]
+        steps, rewards = folder.read_steps(), folder.read_summary().rewards
         result["runs"].append(
             {
                 **setting,
-                "before": (rewards["before"] or {}).get("means", {}),
-                "after": (rewards["after"] or {}).get("means", {}),
+                "before": rewards.before.means if rewards.before else {},
+                "after": rewards.after.means if rewards.after else {},
                 "curves": {
-                    name: [line["rewards"][name] for line in lines] for name in lines[0]["rewards"]
+                    name: [step.rewards.get(name, math.nan) for step in steps]
+                    for name in steps[0].rewards
                 },
-                "ess": [line["ess"] for line in lines],
+                "ess": [step.metrics.get("ess", math.nan) for step in steps],
             }
         )
     return result

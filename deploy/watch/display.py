@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deploy.watch.status import Status
+from learner.records import Status
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 5.0

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.watch.display import add_row, duration, facts, render_panel
-from deploy.watch.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
+from learner.records import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
 
 MIN_ROWS = 2
 """Of each table, on however low a terminal: what is below its edge cannot be seen."""

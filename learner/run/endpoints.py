@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from learner.records import Control, Endpoints
 from learner.run.connections import Connections
 from learner.run.metrics import StateCollector
 from learner.run.parts import Parts
@@ -10,7 +11,7 @@ from protocol.errors import ConfigError
 from protocol.observability import ObservabilityServer
 
 
-class Endpoints:
+class EndpointServer:
     """Serves until `close`; where, is in the run folder.
 
     | page       | what it gives                                             |
@@ -34,14 +35,14 @@ class Endpoints:
             heartbeats=(parts.heartbeat, connections.heartbeat),
             ready=lambda: parts.progress.phase != "loading",
             routes={
-                "/status": lambda: status_report(parts, connections),
+                "/status": lambda: status_report(parts, connections).model_dump(),
                 "/sd": self._service_discovery,
             },
             commands={"/rewards": self._change_rewards},
         )
         self.metrics_url = f"http://{self._server.address}/metrics"
-        parts.folder.write_control(self._server.command_url, self._server.token)
-        parts.folder.write_endpoints(connections.url, self.metrics_url)
+        parts.folder.write_control(Control(url=self._server.command_url, token=self._server.token))
+        parts.folder.write_endpoints(Endpoints(learner=connections.url, metrics=self.metrics_url))
 
     def close(self) -> None:
         """Serve nothing any more."""

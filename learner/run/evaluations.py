@@ -3,10 +3,10 @@
 import logging
 import math
 import time
-from typing import Any
 
 from learner.prompts.evaluation import Evaluation
 from learner.prompts.stream import evaluation_work
+from learner.records import EvaluationResult
 from learner.run.connections import Connections
 from learner.run.parts import Parts
 from learner.run.reports import evaluation_report
@@ -23,7 +23,7 @@ class Evaluations:
         self._parts = parts
         self._connections = connections
 
-    def run(self, phase: str) -> dict[str, Any] | None:
+    def run(self, phase: str) -> EvaluationResult | None:
         """Roll the held-out prompts out under the current version; None if stopped or no data.
 
         Actors get this version: it is the first one, the last one, or where a resume led to.

@@ -26,12 +26,12 @@ request has a thread besides, which Python names.
 """
 
 import logging
-from typing import Any
 
 from learner.config.run import RunConfig
+from learner.records import Status, Summary
 from learner.recovery.checkpoints import newest
 from learner.run.connections import connect
-from learner.run.endpoints import Endpoints
+from learner.run.endpoints import EndpointServer
 from learner.run.evaluations import Evaluations
 from learner.run.loop import TrainingLoop
 from learner.run.parts import assemble, load
@@ -62,12 +62,12 @@ class Learner:
             resume_run(self.parts, checkpoint)
         folder.go_on(config)
         self.connections = connect(self.parts)
-        self.endpoints = Endpoints(self.parts, self.connections)
+        self.endpoints = EndpointServer(self.parts, self.connections)
         self._evaluations = Evaluations(self.parts, self.connections)
         self._saver = Saver(self.parts)
         self._loop = TrainingLoop(self.parts, self.connections, self._saver)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Summary:
         """Evaluate, train, evaluate, save; returns the summary.
 
         A stop request ends training after the step at hand, skips the evaluation and still saves.
@@ -101,7 +101,7 @@ class Learner:
             raise failure
         return summary
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Status:
         """The state of the run now, for displays; callable from any thread."""
         return status_report(self.parts, self.connections)
 

@@ -6,7 +6,7 @@ from learner.replay.buffer import TrainingBatch
 from learner.run.connections import Connections
 from learner.run.metrics import StepMetrics
 from learner.run.parts import Parts
-from learner.run.reports import step_line
+from learner.run.reports import step_report
 from learner.run.saver import Saver
 from learner.training.trainer import StepResult
 from protocol.errors import TrainingError
@@ -105,7 +105,7 @@ class TrainingLoop:
         parts.throughput.sample()
         self._metrics.step(step, seconds)
         self.note_weights()
-        parts.folder.append_step(step_line(parts, step, seconds))
+        parts.folder.append_step(step_report(parts, step, seconds))
 
     def _pause(self) -> None:
         """Be as slow as ``learner.pause_per_step_s`` asks for."""

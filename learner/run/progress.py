@@ -1,8 +1,8 @@
 """How far a run has come, for pages and reports."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from learner.records import EvaluationResult
 from learner.training.trainer import StepResult
 
 
@@ -15,9 +15,9 @@ class Progress:
 
     phase: str = "loading"
     """What the run is at: ``loading``, ``evaluating before``, ``training``, ``saving`` ..."""
-    before: dict[str, Any] | None = None
+    before: EvaluationResult | None = None
     """The evaluation of the policy before the first step; None without one."""
-    after: dict[str, Any] | None = None
+    after: EvaluationResult | None = None
     """The evaluation after the last step; None without one."""
     last_step: StepResult | None = None
     """The newest training step, those that are made again after a resume included."""

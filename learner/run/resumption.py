@@ -8,7 +8,7 @@ from learner.recovery.checkpoints import Checkpoint
 from learner.recovery.resume import Resumed
 from learner.replay.buffer import TrainingBatch
 from learner.run.parts import Parts
-from learner.run.reports import step_line
+from learner.run.reports import step_report
 from learner.training.reward_settings import RewardSetting
 
 log = logging.getLogger("learner")
@@ -34,7 +34,7 @@ def resume(parts: Parts, checkpoint: Checkpoint | None) -> None:
         step = parts.trainer.step(batch.groups, setting)
         parts.progress.training_seconds += time.monotonic() - started
         parts.note(step)
-        folder.append_step(step_line(parts, step, time.monotonic() - started))
+        folder.append_step(step_report(parts, step, time.monotonic() - started))
 
     resumed.replay(parts.buffer, parts.rewards, train_again, history.note_finished)
     resumed.restore_work(parts.prompts, parts.work, parts.coordinator.leases, parts.buffer)

@@ -1,0 +1,387 @@
+"""What a run says of itself: the live status, a line for each step, the summary at the end.
+
+The learner builds these records, and `learner.run_folder` and the page /status carry them as JSON.
+Whoever shows a run reads the same types, strictly: what is in a file or answers at a port may be
+anything. Keys that are not known are left out, for a newer learner may say more.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from protocol.config import When
+from protocol.errors import one_line
+
+LABEL_CHARACTERS = 80
+
+
+def label(text: str) -> str:
+    """Return ``text`` fit to be shown: a terminal would obey what does not print."""
+    return one_line(text, LABEL_CHARACTERS)
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return where a record is wrong, and how, on one line."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return one_line(f"{where}: {problem['msg']}" if where else problem["msg"])
+
+
+Label = Annotated[str, AfterValidator(label)]
+"""A text of somebody else's that is going to be shown; longer ones are cut."""
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Version = Annotated[int, Field(ge=-1, le=2**63 - 1)]
+"""A policy version; -1: none yet."""
+AnyFloat = Annotated[float, Field(allow_inf_nan=True)]
+"""A figure that may be NaN, or infinite, without being wrong."""
+
+
+Bottleneck = Literal["actors", "learner", "balanced"]
+"""The side that the other one waits for."""
+
+
+class Record(BaseModel):
+    """One kind of record; numbers are finite unless a field says otherwise."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+# --- the live status ----------------------------------------------------------------------------
+
+
+class ActorStatus(Record):
+    """One actor, as the learner knows it."""
+
+    number: Count
+    host: Label
+    pid: int
+    version: Version
+    """The policy version that it has."""
+    route: Label
+    """The route on which its last weights came; empty before the first."""
+    leases: Count
+    """Leases that it holds."""
+    groups: Count
+    """Groups that came from it."""
+    check: Label
+    """How far its self-check is; ``off`` where nobody is checked."""
+    check_difference: AnyFloat | None
+    """The largest difference of log-probabilities in its self-check; None before that."""
+    idle_share: float | None
+    """The share of its time since it was first heard in which it had nothing to generate; None
+    before it told any."""
+    stalled_share: float | None
+    """The share in which generation stood still for weights, likewise."""
+    silent_s: float
+    """Seconds since it was last heard."""
+
+
+class EpochStatus(Record):
+    """Weight pushes with the same members."""
+
+    epoch: Count
+    backend: Label
+    members: list[Count]
+    """Numbers of the actors."""
+    first_version: Version
+    pushes: Count
+    form_seconds: float
+    """Seconds until all members had met."""
+    ended: Label
+    """Why it is over; empty while it lasts."""
+
+
+class PushStatus(Record):
+    """One version on its way to the actors."""
+
+    version: Version
+    epoch: Count
+    """The epoch that it was broadcast in; 0 if it was not."""
+    routes: dict[Label, Count]
+    """Actors by the route on which they got it."""
+    seconds: float
+    """Seconds from the announcement to the last confirmation, or the deadline."""
+    phases: dict[Label, float]
+    """Seconds by phase, in the order of the phases."""
+    evicted: dict[Label, Label]
+    """Cause by the number of the actor."""
+    behind: list[Count]
+    """Actors that did not have it when the push ended."""
+
+
+class WeightsStatus(Record):
+    """How the weights get to the actors."""
+
+    backend: Label
+    push_every: Count
+    """Steps from one push to the next."""
+    pushes: Count
+    num_bytes: Count
+    """Bytes of one version."""
+    stream_share: float
+    """The share of the learner's time that goes into what actors pull."""
+    stream_bytes: Count
+    """Bytes sent to actors that pull."""
+    stream_plain_bytes: Count
+    """Bytes of weights that those stand for."""
+    epochs: list[EpochStatus]
+    """The last epochs, the newest last."""
+    last_pushes: list[PushStatus]
+    """The last pushes, the newest last."""
+    evictions: dict[Label, Count]
+    """Actors that were put out of an epoch, by cause."""
+
+
+class Status(Record):
+    """The state of a run now, as the page /status tells it."""
+
+    run: Label
+    phase: Label
+    step: Count
+    """Steps done."""
+    steps: Count
+    """Steps of the whole run."""
+    seconds_left: float | None
+    """Seconds to the last step at the mean pace so far; None before the first one."""
+    rewards: dict[Label, AnyFloat]
+    """Means of the last step; NaN for one that applied to no rollout."""
+    tokens_generated_per_s: float
+    tokens_trained_per_s: float
+    staleness_mean: float | None
+    """Versions, over the groups of the last step; None before the first one."""
+    staleness_max: Count | None
+    """Versions, likewise."""
+    max_staleness: Count
+    """Versions: the limit that the configuration sets."""
+    buffer_groups: Count
+    buffer_bytes: Count
+    batch_groups: Count
+    """Groups that a batch takes."""
+    actors_live: Count
+    actors_wanted: Count | None
+    """Actors that would keep the learner busy; None while unknown."""
+    actor_idle_share: float
+    learner_wait_share: float
+    connections_refused: dict[Label, Count]
+    """Connections that did not get past the access, by cause."""
+    messages_refused: dict[Label, Count]
+    """Messages, likewise."""
+    bottleneck: Bottleneck | None
+    """None while unknown."""
+    weights: WeightsStatus
+    actors: list[ActorStatus]
+
+
+# --- rewards ------------------------------------------------------------------------------------
+
+
+class RewardCounts(Record):
+    """What one reward counts."""
+
+    weight: float
+    when: When | None
+    """The condition under which it counts; None: always."""
+
+
+class RewardsFrom(Record):
+    """What all rewards count from a step on."""
+
+    from_step: Count
+    rewards: dict[str, RewardCounts]
+
+
+class RewardChangeRecord(Record):
+    """One change to that in the course of a run."""
+
+    from_step: Count
+    source: Literal["schedule", "command"]
+    rewards: dict[str, RewardCounts]
+    """What all rewards count after it."""
+
+
+# --- a step -------------------------------------------------------------------------------------
+
+
+class Step(Record):
+    """One line of metrics.jsonl: a step, with the metrics of its loss beside these keys."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+    __pydantic_extra__: dict[str, float]
+
+    step: Count
+    """The policy version after it."""
+    seconds: float
+    """Seconds of training up to its end, by the learners before a resume too."""
+    step_seconds: float
+    rewards: dict[str, float]
+    """Mean raw score of each reward; NaN for one that applied to no rollout."""
+    reward_settings: dict[str, RewardCounts]
+    """What the rewards counted in this step."""
+    completion_tokens_mean: float
+    staleness_mean: float
+    """Versions, over the groups of the batch."""
+    staleness_max: Count
+    tokens_generated_per_s: float
+    tokens_trained_per_s: float
+    actor_idle_share: float
+    learner_wait_share: float
+    buffer_groups: Count
+    buffer_bytes: Count
+    actors_live: Count
+    lag0_logprob_difference: float | None
+    """The largest difference of actors' and learner's log-probability of a token that was sampled
+    from exactly the trainer's version; None without such a token."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the loss by name: ``loss``, ``ess`` and others."""
+        return self.__pydantic_extra__
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+class EvaluationResult(Record):
+    """What an evaluation on held-out prompts found."""
+
+    version: Version
+    prompts: Count
+    """Prompts that were rolled out."""
+    failed_prompts: Count
+    """Prompts that failed too often and are left out."""
+    completion_tokens_mean: float
+    means: dict[str, AnyFloat | None]
+    """Mean of each reward over the rollouts to which it applies; None if to none."""
+
+
+class SummaryRewards(Record):
+    """What became of the rewards."""
+
+    before: EvaluationResult | None
+    """The evaluation before the first step; None without one."""
+    after: EvaluationResult | None
+    """The evaluation after the last step; None without one."""
+    changes: list[RewardChangeRecord]
+    failures: dict[str, Count]
+    """Groups that a reward function failed on, by reward."""
+
+
+class LeaseBooks(Record):
+    """Leases of one purpose."""
+
+    leased: Count
+    received: Count
+    failed: dict[str, Count]
+    """Leases that failed, by cause."""
+    outstanding: Count
+    balanced: bool
+    """Whether what was leased is the sum of the others."""
+
+
+class GroupBooks(Record):
+    """Groups that came in."""
+
+    accepted: Count
+    trained: Count
+    evicted: dict[str, Count]
+    """Groups that were dropped, by cause."""
+    evicted_tokens: dict[str, Count]
+    """Their completion tokens, by cause."""
+    buffered: Count
+    balanced: bool
+    """Whether what was accepted is the sum of the others."""
+
+
+class Books(Record):
+    """What was leased and came in, and where it went."""
+
+    leases: dict[str, LeaseBooks]
+    """By purpose: check, train, eval."""
+    groups: GroupBooks
+
+
+class SummaryThroughput(Record):
+    """Tokens of the whole run."""
+
+    tokens_trained: Count
+    tokens_trained_per_s: float
+    tokens_generated: Count
+    """Tokens by all actors ever seen, also for evaluations and for groups that were not used."""
+
+
+class SummaryStaleness(Record):
+    """Staleness over the whole run, in versions."""
+
+    largest: Count
+    """Of a group that was trained on."""
+    limit: Count
+
+
+class SummaryWeights(Record):
+    """How the weights got to the actors."""
+
+    version: Version
+    """The last one."""
+    digest_mismatches: Count
+    """Times that an actor had other bytes than the learner."""
+    actors_stalled_share: float
+    """The share of all actors' time in which generation stood still for weights."""
+    pushes: Count
+    evictions: dict[str, Count]
+    """Actors that were put out of an epoch, by cause."""
+    stream_share: float
+    """The share of the learner's time that went into what actors pulled."""
+
+
+class Summary(Record):
+    """What a run achieved, and its books."""
+
+    run: str
+    completed: bool
+    """Whether all steps are done, evaluated and saved."""
+    ended_because: str
+    steps: Count
+    """Steps done."""
+    seconds_training: float
+    rewards: SummaryRewards
+    books: Books
+    throughput: SummaryThroughput
+    staleness: SummaryStaleness
+    lag0_logprob_difference: AnyFloat | None
+    """The largest one of all steps; see `Step`."""
+    phase_seconds: dict[str, float]
+    """Mean seconds of each phase of a group and of a weight push."""
+    actors_lost: Count
+    bad_messages: Count
+    connections_refused: dict[str, Count]
+    """Connections that did not get past the access, by cause."""
+    messages_refused: dict[str, Count]
+    """Messages, likewise."""
+    weights: SummaryWeights
+    checkpoint: str | None
+    """Path of the newest model; None if there is none."""
+
+
+# --- how to reach a learner ---------------------------------------------------------------------
+
+
+class RunIdentity(Record):
+    """Which run a folder holds, whichever learner continues it."""
+
+    run_id: str
+
+
+class Endpoints(Record):
+    """Where a learner listens, for the launcher and for people."""
+
+    learner: str
+    """``tcp://HOST:PORT``, for actors."""
+    metrics: Annotated[str, Field(pattern=r"^http://[^/]+/metrics$")]
+    """``http://HOST:PORT/metrics``."""
+
+
+class Control(Record):
+    """How to command a learner, for its user only."""
+
+    url: str
+    token: str = Field(repr=False)

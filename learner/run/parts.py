@@ -46,10 +46,13 @@ CHECK_ROWS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Materials:
-    """Model and data."""
+    """Model and data, and what is measured of them."""
 
     config: RunConfig
     folder: RunFolder
+    registry: CollectorRegistry
+    """Where everything registers its metrics for Prometheus."""
+    phases: Phases
     keys: KeyPair | None
     heldout: list[Row]
     """The rows that evaluations roll out; empty without any."""
@@ -68,9 +71,6 @@ class Materials:
 class Parts(Materials):
     """Everything that a learner has before its ports open."""
 
-    registry: CollectorRegistry
-    """Where everything registers its metrics for Prometheus."""
-    phases: Phases
     progress: Progress
     throughput: Throughput
     memory: MemoryPool
@@ -95,7 +95,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
     """Load model and data, the model as it was at ``checkpoint``; raises `ConfigError`."""
     if config.learner.threads:
         torch.set_num_threads(config.learner.threads)
-    data = config.data
+    data, registry = config.data, CollectorRegistry()
     keys = config.load_keys()
     rows = load_rows(data.train, data.train_split)
     heldout = load_rows(data.heldout, data.heldout_split) if data.heldout else []
@@ -105,6 +105,8 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
     return Materials(
         config=config,
         folder=folder,
+        registry=registry,
+        phases=Phases(registry),
         keys=keys,
         heldout=heldout,
         prompts=prompts,
@@ -130,7 +132,6 @@ def assemble(given: Materials) -> Parts:
     weights_stream = WeightsStream(
         ChunkSource(snapshots, width=item_bytes(policy.specs), compress=config.weights.compress)
     )
-    registry = CollectorRegistry()
     work, pacing = WorkQueue(given.prompts), config.pacing()
     coordinator = Coordinator(
         config,
@@ -149,8 +150,6 @@ def assemble(given: Materials) -> Parts:
     )
     return Parts(
         **{field.name: getattr(given, field.name) for field in fields(given)},
-        registry=registry,
-        phases=Phases(registry),
         progress=Progress(),
         throughput=Throughput(coordinator, config.learner.batch_groups),
         memory=memory,

@@ -27,7 +27,7 @@ class Evaluations:
         """Roll the held-out prompts out under the current version; None if stopped or no data.
 
         Actors get this version: it is the first one, the last one, or where a resume led to.
-        Raises what made going on impossible.
+        Raises what made it impossible to continue.
         """
         parts = self._parts
         if not parts.heldout or parts.progress.interrupted:

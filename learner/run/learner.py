@@ -44,7 +44,7 @@ from protocol.errors import TrainingError, brief
 log = logging.getLogger("learner")
 
 DRAIN_TIMEOUT_S = 3.0
-"""For the actors' goodbyes: they drop what they are at, so that only a hung one takes longer."""
+"""Seconds for the actors' goodbyes: they drop what they are at; only a hung one is slow."""
 
 
 class Learner:
@@ -71,7 +71,7 @@ class Learner:
         """Evaluate, train, evaluate, save; returns the summary.
 
         A stop request ends training after the step at hand, skips the evaluation and still saves.
-        Raises what made going on impossible, a `TrainingError` above all; the summary is written
+        Raises what made it impossible to continue, a `TrainingError` above all; the summary is written
         even then, and a checkpoint too, unless it was a step that failed.
         """
         progress, failure = self.parts.progress, None

@@ -26,7 +26,7 @@ class TrainingLoop:
         """When training would have begun without any interruption."""
 
     def run(self) -> None:
-        """Train; raises what made going on impossible, a `TrainingError` above all."""
+        """Train; raises what made it impossible to continue, a `TrainingError` above all."""
         parts = self._parts
         self._open()
         while (batch := self._next_batch()) is not None:

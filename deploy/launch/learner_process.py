@@ -8,10 +8,10 @@ from deploy.results.plot import plot_run
 from deploy.results.summary import print_summary
 from deploy.watch.display import Display
 from learner.config.run import RunConfig
-from learner.records import Status
 from learner.run.learner import Learner
 from learner.run.process import run_learner
 from learner.run_folder import RunFolder
+from learner.status import Status
 
 
 def run_with_display(config: RunConfig, folder: RunFolder, *, resume: bool, as_child: bool) -> int:

@@ -22,8 +22,9 @@ from deploy.results.summary import print_summary
 from deploy.watch.display import Display
 from deploy.watch.status import fetch_status
 from learner.config.run import RunConfig
-from learner.records import Endpoints, Status
+from learner.records import Endpoints
 from learner.run_folder import RunFolder
+from learner.status import Status
 from protocol.errors import ConfigError, ProtocolError, TrainingError
 
 _ERROR = "gdpo: error: "

@@ -45,12 +45,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the run, and of its folder."""
+        """The name of the run, and of its folder."""
         lag = [] if self.lag is None else [f"lag{self.lag}"]
         return "-".join([self.estimator, self.correction, *lag, str(self.seed)])
 
     @property
     def overrides(self) -> list[str]:
+        """The overrides that make this cell of the recipe."""
         lag = [f"buffer.lag={self.lag}", f"learner.max_staleness={self.lag}"]
         return [
             f"algorithm.estimator={self.estimator}",
@@ -77,7 +78,7 @@ class Comparison:
 
     @property
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that an early look at the results compares like with like."""
+        """The grid, seed by seed, so that an early look at the results compares like with like."""
         seeds = range(self.num_seeds)
         grid = itertools.product(seeds, self.estimators, self.corrections, self.lags)
         return [Cell(estimator, correction, lag, seed) for seed, estimator, correction, lag in grid]

@@ -21,7 +21,7 @@ from protocol.errors import ConfigError
 WINDOW = 10
 """Steps over which a curve is averaged before it is said to have reached something."""
 REACHED = 0.9
-"""Of the way from the lowest to the highest level that any run of the comparison came to."""
+"""Share of the way from the lowest to the highest level that any run of the comparison came to."""
 
 RUN_KEYS = {"estimator", "correction", "lag", "seed", "before", "after", "curves", "ess"}
 
@@ -73,11 +73,12 @@ def read_result(folder: Path) -> Result:
 
 
 def reward_names(result: Result) -> list[str]:
+    """Return the names of the rewards, in the order of the configuration."""
     return list(result["runs"][0]["curves"])
 
 
 def lags(result: Result) -> list[int | None]:
-    """From the smallest on; [None] if staleness was not fixed."""
+    """Return the lags from the smallest on; [None] if staleness was not fixed."""
     return sorted({run["lag"] for run in result["runs"]}, key=lambda lag: lag or 0)
 
 
@@ -162,7 +163,7 @@ def half_width(values: list[float]) -> float | None:
 
 
 def _mean(values: list[float]) -> float:
-    """Of those that are not NaN: a reward may apply to nothing in a batch."""
+    """Mean of those that are not NaN: a reward may apply to nothing in a batch."""
     known = [value for value in values if not math.isnan(value)]
     return fmean(known) if known else math.nan
 

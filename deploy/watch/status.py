@@ -5,7 +5,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploy.watch.http import get_json
-from learner.records import Status, first_problem
+from learner.records import first_problem
+from learner.status import Status
 from protocol.errors import BadMessage
 
 TIMEOUT_S = 2.0

@@ -19,8 +19,8 @@ from rich.live import Live
 
 from deploy.watch.status import TIMEOUT_S, fetch_status
 from deploy.watch.top_picture import Picture
-from learner.records import Status, label
 from learner.run_folder import RunFolder
+from learner.status import Status, label
 from protocol.errors import AsyncGdpoError, ConfigError, PeerLost, brief
 
 FIRST_ANSWER_S = 5.0
@@ -86,8 +86,7 @@ class Watched:
             )
 
     def fetch(self) -> Status:
-        """Ask once; raises `AsyncGdpoError` if this learner does not answer, or says strange
-        things."""
+        """Ask for the status; raises `AsyncGdpoError` if that is not the learner's answer."""
         address = self._address or self._address_in_folder()
         status = fetch_status(address)
         if self._folder is not None and status.run not in _names(path := self._folder.path):

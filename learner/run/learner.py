@@ -28,7 +28,7 @@ request has a thread besides, which Python names.
 import logging
 
 from learner.config.run import RunConfig
-from learner.records import Status, Summary
+from learner.records import Summary
 from learner.recovery.checkpoints import newest
 from learner.run.connections import connect
 from learner.run.endpoints import EndpointServer
@@ -39,6 +39,7 @@ from learner.run.reports import status_report, summary_report
 from learner.run.resumption import resume as resume_run
 from learner.run.saver import Saver
 from learner.run_folder import RunFolder
+from learner.status import Status
 from protocol.errors import TrainingError, brief
 
 log = logging.getLogger("learner")
@@ -71,8 +72,8 @@ class Learner:
         """Evaluate, train, evaluate, save; returns the summary.
 
         A stop request ends training after the step at hand, skips the evaluation and still saves.
-        Raises what made it impossible to continue, a `TrainingError` above all; the summary is written
-        even then, and a checkpoint too, unless it was a step that failed.
+        Raises what made it impossible to continue, a `TrainingError` above all; the summary is
+        written even then, and a checkpoint too, unless it was a step that failed.
         """
         progress, failure = self.parts.progress, None
         try:

@@ -7,28 +7,24 @@ from statistics import fmean
 from learner.coordinator.coordinator import Coordinator
 from learner.prompts.evaluation import Evaluation
 from learner.records import (
-    ActorStatus,
     Books,
-    EpochStatus,
     EvaluationResult,
     GroupBooks,
     LeaseBooks,
-    PushStatus,
     RewardChangeRecord,
-    Status,
     Step,
     Summary,
     SummaryRewards,
     SummaryStaleness,
     SummaryThroughput,
     SummaryWeights,
-    WeightsStatus,
 )
 from learner.registry import ActorState
 from learner.replay.buffer import ReplayBuffer
 from learner.run.connections import Connections
 from learner.run.parts import Parts
 from learner.run.throughput import Throughput
+from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
 from learner.training.trainer import StepResult
 from learner.weights.publisher import PushReport
 from protocol.weights import total_bytes

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import NamedTuple
 
 from learner.coordinator.coordinator import Coordinator
-from learner.records import Bottleneck
+from learner.status import Bottleneck
 
 WINDOW_S = 15.0
 WINDOW_STEPS = 3

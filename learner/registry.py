@@ -1,21 +1,18 @@
 """The actors that are there, and what else all parts of the coordinator share.
 
-One lock covers it all: whoever uses a registry, or a part that shares it, holds
-`Registry.lock`, unless a method says otherwise.
+There is no lock in here, nor in any other part: `learner.coordinator.coordinator` holds its own
+whenever it calls one.
 """
 
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from threading import Condition, RLock
 from typing import Literal
 
-from learner.prompts.work_queue import WorkQueue
-from learner.weights.snapshots import Snapshot
+from learner.phases import Phases
 from protocol.errors import AsyncGdpoError
 from protocol.framing import Buffer
-from protocol.leases import LeaseBook
 from protocol.messages import Error, Header, Hello, Status
 
 log = logging.getLogger("learner")
@@ -56,13 +53,12 @@ class ActorState:
     groups: int = 0
     check: Literal["off", "due", "out", "scoring", "passed"] = "off"
     """See `learner.coordinator.self_check`; off where nobody is checked."""
-    check_snapshot: Snapshot | None = None
-    """Of the version that it is going to be checked with."""
     check_difference: float | None = None
     """Of log-probabilities, largest; None before the check."""
 
     @property
     def ready(self) -> bool:
+        """Whether it samples from some version of the weights."""
         return self.version >= 0
 
     @property
@@ -96,6 +92,7 @@ class WireCounters:
         return {name: value for name, value in values.items() if isinstance(value, int)}
 
     def restore(self, totals: Mapping[str, int]) -> None:
+        """Carry on from the `totals` of the learner before."""
         for name, value in totals.items():
             if name in self.totals():
                 setattr(self, name, value)
@@ -110,25 +107,52 @@ class Outgoing:
     payloads: tuple[Buffer, ...] = ()
 
 
+class Outbox:
+    """Messages on their way to the actors: any thread puts one in, intake alone takes them out."""
+
+    def __init__(self) -> None:
+        self._messages: deque[Outgoing] = deque()
+        self._wake: Callable[[], None] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def wakes(self, wake: Callable[[], None]) -> None:
+        """Call ``wake`` after every message from now on, on the thread that put it in."""
+        self._wake = wake
+
+    def put(self, message: Outgoing) -> None:
+        """Have a message sent."""
+        self._messages.append(message)
+        self._wake()
+
+    def pop(self) -> Outgoing:
+        """Take the oldest message out; raises IndexError if there is none."""
+        return self._messages.popleft()
+
+
 class Registry:
     """Who is there, what they are told, and what is wrong."""
 
     def __init__(
         self,
-        leases: LeaseBook,
-        work: WorkQueue,
         clock: Callable[[], float],
+        phases: Phases,
+        *,
+        on_leave: Callable[[ActorState], int],
+        on_change: Callable[[], None],
         on_failure: Callable[[], None],
     ) -> None:
-        """Whoever leaves gives its ``leases`` back to ``work``."""
-        self._leases = leases
-        self._work = work
+        """``on_leave`` takes back what an actor holds, and returns how many leases those were.
+        ``on_change`` is called when an actor joins, leaves or has other weights, and when the run
+        ends; ``on_failure`` when the run cannot continue. ``phases`` counts what actors report.
+        """
+        self._phases = phases
+        self._on_leave = on_leave
         self._on_failure = on_failure
         self._num_joined = 0
         self.clock = clock
-        self.lock = RLock()
-        self.changed = Condition(self.lock)
-        """Notified when an actor joins, leaves or has other weights, and when the run ends."""
+        self.changed = on_change
         self.live: dict[str, ActorState] = {}
         """By session, in the order in which they joined."""
         self.last_actor_at = clock()
@@ -137,11 +161,10 @@ class Registry:
         """Whether the run is over."""
         self.failure: AsyncGdpoError | None = None
         self.counters = WireCounters()
-        self.outbox: deque[Outgoing] = deque()
-        self.timings: deque[tuple[str, float]] = deque(maxlen=10_000)
+        self.outbox = Outbox()
 
     def join(self, session: str, hello: Hello, now: float, key: str) -> ActorState:
-        """A new actor; one that had the same session before makes room for it."""
+        """Register a new actor; one that had the same session before makes room for it."""
         if old := self.live.get(session):
             self.forget(old, "said hello again", lost=False)
         self._num_joined += 1
@@ -149,36 +172,60 @@ class Registry:
         actor = ActorState(session, hello, now, now, now, self._num_joined, key)
         self.live[session] = actor
         log.info("actor %d joined: %s, pid %d", actor.number, hello.host, hello.pid)
-        self.changed.notify_all()
+        self.changed()
         return actor
 
     def refuse(self, actor: ActorState, problem: str) -> None:
-        """An actor that can be of no use leaves."""
+        """Forget an actor that can be of no use, and tell it why."""
         self.send(actor.session, Error(code="refused", message=problem))
         self.forget(actor, problem, lost=True)
 
     def forget(self, actor: ActorState, cause: str, *, lost: bool) -> None:
-        """The actor is gone; what it held is issued again."""
+        """Forget an actor that is gone; what it held is issued again."""
         del self.live[actor.session]
-        unfinished = self._leases.held_by(actor.session)
-        for held in unfinished:
-            self._leases.fail(held, "actor_lost")
-            self._work.again(held.work)
+        num_leases = self._on_leave(actor)
         self.last_actor_at = self.clock()
         self.counters.actors_lost += lost
-        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, len(unfinished))
-        self.changed.notify_all()
+        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, num_leases)
+        self.changed()
 
     def send(self, session: str, header: Header, payloads: tuple[Buffer, ...] = ()) -> None:
         """Put a message for one actor, or for who only thinks it is one, into the outbox."""
-        self.outbox.append(Outgoing(session, header, payloads))
+        self.outbox.put(Outgoing(session, header, payloads))
 
     def record_phase(self, actor: ActorState, phase: str, seconds: float) -> None:
-        """Note a duration that an actor reports: not longer than it has been here."""
-        self.timings.append((phase, min(seconds, self.clock() - actor.first_heard)))
+        """Count a duration that an actor reports: not longer than it has been here."""
+        self._phases.actor(phase, min(seconds, self.clock() - actor.first_heard))
 
     def fail(self, error: AsyncGdpoError) -> None:
-        """Going on is impossible, because of the first such error. Takes the lock itself."""
-        with self.lock:
-            self.failure = self.failure or error
+        """Note that the run cannot continue; the first such error is the one that is raised."""
+        self.failure = self.failure or error
         self._on_failure()
+
+    # --- who has which weights ------------------------------------------------------------------
+
+    def ready_actors(self, version: int) -> list[ActorState]:
+        """Return the actors that may get work and sample from ``version`` or later.
+
+        One that is being checked keeps the version that it is checked with.
+        """
+        return [a for a in self.live.values() if a.version >= version and a.is_checked]
+
+    def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
+        """Which of these actors, numbers by session, live, but have not confirmed ``version``."""
+        return {
+            session: number
+            for session, number in actors.items()
+            if self._lives(session, number) and self.live[session].version < version
+        }
+
+    def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
+        """Which of these actors, numbers by session, do not live any more.
+
+        Nor does one that said hello again, under the same session: it has let go of everything.
+        """
+        return tuple(s for s, number in actors.items() if not self._lives(s, number))
+
+    def _lives(self, session: str, number: int) -> bool:
+        actor = self.live.get(session)
+        return actor is not None and actor.number == number

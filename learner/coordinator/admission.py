@@ -6,9 +6,10 @@ weights that it is checked with; then it catches up.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
+from typing import Literal
 
 from learner.coordinator.self_check import CheckResult, SelfCheck
 from learner.registry import ActorState, Registry
@@ -27,7 +28,7 @@ MAX_CHECKS_GOING_ON = 16
 class Admission:
     """Lets actors in, and has each of them checked.
 
-    All methods are called with the registry's lock held.
+    The coordinator holds its lock when it calls any method.
     """
 
     def __init__(
@@ -40,8 +41,12 @@ class Admission:
         max_actors: int,
         self_check: SelfCheck | None,
         checks: Sequence[Work],
+        on_result: Callable[[ActorState, CheckResult], None],
     ) -> None:
-        """``checks`` are the works by which ``self_check`` judges; None: nobody is checked."""
+        """``checks`` are the works by which ``self_check`` judges; None: nobody is checked.
+
+        ``on_result`` gets every verdict on the thread of the check, and has it `judged`.
+        """
         self._registry = registry
         self._offers = offers
         self._welcome = welcome
@@ -49,12 +54,13 @@ class Admission:
         self._max_actors = max_actors
         self._self_check = self_check
         self._checks = cycle(checks)
+        self._on_result = on_result
         self._num_scored = 0
 
     # --- who may join ---------------------------------------------------------------------------
 
     def hello(self, session: str, hello: Hello, now: float, key: str) -> None:
-        """An actor wants to join: it is welcomed and told of the weights, or refused."""
+        """Welcome an actor that wants to join and tell it of the weights, or refuse it."""
         refusal = self._why_refused(session, hello)
         if refusal:
             log.warning("refused an actor on %s: %s", hello.host, refusal)
@@ -87,11 +93,10 @@ class Admission:
     # --- the check ------------------------------------------------------------------------------
 
     def work_for(self, actor: ActorState) -> Work | None:
-        """Its check, once it has weights that the learner still has, too."""
+        """Return the actor's check, once it has weights that the learner still has, too."""
         if actor.check != "due" or self._num_going_on >= MAX_CHECKS_GOING_ON:
             return None
-        actor.check_snapshot = self._offers.snapshot_of(actor)
-        if actor.check_snapshot is None:
+        if self._offers.hold_for_check(actor) is None:
             return None
         actor.check = "out"
         return next(self._checks)
@@ -102,39 +107,45 @@ class Admission:
         return out + self._num_scored
 
     def lease_failed(self, actor: ActorState) -> None:
-        """Without a group there is nothing to judge: again."""
-        actor.check, actor.check_snapshot = "due", None
+        """Check an actor again: without a group there is nothing to judge."""
+        self._end(actor, "due")
 
     def submit(self, actor: ActorState, group: Group) -> None:
         """Have the group of a check compared with what the learner computes."""
-        assert self._self_check is not None and actor.check_snapshot is not None
+        snapshot = self._offers.held_for(actor)
+        assert self._self_check is not None and snapshot is not None
         actor.check = "scoring"
         self._num_scored += 1
-        self._self_check.submit(
-            group, actor.check_snapshot, partial(self._judged, actor), self._registry.fail
-        )
+        self._self_check.submit(group, snapshot, partial(self._on_result, actor))
 
-    def _judged(self, actor: ActorState, result: CheckResult) -> None:
-        """The verdict, on the thread of the check: takes the lock itself."""
-        with self._registry.lock:
-            self._num_scored -= 1
-            if self._registry.live.get(actor.session) is not actor:
-                return
-            if result.num_tokens == 0:
-                log.warning("actor %d checks nothing of its version; again", actor.number)
-                actor.check, actor.check_snapshot = "due", None
-                return
-            actor.check_difference = result.largest_difference
-            if result.likely_cause:
-                self._not_passed(actor, result)
-                return
-            actor.check, actor.check_snapshot = "passed", None
-            log.info("actor %d passed its check: %s", actor.number, result)
-            self._offers.catch_up(actor)
-            self._registry.changed.notify_all()
+    def judged(self, actor: ActorState, result: CheckResult) -> None:
+        """Let an actor work that has passed its check, and another one go."""
+        self._num_scored -= 1
+        if self._registry.live.get(actor.session) is not actor:
+            return
+        if result.num_tokens == 0:
+            log.warning(
+                "actor %d was checked with no token of its version; it is checked again",
+                actor.number,
+            )
+            self._end(actor, "due")
+            return
+        actor.check_difference = result.largest_difference
+        if result.likely_cause:
+            self._not_passed(actor, result)
+            return
+        self._end(actor, "passed")
+        log.info("actor %d passed its check: %s", actor.number, result)
+        self._offers.catch_up(actor)
+        self._registry.changed()
+
+    def _end(self, actor: ActorState, check: Literal["due", "passed"]) -> None:
+        """The check is over, or begins anew; its snapshot is not needed any more."""
+        actor.check = check
+        self._offers.release(actor)
 
     def _not_passed(self, actor: ActorState, result: CheckResult) -> None:
-        """It leaves; nor does the run go on if it was the only one."""
+        """Refuse the actor; if it was the only one, the run cannot continue either."""
         problem = f"{result}. The likely cause: {result.likely_cause}"
         self._registry.refuse(actor, problem)
         if not self._registry.live:

@@ -2,7 +2,6 @@
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ import zmq
 
 from learner.coordinator.access import Access
 from learner.coordinator.intake import Intake
-from learner.recovery.history import JOURNAL_TIMEOUT_S
-from learner.replay.journal import Journal, ReceivedGroup
 from learner.run.parts import Parts
-from learner.weights.chunks import Answer
 from learner.weights.publisher import Publisher
+from learner.weights.push_metrics import PushMetrics
 from protocol.keys import AllowList
 from protocol.observability import Heartbeat
 from protocol.sockets import LearnerSockets, bind_learner, is_wildcard, parse_tcp
@@ -48,28 +45,20 @@ def connect(parts: Parts) -> Connections:
     heartbeat = Heartbeat("intake", limit_s=10.0)
     intake = Intake(sockets, access, coordinator, heartbeat)
 
-    def stored(arrivals: Sequence[ReceivedGroup]) -> None:
-        """On the journal's thread."""
-        coordinator.stored(arrivals)
-        intake.wake()
-
-    def answer_pull(session: str, answer: Answer) -> None:
-        """On the weights stream's thread."""
-        coordinator.offers.answer_pull(session, answer)
-        intake.wake()
-
     if journal := parts.history.journal:
-        journal.start(stored, coordinator.fail)
-        parts.rewards.record = _command_writer(journal)
-    parts.weights_stream.start(answer_pull, coordinator.fail)
+        journal.start(coordinator.stored, coordinator.fail)
+        parts.rewards.record = parts.history.record_command
+    if parts.self_check is not None:
+        parts.self_check.start(coordinator.fail)
+    parts.weights_stream.start(coordinator.answer_pull, coordinator.fail)
     publisher = Publisher(
-        coordinator.offers,
+        coordinator,
         parts.snapshots,
         parts.weights_stream,
         config.weights,
         parts.topology,
         config.collective_address,
-        intake.wake,
+        PushMetrics(parts.registry, parts.phases),
         coordinator.fail,
     )
     return Connections(
@@ -99,15 +88,6 @@ def _access(parts: Parts, sockets: LearnerSockets) -> Access:
         parts.folder.write_learner_key(parts.keys.public)
         log.info("encrypted, with the key %s; %d keys may connect", parts.keys.public, len(allowed))
     return Access(sockets, allowed)
-
-
-def _command_writer(journal: Journal) -> Callable[[int, Any], None]:
-    """A function that returns when a command is on disk."""
-
-    def record(from_step: int, updates: Any) -> None:
-        journal.command(from_step, updates).wait(JOURNAL_TIMEOUT_S)
-
-    return record
 
 
 def _reachable(bound: str, host_of_wildcard: str) -> str:

@@ -32,12 +32,12 @@ from learner.records import Summary
 from learner.recovery.checkpoints import newest
 from learner.run.connections import connect
 from learner.run.endpoints import EndpointServer
-from learner.run.evaluations import Evaluations
+from learner.run.evaluations import evaluate
 from learner.run.loop import TrainingLoop
 from learner.run.parts import assemble, load
 from learner.run.reports import status_report, summary_report
 from learner.run.resumption import resume as resume_run
-from learner.run.saver import Saver
+from learner.run.saving import save
 from learner.run_folder import RunFolder
 from learner.status import Status
 from protocol.errors import TrainingError, brief
@@ -64,9 +64,7 @@ class Learner:
         folder.go_on(config)
         self.connections = connect(self.parts)
         self.endpoints = EndpointServer(self.parts, self.connections)
-        self._evaluations = Evaluations(self.parts, self.connections)
-        self._saver = Saver(self.parts)
-        self._loop = TrainingLoop(self.parts, self.connections, self._saver)
+        self._loop = TrainingLoop(self.parts, self.connections.publisher)
 
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save; returns the summary.
@@ -83,13 +81,12 @@ class Learner:
             progress.interrupted = brief(error)
         try:
             progress.phase = "saving"
-            self._saver.finish()
+            save(self.parts)
         except Exception as error:
             failure = failure or error
             progress.completed = False
             progress.stop(brief(error))
         self._leave()
-        self._loop.note_weights()
         # Nothing changes the books any more.
         self.connections.intake.close()
         self.parts.history.close()
@@ -125,12 +122,12 @@ class Learner:
     def _train_and_evaluate(self) -> None:
         progress = self.parts.progress
         if progress.before is None and self.parts.trainer.version == 0:
-            progress.before = self._evaluations.run("evaluating before")
+            progress.before = evaluate(self.parts, "evaluating before")
             if progress.before and not progress.interrupted:
                 self.parts.folder.write_evaluation(progress.before)
         self._loop.run()
-        self._saver.finish()
-        progress.after = self._evaluations.run("evaluating after")
+        save(self.parts)
+        progress.after = evaluate(self.parts, "evaluating after")
         progress.completed = not progress.interrupted
 
     def _leave(self) -> None:
@@ -138,6 +135,5 @@ class Learner:
         coordinator, progress = self.parts.coordinator, self.parts.progress
         progress.phase = "leaving"
         coordinator.drain(progress.interrupted or "the run is complete")
-        self.connections.intake.wake()
         if not coordinator.wait_until_empty(DRAIN_TIMEOUT_S):
             log.warning("%d actors did not say goodbye", coordinator.num_live)

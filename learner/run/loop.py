@@ -3,12 +3,12 @@
 import time
 
 from learner.replay.buffer import TrainingBatch
-from learner.run.connections import Connections
 from learner.run.metrics import StepMetrics
 from learner.run.parts import Parts
 from learner.run.reports import step_report
-from learner.run.saver import Saver
+from learner.run.saving import checkpoint
 from learner.training.trainer import StepResult
+from learner.weights.publisher import Publisher
 from protocol.errors import TrainingError
 
 STOP_CHECK_S = 0.5
@@ -17,11 +17,10 @@ STOP_CHECK_S = 0.5
 class TrainingLoop:
     """Trains until all steps are done or the run is to stop."""
 
-    def __init__(self, parts: Parts, connections: Connections, saver: Saver) -> None:
+    def __init__(self, parts: Parts, publisher: Publisher) -> None:
         self._parts = parts
-        self._connections = connections
+        self._publisher = publisher
         self._metrics = StepMetrics(parts.registry)
-        self._saver = saver
         self._began_at = 0.0
         """When training would have begun without any interruption."""
 
@@ -40,21 +39,11 @@ class TrainingLoop:
             parts.coordinator.advance(version)
             if parts.pacing.is_pushed(version):
                 self._publish()
-            self._connections.intake.wake()
             self._record(step, started)
             if parts.history.is_due(version):
-                self._saver.begin()
+                checkpoint(parts)
             self._pause()
         self._close()
-
-    def note_weights(self) -> None:
-        """Export what pushes and actors have reported since this was last called."""
-        timings, phases = self._parts.coordinator.timings, self._parts.phases
-        while timings:
-            phases.actor(*timings.popleft())
-        for report in self._connections.publisher.take_reports():
-            self._metrics.push(report)
-            phases.push(report.phases, report.seconds)
 
     def _open(self) -> None:
         self._parts.progress.phase = "training"
@@ -87,15 +76,15 @@ class TrainingLoop:
             STOP_CHECK_S,
             batches_after=config.steps - parts.trainer.version - 1,
         )
-        # Room in the buffer: leases can be issued.
-        self._connections.intake.wake()
+        # Room in the buffer.
+        parts.coordinator.issue()
         return batch
 
     def _publish(self) -> None:
         """Give the weights to the publisher; training waits for the copy, not for a push."""
         started = time.monotonic()
         snapshot = self._parts.packed()
-        self._connections.publisher.publish(snapshot, time.monotonic() - started)
+        self._publisher.publish(snapshot, time.monotonic() - started)
 
     def _record(self, step: StepResult, started: float) -> None:
         """Tell of a step that began at ``started``, wherever it is told."""
@@ -104,7 +93,6 @@ class TrainingLoop:
         parts.note(step)
         parts.throughput.sample()
         self._metrics.step(step, seconds)
-        self.note_weights()
         parts.folder.append_step(step_report(parts, step, seconds))
 
     def _pause(self) -> None:

@@ -1,7 +1,7 @@
 """What the learner exports to Prometheus."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,8 +10,6 @@ from prometheus_client.registry import Collector
 from learner.run.connections import Connections
 from learner.run.parts import Parts
 from learner.training.trainer import StepResult
-from learner.weights.publisher import PushReport
-from protocol.messages import Route
 
 
 class _Family(NamedTuple):
@@ -23,10 +21,6 @@ class _Family(NamedTuple):
 _COUNTERS = {
     "tokens": _Family("gdpo_tokens_trained", "Completion tokens trained on"),
     "groups": _Family("gdpo_group_uses", "Groups put into training batches"),
-    "pushes": _Family("gdpo_weight_pushes", "Weight pushes"),
-    "evictions": _Family(
-        "gdpo_weight_evictions", "Actors because of which an epoch ended, by cause", ("cause",)
-    ),
 }
 
 _GAUGES = {
@@ -39,8 +33,6 @@ _GAUGES = {
         "gdpo_lag0_logprob_difference",
         "Largest difference of actors' and learner's log-probabilities at the same version",
     ),
-    "epoch": _Family("gdpo_weight_epoch", "Current epoch of the collective"),
-    "members": _Family("gdpo_weight_push_actors", "Actors of the last push, by route", ("route",)),
 }
 
 _BATCH = {
@@ -73,7 +65,7 @@ _REWARD = {
 
 
 class StepMetrics:
-    """Metrics that a training step or a weight push updates."""
+    """Metrics that a training step updates."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """``registry`` exports them."""
@@ -113,16 +105,6 @@ class StepMetrics:
             elif name.startswith("reward/"):
                 _, reward, field = name.split("/")
                 self._reward[field].labels(reward).set(value)
-
-    def push(self, report: PushReport) -> None:
-        """Export how a weight push went."""
-        self._counters["pushes"].inc()
-        if report.epoch:
-            self._gauges["epoch"].set(report.epoch)
-        for route in get_args(Route):
-            self._gauges["members"].labels(route).set(report.routes.get(route, 0))
-        for cause in report.evicted.values():
-            self._counters["evictions"].labels(cause).inc()
 
 
 class StateCollector(Collector):

@@ -96,6 +96,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
     if config.learner.threads:
         torch.set_num_threads(config.learner.threads)
     data, registry = config.data, CollectorRegistry()
+    phases = Phases(registry)
     keys = config.load_keys()
     rows = load_rows(data.train, data.train_split)
     heldout = load_rows(data.heldout, data.heldout_split) if data.heldout else []
@@ -106,7 +107,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
         config=config,
         folder=folder,
         registry=registry,
-        phases=Phases(registry),
+        phases=phases,
         keys=keys,
         heldout=heldout,
         prompts=prompts,
@@ -115,7 +116,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
         trainer=trainer,
         topology=topology_of(config, next(policy.model.parameters()).device),
         rewards=RewardSettings(config.rewards, config.learner.steps),
-        history=History(folder, config, policy),
+        history=History(folder, config, policy, phases),
         buffer=ReplayBuffer.of(config),
     )
 
@@ -142,6 +143,7 @@ def assemble(given: Materials) -> Parts:
         pacing=pacing,
         snapshots=snapshots,
         vocab_size=policy.vocab_size,
+        phases=given.phases,
         journal=given.history.journal,
         clock=time.monotonic,
         on_pull=weights_stream.pull,

@@ -26,7 +26,7 @@ from learner.run.parts import Parts
 from learner.run.throughput import Throughput
 from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
 from learner.training.trainer import StepResult
-from learner.weights.publisher import PushReport
+from learner.weights.push import PushReport
 from protocol.weights import total_bytes
 
 

@@ -41,6 +41,7 @@ def resume(parts: Parts, checkpoint: Checkpoint | None) -> None:
     parts.coordinator.advance(parts.trainer.version)
     if parts.trainer.version > resumed.version:
         parts.snapshots.publish(parts.packed())
+        parts.coordinator.count_as_pushed()
 
 
 def _restore_totals(parts: Parts, checkpoint: Checkpoint) -> None:

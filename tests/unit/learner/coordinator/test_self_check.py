@@ -121,7 +121,7 @@ class FakeCheck:
         self.submitted: list[tuple[Group, Snapshot]] = []
         self._reports: list[Callable[[CheckResult], None]] = []
 
-    def submit(self, group, snapshot, report, fail) -> None:
+    def submit(self, group, snapshot, report) -> None:
         self.submitted.append((group, snapshot))
         self._reports.append(report)
 
@@ -233,12 +233,13 @@ def test_a_comparison_that_fails_ends_the_run_instead_of_never_ending(check, pol
     group = make_sequence(model_logprobs(policy, 0.7))
     failures: SimpleQueue = SimpleQueue()
     broken = dataclasses.replace(snapshot_of(policy), packed=torch.zeros(3, dtype=torch.uint8))
-    check.submit(group, broken, report=failures.put, fail=failures.put)
+    check.start(failures.put)
+    check.submit(group, broken, report=failures.put)
     error = failures.get(timeout=20)
     assert isinstance(error, TrainingError)
     assert "learner.self_check=false leaves it out" in str(error)
     # The next one is judged all the same.
-    check.submit(group, snapshot_of(policy), report=failures.put, fail=failures.put)
+    check.submit(group, snapshot_of(policy), report=failures.put)
     assert failures.get(timeout=20).likely_cause == ""
 
 
@@ -344,8 +345,7 @@ def test_actors_that_still_start_keep_no_snapshots_and_those_that_pull_only_some
         cluster.clock.advance(1)
         cluster.heard(session, Weights)
     del snapshot
-    cluster.coordinator.outbox.clear()
-    cluster._inboxes.clear()
+    cluster.forget_messages()
     assert sum(ref() is not None for ref in kept[:10]) == 0
     # The newest, and the oldest that was pulled lately, are there in any case.
     assert sum(ref() is not None for ref in kept) <= MAX_SNAPSHOTS_HELD + 2

@@ -11,8 +11,10 @@ from learner.run.learner import Learner
 from learner.run_folder import RunFolder
 
 ROOT = Path(module.__file__).parent.parent.parent
-STARTERS = {"Thread"}
+STARTERS = {"Thread", "GuardedThread", "Worker"}
 """What is called to make a thread."""
+SHELLS = ROOT / "learner" / "threads.py"
+"""Where `GuardedThread` and `Worker` pass on the names that they are given."""
 
 
 def table() -> list[dict[str, str]]:
@@ -31,10 +33,10 @@ def threads() -> set[Thread]:
 def threads_made(package: str) -> set[str]:
     """Names of the threads that the code of a package makes."""
     names = set()
-    for path in (ROOT / package).rglob("*.py"):
+    for path in {*(ROOT / package).rglob("*.py")} - {SHELLS}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in STARTERS:
-                [name] = [k.value for k in node.keywords if k.arg == "name"]
+                [name] = [k.value for k in node.keywords if k.arg == "name"] or node.args[:1]
                 assert isinstance(name, ast.Constant), f"{path}: a thread without a fixed name"
                 names.add(name.value)
     return names

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from actors.weights.broadcast import Collective
 from actors.weights.receive_buffer import ReceiveBuffer
 from learner.config.run import WeightsConfig
-from learner.weights.publisher import CLOSE_TIMEOUT_S, Publisher, PushReport
+from learner.weights.publisher import CLOSE_TIMEOUT_S, Publisher
+from learner.weights.push import PushReport
+from learner.weights.push_metrics import PushMetrics
 from learner.weights.routes import Topology
 from learner.weights.stream import WeightsStream
 from protocol.messages import Goodbye, Weights
@@ -76,13 +79,13 @@ class Scene:
         self.stream = WeightsStream(self.cluster.chunks)
         self.stream.start(lambda session, answer: None, self.cluster.coordinator.fail)
         self.publisher = Publisher(
-            self.cluster.offers,
+            self.cluster.coordinator,
             self.cluster.snapshots,
             self.stream,
             WeightsConfig(timeout_s=timeout_s, push_timeout_s=4 * timeout_s),
             Topology(backend, "", CPU, ""),
             "127.0.0.1",
-            lambda: None,
+            PushMetrics(CollectorRegistry(), self.cluster.phases),
             self.cluster.coordinator.fail,
         )
         for session in sessions:
@@ -116,9 +119,9 @@ class Scene:
         self.publisher.publish(make_snapshot(version), pack_seconds=0.0)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            for report in self.publisher.take_reports():
-                return report
-            assert self.cluster.coordinator.registry.failure is None
+            if self.publisher.history and self.publisher.history[-1].version == version:
+                return self.publisher.history[-1]
+            assert self.cluster.coordinator.failure is None
             time.sleep(0.002)
         raise AssertionError("no report")
 

@@ -30,6 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from actors.engines.choice import start_engine
 from actors.engines.engine import Engine, Request
+from learner.records import Summary
 from learner.run_folder import RunFolder
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.weights import layout, total_bytes

@@ -166,8 +166,9 @@ class SummaryThroughput(Record):
 
     tokens_trained: Count
     tokens_trained_per_s: float
-    tokens_generated: Count
-    """Tokens by all actors ever seen, also for evaluations and for groups that were not used."""
+    tokens_generated: Annotated[int, Field(ge=0)]
+    """Tokens by all actors ever seen, also for evaluations and for groups that were not used: as
+    they say themselves, so that the sum has no limit."""
 
 
 class SummaryStaleness(Record):

@@ -74,10 +74,10 @@ class PushStatus(Record):
     """The epoch that it was broadcast in; 0 if it was not."""
     routes: dict[Label, Count]
     """Actors by the route on which they got it."""
-    seconds: float
-    """Seconds from the announcement to the last confirmation, or the deadline."""
     phases: dict[Label, float]
     """Seconds by phase, in the order of the phases."""
+    seconds: float
+    """Seconds from the announcement to the last confirmation, or the deadline."""
     evicted: dict[Label, Label]
     """Cause by the number of the actor."""
     behind: list[Count]

@@ -59,7 +59,7 @@ def read_result(folder: Path) -> Result:
         result: Result = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     runs = result.get("runs") if isinstance(result, dict) else None
     if not isinstance(runs, list) or not runs:

@@ -11,10 +11,12 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from deploy.watch.display import add_row
 from deploy.watch.http import post_json
 from learner.config.file import parse_override
 from learner.records import RewardsFrom, first_problem
 from learner.run_folder import RunFolder
+from learner.status import label
 from protocol.errors import ConfigError, PeerLost, Refused
 
 TIMEOUT_S = 10.0
@@ -39,7 +41,7 @@ def set_rewards(run: Path, assignments: Sequence[str]) -> None:
     for name, reward in held.rewards.items():
         when = reward.when
         counts = f"where {when.reward} >= {when.at_least:g}" if when else "always"
-        table.add_row(name, f"{reward.weight:g}", counts)
+        add_row(table, label(name), f"{reward.weight:g}", label(counts))
     Console(highlight=False).print(table)
 
 

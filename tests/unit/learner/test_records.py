@@ -49,6 +49,12 @@ def test_a_loss_that_is_no_number_ends_no_run():
     assert summary.lag0_logprob_difference is not None
 
 
+def test_what_actors_claim_costs_no_summary():
+    throughput = SUMMARY["throughput"] | {"tokens_generated": 2**70}
+    summary = Summary.model_validate(SUMMARY | {"throughput": throughput})
+    assert Summary.model_validate_json(json.dumps(summary.model_dump())) == summary
+
+
 @pytest.mark.parametrize("loss", ["0.5", None, [0.5]])
 def test_a_metric_is_a_number(loss: Any):
     with pytest.raises(ValidationError):

@@ -84,10 +84,10 @@ class RunFolder:
         config = load_config(folder.config_file, overrides)
         check_resumable(folder.read_config(), config)
         summary = folder.read_summary() if folder.has_summary else None
-        if summary and summary.completed and summary.steps >= config.learner.steps:
+        if summary and summary.completed and summary.steps >= config.training.steps:
             raise ConfigError(
                 f"{path} is complete, with {summary.steps} steps; to train on, add "
-                f"learner.steps=N with a larger N"
+                f"training.steps=N with a larger N"
             )
         return folder, config
 

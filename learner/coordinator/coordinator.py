@@ -92,13 +92,13 @@ class Coordinator:
         ``on_pull`` takes an actor's pull, which is answered through `answer_pull`.
         ``checks`` are the works by which ``self_check`` judges new actors; None for no check.
         """
-        self._config = config.learner
+        self._deadlines = config.deadlines
         self._work = work
         self._buffer = buffer
         self._clock = clock
         self._on_pull = on_pull
         self._bad_message_logged_at = float("-inf")
-        self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
+        self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._registry = Registry(
@@ -114,7 +114,7 @@ class Coordinator:
             self._offers,
             welcome=welcome,
             files=files,
-            max_actors=config.learner.max_actors,
+            max_actors=config.admission.max_actors,
             self_check=self_check,
             checks=checks,
             on_result=self._judged,
@@ -342,7 +342,7 @@ class Coordinator:
             if self._registry.failure is not None:
                 raise self._registry.failure
             waited = self._clock() - self._registry.last_actor_at
-            if not self._registry.live and waited > self._config.wait_for_actors_s:
+            if not self._registry.live and waited > self._deadlines.wait_for_actors_s:
                 raise TrainingError(
                     f"no actor for {waited:.0f} s; start one with: gdpo actor --learner ADDRESS"
                 )
@@ -412,8 +412,8 @@ class Coordinator:
         """Forget also those that have not got their weights in time."""
         for actor in list(self._registry.live.values()):
             silence, age = now - actor.last_heard, now - actor.joined_at
-            if actor.ready and silence > self._config.actor_timeout_s:
+            if actor.ready and silence > self._deadlines.actor_timeout_s:
                 self._registry.forget(actor, f"silent for {silence:.1f} s", lost=True)
-            elif not actor.ready and age > self._config.join_timeout_s:
+            elif not actor.ready and age > self._deadlines.join_timeout_s:
                 cause = f"without weights {age:.0f} s after it joined"
                 self._registry.forget(actor, cause, lost=True)

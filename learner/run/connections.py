@@ -78,7 +78,7 @@ def _bind(parts: Parts, context: "zmq.Context[Any]") -> LearnerSockets:
     tokens = config.sampling.max_tokens * max(
         config.sampling.num_rollouts, config.eval.num_rollouts
     )
-    return bind_learner(context, config.learner.bind, max(1 << 20, 12 * tokens), parts.keys)
+    return bind_learner(context, config.endpoints.bind, max(1 << 20, 12 * tokens), parts.keys)
 
 
 def _access(parts: Parts, sockets: LearnerSockets) -> Access:

@@ -30,8 +30,8 @@ class EndpointServer:
         parts.registry.register(StateCollector(parts, connections))
         self._server = ObservabilityServer(
             parts.registry,
-            host=parts.config.learner.metrics_host,
-            port=parts.config.learner.metrics_port,
+            host=parts.config.endpoints.metrics_host,
+            port=parts.config.endpoints.metrics_port,
             heartbeats=(parts.heartbeat, connections.heartbeat),
             ready=lambda: parts.progress.phase != "loading",
             routes={

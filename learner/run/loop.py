@@ -54,7 +54,7 @@ class TrainingLoop:
     def _next_batch(self) -> TrainingBatch | None:
         """Wait for a batch; None if there is no step left or the run is to stop."""
         parts = self._parts
-        if parts.trainer.version >= parts.config.learner.steps:
+        if parts.trainer.version >= parts.config.training.steps:
             return None
         patience = _Patience(parts)
         with parts.throughput.waiting():
@@ -69,7 +69,7 @@ class TrainingLoop:
 
     def _take(self) -> TrainingBatch | None:
         """A batch, if enough groups come in within a moment."""
-        parts, config = self._parts, self._parts.config.learner
+        parts, config = self._parts, self._parts.config.training
         batch = parts.buffer.take(
             config.batch_groups,
             parts.trainer.version,
@@ -96,9 +96,9 @@ class TrainingLoop:
         parts.folder.append_step(step_report(parts, step, seconds))
 
     def _pause(self) -> None:
-        """Be as slow as ``learner.pause_per_step_s`` asks for."""
+        """Be as slow as ``training.pause_per_step_s`` asks for."""
         parts = self._parts
-        deadline = time.monotonic() + parts.config.learner.pause_per_step_s
+        deadline = time.monotonic() + parts.config.training.pause_per_step_s
         while not parts.progress.interrupted and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, STOP_CHECK_S))
 
@@ -111,9 +111,9 @@ class _Patience:
     """Ends a run in which actors are connected and no group comes in."""
 
     def __init__(self, parts: Parts) -> None:
-        config = parts.config.learner
+        deadlines = parts.config.deadlines
         self._parts = parts
-        self._limit_s = config.lease_timeout_s + config.wait_for_actors_s
+        self._limit_s = deadlines.lease_timeout_s + deadlines.wait_for_actors_s
         self._accepted = parts.buffer.books.accepted
         self._since = time.monotonic()
 

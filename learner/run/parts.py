@@ -93,8 +93,8 @@ class Parts(Materials):
 
 def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> Materials:
     """Load model and data, the model as it was at ``checkpoint``; raises `ConfigError`."""
-    if config.learner.threads:
-        torch.set_num_threads(config.learner.threads)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
     data, registry = config.data, CollectorRegistry()
     phases = Phases(registry)
     keys = config.load_keys()
@@ -115,7 +115,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
         policy=policy,
         trainer=trainer,
         topology=topology_of(config, next(policy.model.parameters()).device),
-        rewards=RewardSettings(config.rewards, config.learner.steps),
+        rewards=RewardSettings(config.rewards, config.training.steps),
         history=History(folder, config, policy, phases),
         buffer=ReplayBuffer.of(config),
     )
@@ -124,7 +124,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
 def assemble(given: Materials) -> Parts:
     """Make the parts that decide; raises `ConfigError` for settings that do not fit together."""
     config, policy = given.config, given.policy
-    self_check = SelfCheck(policy, config) if config.learner.self_check else None
+    self_check = SelfCheck(policy, config) if config.admission.self_check else None
     memory = MemoryPool(
         total_bytes(policy.specs),
         pinned=any(parameter.is_cuda for parameter in policy.model.parameters()),
@@ -153,7 +153,7 @@ def assemble(given: Materials) -> Parts:
     return Parts(
         **{field.name: getattr(given, field.name) for field in fields(given)},
         progress=Progress(),
-        throughput=Throughput(coordinator, config.learner.batch_groups),
+        throughput=Throughput(coordinator, config.training.batch_groups),
         memory=memory,
         snapshots=snapshots,
         weights_stream=weights_stream,

@@ -37,7 +37,7 @@ def status_report(parts: Parts, connections: Connections) -> Status:
     version = parts.trainer.version
     rates = throughput.sample()
     step, live = progress.last_step, coordinator.num_live
-    total = config.learner.steps
+    total = config.training.steps
     # With a fixed lag they wait for each other by design.
     free = config.buffer.lag is None
     return Status(
@@ -51,10 +51,10 @@ def status_report(parts: Parts, connections: Connections) -> Status:
         tokens_trained_per_s=rates.tokens_trained_per_s,
         staleness_mean=fmean(step.staleness) if step else None,
         staleness_max=max(step.staleness) if step else None,
-        max_staleness=config.learner.max_staleness,
+        max_staleness=config.training.max_staleness,
         buffer_groups=len(buffer),
         buffer_bytes=buffer.size_bytes,
-        batch_groups=config.learner.batch_groups,
+        batch_groups=config.training.batch_groups,
         actors_live=live,
         actors_wanted=rates.actors_wanted if free else None,
         actor_idle_share=rates.actor_idle_share,
@@ -135,7 +135,7 @@ def summary_report(parts: Parts, connections: Connections) -> Summary:
             tokens_generated=throughput.tokens_generated,
         ),
         staleness=SummaryStaleness(
-            largest=buffer.largest_staleness, limit=parts.config.learner.max_staleness
+            largest=buffer.largest_staleness, limit=parts.config.training.max_staleness
         ),
         lag0_logprob_difference=progress.lag0_difference,
         phase_seconds=parts.phases.mean_seconds,

@@ -53,9 +53,9 @@ def test_a_learner_that_is_ready_has_the_threads_of_the_table(recipe, tmp_path):
         recipe,
         [
             f"runs_folder={tmp_path}",
-            "learner.bind=tcp://127.0.0.1:0",
-            "learner.metrics_port=0",
-            "learner.threads=1",
+            "endpoints.bind=tcp://127.0.0.1:0",
+            "endpoints.metrics_port=0",
+            "training.threads=1",
         ],
     )
     before = threads()

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from learner.config.run import RunConfig
+from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
 from learner.phases import Phases
 from learner.prompts.stream import PromptStream
@@ -152,8 +153,9 @@ class Bench:
         self._buffer = ReplayBuffer.of(config)
         self._coordinator = Coordinator(
             config,
-            welcome=Welcome(run_id="bench", actor={}, model_digest="", files=(), manifest=()),
-            files=(),
+            greeting=Greeting(
+                Welcome(run_id="bench", actor={}, model_digest="", files=(), manifest=()), ()
+            ),
             work=WorkQueue(PromptStream([{"prompt": "p"}] * 100, config)),
             buffer=self._buffer,
             pacing=_Window(outstanding),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from learner.phases import Phases
-from protocol.errors import AsyncGdpoError
+from protocol.errors import AsyncGdpoError, TrainingError
 from protocol.framing import Buffer
 from protocol.messages import Error, Header, Hello, Status
 
@@ -28,11 +28,11 @@ class ActorState:
     hello: Hello
     first_heard: float
     joined_at: float
-    """Also set back when its weights were wrong: the time that it has for them begins anew."""
+    """Set anew when its weights were wrong: then the time that it has for them begins again."""
     last_heard: float
     number: int
     key: str = ""
-    """Public key that it joined with; empty without keys."""
+    """The public key that it joined with; empty without keys."""
     version: int = -1
     route: str = ""
     offered: int = -1
@@ -43,7 +43,7 @@ class ActorState:
     failures: int = 0
     """Rows in a row that failed when they were tried first."""
     wrong_digests: int = 0
-    """In a row."""
+    """How many in a row."""
     held: int = 0
     """Outstanding leases."""
     overrun: set[int] = field(default_factory=set)
@@ -54,7 +54,7 @@ class ActorState:
     check: Literal["off", "due", "out", "scoring", "passed"] = "off"
     """See `learner.coordinator.self_check`; off where nobody is checked."""
     check_difference: float | None = None
-    """Of log-probabilities, largest; None before the check."""
+    """The largest of log-probabilities; None before the check."""
 
     @property
     def ready(self) -> bool:
@@ -87,7 +87,7 @@ class WireCounters:
     """Groups that a reward function failed on, by reward."""
 
     def totals(self) -> dict[str, int]:
-        """Those that are numbers, for a checkpoint."""
+        """Return the counters that are numbers, for a checkpoint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, int)}
 
@@ -143,9 +143,11 @@ class Registry:
         on_change: Callable[[], None],
         on_failure: Callable[[], None],
     ) -> None:
-        """``on_leave`` takes back what an actor holds, and returns how many leases those were.
-        ``on_change`` is called when an actor joins, leaves or has other weights, and when the run
-        ends; ``on_failure`` when the run cannot continue. ``phases`` counts what actors report.
+        """Start with nobody there; ``phases`` counts what actors report.
+
+        ``on_leave`` takes back what an actor holds, and returns how many leases those were.
+        ``on_change`` is called when an actor joins, leaves or has other weights; ``on_failure``
+        when the run cannot continue.
         """
         self._phases = phases
         self._on_leave = on_leave
@@ -154,7 +156,7 @@ class Registry:
         self.clock = clock
         self.changed = on_change
         self.live: dict[str, ActorState] = {}
-        """By session, in the order in which they joined."""
+        """The actors by session, in the order in which they joined."""
         self.last_actor_at = clock()
         """When any actor was heard, or left."""
         self.draining = False
@@ -202,6 +204,25 @@ class Registry:
         self.failure = self.failure or error
         self._on_failure()
 
+    def raise_if_failed(self, wait_for_actors_s: float) -> None:
+        """Raise what made it impossible to continue, or that nobody was there for too long."""
+        if self.failure is not None:
+            raise self.failure
+        waited = self.clock() - self.last_actor_at
+        if not self.live and waited > wait_for_actors_s:
+            raise TrainingError(
+                f"no actor for {waited:.0f} s; start one with: gdpo actor --learner ADDRESS"
+            )
+
+    def forget_silent(self, now: float, actor_timeout_s: float, join_timeout_s: float) -> None:
+        """Forget the actors that are silent, and those that have not got weights in time."""
+        for actor in list(self.live.values()):
+            silence, age = now - actor.last_heard, now - actor.joined_at
+            if actor.ready and silence > actor_timeout_s:
+                self.forget(actor, f"silent for {silence:.1f} s", lost=True)
+            elif not actor.ready and age > join_timeout_s:
+                self.forget(actor, f"without weights {age:.0f} s after it joined", lost=True)
+
     # --- who has which weights ------------------------------------------------------------------
 
     def ready_actors(self, version: int) -> list[ActorState]:
@@ -212,7 +233,7 @@ class Registry:
         return [a for a in self.live.values() if a.version >= version and a.is_checked]
 
     def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
-        """Which of these actors, numbers by session, live, but have not confirmed ``version``."""
+        """Return those of the actors, numbers by session, that live without ``version`` yet."""
         return {
             session: number
             for session, number in actors.items()
@@ -220,7 +241,7 @@ class Registry:
         }
 
     def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
-        """Which of these actors, numbers by session, do not live any more.
+        """Return those of the actors, numbers by session, that do not live any more.
 
         Nor does one that said hello again, under the same session: it has let go of everything.
         """

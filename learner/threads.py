@@ -74,7 +74,9 @@ class Worker(Generic[ItemT]):
         before: Callable[[], None] = _nothing,
         after: Callable[[], None] = _nothing,
     ) -> None:
-        """``take`` removes and returns the next item, or returns None while nothing waits; it is
+        """Name the thread and say what it does; it begins with `start`.
+
+        ``take`` removes and returns the next item, or returns None while nothing waits; it is
         called with the lock of `adding` held. Once closed, the worker handles what waits if it
         ``drains``, and otherwise only ends the item at hand. ``before`` and ``after`` run on the
         thread, the latter unless something failed.

@@ -6,7 +6,8 @@ weights that it is checked with; then it catches up.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Literal
@@ -25,6 +26,15 @@ MAX_CHECKS_GOING_ON = 16
 """Each keeps a snapshot of the weights, whatever becomes of its actor."""
 
 
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What an actor that may join is told, and the model's files that go with it."""
+
+    welcome: Welcome
+    files: tuple[bytes, ...]
+    """One for each name in ``welcome.files``."""
+
+
 class Admission:
     """Lets actors in, and has each of them checked.
 
@@ -36,24 +46,21 @@ class Admission:
         registry: Registry,
         offers: Offers,
         *,
-        welcome: Welcome,
-        files: tuple[bytes, ...],
+        greeting: Greeting,
         max_actors: int,
         self_check: SelfCheck | None,
-        checks: Sequence[Work],
         on_result: Callable[[ActorState, CheckResult], None],
     ) -> None:
-        """``checks`` are the works by which ``self_check`` judges; None: nobody is checked.
+        """Without a ``self_check`` nobody is checked.
 
         ``on_result`` gets every verdict on the thread of the check, and has it `judged`.
         """
         self._registry = registry
         self._offers = offers
-        self._welcome = welcome
-        self._files = files
+        self._greeting = greeting
         self._max_actors = max_actors
         self._self_check = self_check
-        self._checks = cycle(checks)
+        self._checks = cycle(self_check.works if self_check is not None else ())
         self._on_result = on_result
         self._num_scored = 0
 
@@ -68,7 +75,7 @@ class Admission:
             return
         actor = self._registry.join(session, hello, now, key)
         actor.check = "off" if self._self_check is None else "due"
-        self._registry.send(session, self._welcome, self._files)
+        self._registry.send(session, self._greeting.welcome, self._greeting.files)
         self._offers.announce_latest(actor)
 
     def _why_refused(self, session: str, hello: Hello) -> str:
@@ -79,15 +86,16 @@ class Admission:
         full = len(self._registry.live) >= self._max_actors
         if full and session not in self._registry.live:
             return f"admission.max_actors = {self._max_actors} actors are connected"
+        ours = self._greeting.welcome
         pairs = (
             ("protocol version", hello.protocol, PROTOCOL_VERSION),
-            ("run", hello.run_id or self._welcome.run_id, self._welcome.run_id),
-            ("model", hello.model_digest or self._welcome.model_digest, self._welcome.model_digest),
+            ("run", hello.run_id or ours.run_id, ours.run_id),
+            ("model", hello.model_digest or ours.model_digest, ours.model_digest),
         )
         return "; ".join(
-            f"{what}: the actor has {theirs}, the learner {ours}"
-            for what, theirs, ours in pairs
-            if theirs != ours
+            f"{what}: the actor has {theirs}, the learner {own}"
+            for what, theirs, own in pairs
+            if theirs != own
         )
 
     # --- the check ------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from dataclasses import replace
 from threading import Condition, RLock
 
 from learner.config.run import RunConfig
-from learner.coordinator.admission import Admission
+from learner.coordinator.admission import Admission, Greeting
 from learner.coordinator.leasing import Leasing
 from learner.coordinator.self_check import CheckResult, SelfCheck
 from learner.pacing import Pacing
@@ -43,7 +43,7 @@ from learner.state import LeaseState, OpenPrompts
 from learner.weights.chunks import Answer
 from learner.weights.offers import Offers
 from learner.weights.snapshots import Snapshot, SnapshotStore
-from protocol.errors import AsyncGdpoError, BadMessage, TrainingError, one_line
+from protocol.errors import AsyncGdpoError, BadMessage, one_line
 from protocol.leases import LeaseBook, Work
 from protocol.messages import (
     Drain,
@@ -58,7 +58,6 @@ from protocol.messages import (
     Weights,
     WeightsPull,
     WeightsReady,
-    Welcome,
 )
 
 log = logging.getLogger("learner")
@@ -68,14 +67,16 @@ BAD_MESSAGES_LOGGED_S = 1.0
 
 
 class Coordinator:
-    """Actors, leases, evaluation and weights requests of one run."""
+    """Actors, leases, evaluation and weights requests of one run.
+
+    Every public method takes the lock; see the rule above.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         *,
-        welcome: Welcome,
-        files: tuple[bytes, ...],
+        greeting: Greeting,
         work: WorkQueue,
         buffer: ReplayBuffer,
         pacing: Pacing,
@@ -86,11 +87,12 @@ class Coordinator:
         journal: Journal | None = None,
         on_pull: Callable[[str, WeightsPull], None],
         self_check: SelfCheck | None = None,
-        checks: Sequence[Work] = (),
     ) -> None:
-        """Groups to train on are accepted when ``journal`` has stored them; without one, at once.
+        """Assemble the parts.
+
+        Groups to train on are accepted when ``journal`` has stored them; without one, at once.
         ``on_pull`` takes an actor's pull, which is answered through `answer_pull`.
-        ``checks`` are the works by which ``self_check`` judges new actors; None for no check.
+        Without a ``self_check`` new actors are not checked.
         """
         self._deadlines = config.deadlines
         self._work = work
@@ -112,11 +114,9 @@ class Coordinator:
         self._admission = Admission(
             self._registry,
             self._offers,
-            welcome=welcome,
-            files=files,
+            greeting=greeting,
             max_actors=config.admission.max_actors,
             self_check=self_check,
-            checks=checks,
             on_result=self._judged,
         )
         self._leasing = Leasing(
@@ -210,7 +210,9 @@ class Coordinator:
         """Do what time brings: forget silent actors, end overdue leases, issue leases."""
         with self._lock:
             now = self._clock()
-            self._forget_silent(now)
+            self._registry.forget_silent(
+                now, self._deadlines.actor_timeout_s, self._deadlines.join_timeout_s
+            )
             self._leasing.end_overdue(now)
             self._offers.tick(now)
             self._leasing.issue(now)
@@ -250,12 +252,12 @@ class Coordinator:
             self._offers.answer_pull(session, answer)
 
     def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
-        """Which of these actors, numbers by session, live, but have not confirmed ``version``."""
+        """Return those of the actors, numbers by session, that live without ``version`` yet."""
         with self._lock:
             return self._registry.behind(actors, version)
 
     def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
-        """Which of these actors, numbers by session, do not live any more."""
+        """Return those of the actors, numbers by session, that do not live any more."""
         with self._lock:
             return self._registry.gone(actors)
 
@@ -339,13 +341,7 @@ class Coordinator:
     def raise_if_failed(self) -> None:
         """Raise what made it impossible to continue, if anything did."""
         with self._lock:
-            if self._registry.failure is not None:
-                raise self._registry.failure
-            waited = self._clock() - self._registry.last_actor_at
-            if not self._registry.live and waited > self._deadlines.wait_for_actors_s:
-                raise TrainingError(
-                    f"no actor for {waited:.0f} s; start one with: gdpo actor --learner ADDRESS"
-                )
+            self._registry.raise_if_failed(self._deadlines.wait_for_actors_s)
 
     # --- views ----------------------------------------------------------------------------------
 
@@ -407,13 +403,3 @@ class Coordinator:
         with self._lock:
             self._admission.judged(actor, result)
             self._leasing.issue(self._clock())
-
-    def _forget_silent(self, now: float) -> None:
-        """Forget also those that have not got their weights in time."""
-        for actor in list(self._registry.live.values()):
-            silence, age = now - actor.last_heard, now - actor.joined_at
-            if actor.ready and silence > self._deadlines.actor_timeout_s:
-                self._registry.forget(actor, f"silent for {silence:.1f} s", lost=True)
-            elif not actor.ready and age > self._deadlines.join_timeout_s:
-                cause = f"without weights {age:.0f} s after it joined"
-                self._registry.forget(actor, cause, lost=True)

@@ -13,7 +13,7 @@ attention would train on without any other sign.
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from learner.training.policy import Policy
 from learner.weights.snapshots import Snapshot
 from protocol.errors import ConfigError, TrainingError, brief
 from protocol.groups import Group
+from protocol.leases import Work
 from transfer.packed import view
 
 log = logging.getLogger("learner")
@@ -65,9 +66,11 @@ class _Job:
 
 
 class SelfCheck:
-    """Scores sequences of new actors on a thread of its own: training goes on."""
+    """Scores sequences of new actors on a thread of its own: training continues."""
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+    def __init__(self, policy: Policy, config: RunConfig, works: Sequence[Work]) -> None:
+        """``works`` are what actors are checked with, in turn. Raises `ConfigError`."""
+        self.works = works
         self._config = config
         self._learner = LearnerLogprobs(policy)
         self._waiting: deque[_Job] = deque()
@@ -90,15 +93,14 @@ class SelfCheck:
     def submit(
         self, group: Group, snapshot: Snapshot, report: Callable[[CheckResult], None]
     ) -> None:
-        """Compare ``group`` with the snapshot of its version; ``report`` is called later, on the
-        thread.
-        """
+        """Compare ``group`` with its version's snapshot; ``report`` is called on the thread."""
         with self._worker.adding():
             self._waiting.append(_Job(group, snapshot, report))
 
     def compare(self, group: Group, snapshot: Snapshot) -> CheckResult:
-        """Compare the actor's log-probabilities with the learner's, over the tokens that were
-        sampled from the snapshot's version.
+        """Compare the log-probabilities of the actor with the learner's.
+
+        Only those of tokens that were sampled from the snapshot's version count.
         """
         temperature = self._config.sampling.temperature
         here = self._differences(group, snapshot, temperature)

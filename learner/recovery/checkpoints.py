@@ -108,9 +108,9 @@ class Checkpoints:
         return sorted(version for version, _ in _complete(self.folder))
 
     def put_aside_after(self, version: int) -> None:
-        """Rename what is newer: it is damaged, or the run would not go on from ``version``.
+        """Rename what is newer: it is damaged, or the run would not continue from ``version``.
 
-        It must not count as one to go on from. Raises `ConfigError`.
+        It must not count as one to continue from. Raises `ConfigError`.
         """
         for found, path in list(_complete(self.folder)):
             if found > version:

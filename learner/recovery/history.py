@@ -1,4 +1,4 @@
-"""What makes a run go on after its learner was killed: the journal, the checkpoints, and their use.
+"""What lets a run continue after its learner was killed: the journal and the checkpoints.
 
     training:   cut of step v+1 ──► journal ─┐
                 step v+1 ────────────────────┴─► both done: version v+1 may be published
@@ -10,7 +10,7 @@
 The batches that are trained again consist of the same groups in the same order, with the same
 weights of the rewards, so they make the same versions (bit for bit where the arithmetic is
 deterministic), and what actors sampled from those versions keeps its meaning. Without a journal the
-run goes on from the checkpoint, and prompts whose groups were lost are leased again.
+run continues from the checkpoint, and prompts whose groups were lost are leased again.
 """
 
 import time

@@ -56,8 +56,9 @@ class ReceivedGroup:
 
 
 def wait_until_stored(stored: Future[None], timeout_s: float) -> None:
-    """Wait for what a method of `Journal` returned; raises `TrainingError` if it cannot be written,
-    or not in time.
+    """Wait for what a method of `Journal` returned.
+
+    Raises `TrainingError` if it cannot be written, or not in time.
     """
     try:
         stored.result(timeout_s)
@@ -114,7 +115,7 @@ class Journal(JournalReader):
     def append(
         self, arrival: ReceivedGroup, header: GroupHeader, payloads: Sequence[Buffer]
     ) -> None:
-        """Store a group; it is told to ``on_stored`` when that is done."""
+        """Store a group; ``on_stored`` is told of it when that is done."""
         encoded, *frames = encode(header, payloads)
         values = (arrival.held.work.prompt_index, header.lease, encoded, b"".join(frames))
         self._add(("INSERT INTO groups VALUES (?, ?, ?, ?)", values), arrival=arrival)

@@ -13,6 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from learner.config.run import RunConfig
+from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
 from learner.coordinator.self_check import SelfCheck
 from learner.pacing import Pacing
@@ -124,7 +125,8 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
 def assemble(given: Materials) -> Parts:
     """Make the parts that decide; raises `ConfigError` for settings that do not fit together."""
     config, policy = given.config, given.policy
-    self_check = SelfCheck(policy, config) if config.admission.self_check else None
+    checks = [check_work(row, config) for row in given.prompts.rows[:CHECK_ROWS]]
+    self_check = SelfCheck(policy, config, checks) if config.admission.self_check else None
     memory = MemoryPool(
         total_bytes(policy.specs),
         pinned=any(parameter.is_cuda for parameter in policy.model.parameters()),
@@ -136,8 +138,7 @@ def assemble(given: Materials) -> Parts:
     work, pacing = WorkQueue(given.prompts), config.pacing()
     coordinator = Coordinator(
         config,
-        welcome=_welcome(given),
-        files=tuple(policy.files.values()),
+        greeting=_greeting(given),
         work=work,
         buffer=given.buffer,
         pacing=pacing,
@@ -148,7 +149,6 @@ def assemble(given: Materials) -> Parts:
         clock=time.monotonic,
         on_pull=weights_stream.pull,
         self_check=self_check,
-        checks=[check_work(row, config) for row in given.prompts.rows[:CHECK_ROWS]],
     )
     return Parts(
         **{field.name: getattr(given, field.name) for field in fields(given)},
@@ -164,15 +164,16 @@ def assemble(given: Materials) -> Parts:
     )
 
 
-def _welcome(given: Materials) -> Welcome:
+def _greeting(given: Materials) -> Greeting:
     policy = given.policy
-    return Welcome(
+    welcome = Welcome(
         run_id=given.folder.run_id,
         actor=given.config.for_actors().model_dump(mode="json"),
         model_digest=policy.files_digest,
         files=tuple(policy.files),
         manifest=policy.manifest,
     )
+    return Greeting(welcome, tuple(policy.files.values()))
 
 
 def _packed(trainer: Trainer, policy: Policy, memory: MemoryPool) -> Snapshot:

@@ -60,7 +60,7 @@ class _Epoch:
     """Actors' numbers by session, in the order of ranks from 1."""
     record: EpochRecord
     process_group: Group | None = None
-    """Of `torch.distributed`; nothing to do with groups of rollouts."""
+    """One of `torch.distributed`; it has nothing to do with groups of rollouts."""
     over: bool = False
 
 
@@ -149,7 +149,7 @@ class Epochs:
         return result
 
     def end(self, cause: str) -> None:
-        """End the epoch; what is still going on in it is given up."""
+        """End the epoch; what still happens in it is given up."""
         epoch, self._epoch = self._epoch, None
         if epoch is None:
             return

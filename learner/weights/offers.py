@@ -37,7 +37,7 @@ class Offers:
         self._pushed_to: dict[str, int] = {}
         """Actors of the push at hand, their numbers by session."""
         self._held: dict[str, Snapshot] = {}
-        """By session: what an actor is going to be checked with."""
+        """What actors are going to be checked with, by session."""
 
     # --- pushes ---------------------------------------------------------------------------------
 

@@ -43,10 +43,10 @@ class Audience(Protocol):
         """Offer a snapshot to an actor, if it still lives."""
 
     def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
-        """Which of these actors, numbers by session, live, but have not confirmed ``version``."""
+        """Return those of the actors, numbers by session, that live without ``version`` yet."""
 
     def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
-        """Which of these actors, numbers by session, do not live any more."""
+        """Return those of the actors, numbers by session, that do not live any more."""
 
     @property
     def sessions(self) -> set[str]:
@@ -111,7 +111,7 @@ class Push:
         self._actors = {actor.session: actor.number for actor in actors}
         """Their numbers by session, here and below."""
         self._members = {s: n for s, n in self._actors.items() if routes[s] == "collective"}
-        """Those that it is broadcast to."""
+        """The actors that it is broadcast to."""
         self._new_members: tuple[str, ...] = ()
         """Members that were not in the epoch of the push before."""
         self.report = PushReport(

@@ -8,6 +8,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from learner.config.run import RunConfig
+from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
 from learner.phases import Phases
 from learner.prompts.stream import PromptStream
@@ -172,10 +173,16 @@ class Cluster:
         self.phases = Phases(CollectorRegistry())
         self.coordinator = Coordinator(
             self.config,
-            welcome=Welcome(
-                run_id="test/1", actor={}, model_digest="m1", files=("tokenizer.json",), manifest=()
+            greeting=Greeting(
+                Welcome(
+                    run_id="test/1",
+                    actor={},
+                    model_digest="m1",
+                    files=("tokenizer.json",),
+                    manifest=(),
+                ),
+                (b"{}",),
             ),
-            files=(b"{}",),
             work=self.work,
             buffer=self.buffer,
             pacing=self.pacing,
@@ -186,7 +193,6 @@ class Cluster:
             journal=journal,
             on_pull=self.answer,
             self_check=self_check,
-            checks=[make_work(f"check-{i}", purpose="check") for i in range(3)],
         )
         self.version = 0
         self._inboxes: dict[str, list[tuple[Header, tuple[Buffer, ...]]]] = {}

@@ -5,8 +5,9 @@ No sockets and no clock of its own, so every rule is tested without either.
 
 The rule of the lock: there is one, and it is taken in this file only. Every public method of
 `Coordinator` takes it, and no part below does: their methods are called with the lock held. So a
-thread sees the state between two whole calls, never in the middle of one. What is written into the
-outbox under the lock wakes intake, which sends it.
+thread sees the state between two whole calls, never in the middle of one; only properties that are
+one value, and the counts, are read without it. A message that is put into the outbox wakes intake,
+which sends it, whatever thread it came from.
 
 An actor's life:   hello ──► joining ──► has weights ──► checked, gets leases ──► gone
                                                                    │              ▲

@@ -173,6 +173,18 @@ def test_an_actor_that_was_late_by_whichever_route_catches_up():
     assert [offer.version for offer in cluster.heard("a", Weights)] == [2]
 
 
+def test_a_version_that_was_made_before_anybody_was_there_counts_as_pushed():
+    """A learner that resumes trains again, and publishes where it got to without a push."""
+    cluster = joined("old", "new")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.coordinator.count_as_pushed()
+    cluster.weights_ready("new", version=1)
+    cluster.snapshots.publish(make_snapshot(2))
+    assert cluster.coordinator.pushed == 1
+    assert [actor.session for actor in cluster.coordinator.begin_push(2)] == ["new"]
+    assert cluster.coordinator.pushed == 2
+
+
 def test_who_is_behind_a_version_and_who_is_gone():
     cluster = joined("a", "b")
     cluster.hello("loading")

@@ -307,3 +307,22 @@ def test_an_unreachable_actor_that_pulls_slowly_is_not_forgiven_while_it_is_behi
             scene["far"].hangs = False
             scene.confirm("far", version, "stream")
     assert tried == [2, 4, 6, 10]
+
+
+def test_a_push_that_fails_ends_the_run_with_its_cause():
+    scene = Scene("a", backend="stream")
+
+    def broken(actors: Any) -> Any:
+        raise KeyError("no such route")
+
+    scene.publisher._plan = broken  # type: ignore[method-assign]
+    scene.publisher.publish(make_snapshot(1), pack_seconds=0.0)
+    assert scene.waits_for(lambda: scene.cluster.coordinator.failure is not None)
+    assert str(scene.cluster.coordinator.failure) == "publisher died: 'no such route'"
+    scene.close()
+
+
+def test_every_push_is_counted_when_it_is_over(scene):
+    scene.push(1)
+    phases = scene.cluster.phases.mean_seconds
+    assert {"weights_pack", "weights_confirm", "weights_whole"} <= phases.keys()

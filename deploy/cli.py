@@ -321,7 +321,7 @@ def _evaluate(options: Any) -> int:
 def _compare(options: Any) -> int:
     config = _load(options)
     from deploy.results.compare import Comparison, compare, parse_names
-    from learner.config.run import CorrectionName, EstimatorName
+    from learner.config.algorithm import CorrectionName, EstimatorName
 
     corrections = options.corrections or config.algorithm.correction
     return compare(

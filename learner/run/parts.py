@@ -29,7 +29,7 @@ from learner.run.progress import Progress
 from learner.run.throughput import Throughput
 from learner.run_folder import RunFolder
 from learner.training.policy import Policy
-from learner.training.reward_settings import RewardSettings
+from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult, Trainer
 from learner.weights.chunks import ChunkSource
 from learner.weights.pack import MemoryPool, pack
@@ -63,7 +63,7 @@ class Materials:
     policy: Policy
     trainer: Trainer
     topology: Topology
-    rewards: RewardSettings
+    rewards: RewardSchedule
     history: History
     buffer: ReplayBuffer
 
@@ -116,7 +116,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
         policy=policy,
         trainer=trainer,
         topology=topology_of(config, next(policy.model.parameters()).device),
-        rewards=RewardSettings(config.rewards, config.training.steps),
+        rewards=RewardSchedule(config.rewards, config.training.steps),
         history=History(folder, config, policy, phases),
         buffer=ReplayBuffer.of(config),
     )

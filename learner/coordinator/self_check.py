@@ -29,7 +29,7 @@ from learner.weights.snapshots import Snapshot
 from protocol.errors import ConfigError, TrainingError, brief
 from protocol.groups import Group
 from protocol.leases import Work
-from transfer.packed import view
+from transfer.views import view
 
 log = logging.getLogger("learner")
 

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from learner.weights.snapshots import Snapshot
 from protocol.errors import CollectiveError, brief
 from protocol.messages import Weights
-from transfer.collective import Backend, Group, host_store
+from transfer.collective import Backend, BroadcastGroup, host_store
 
 log = logging.getLogger("learner")
 
@@ -59,7 +59,7 @@ class _Epoch:
     members: dict[str, int]
     """Actors' numbers by session, in the order of ranks from 1."""
     record: EpochRecord
-    process_group: Group | None = None
+    process_group: BroadcastGroup | None = None
     """One of `torch.distributed`; it has nothing to do with groups of rollouts."""
     over: bool = False
 
@@ -170,12 +170,12 @@ class Epochs:
             if epoch.over:
                 return
             bucket = snapshot.packed[offset : offset + self._bucket_bytes]
-            with self._backend.stream():
+            with self._backend.copy_context():
                 sent = bucket.to(self._backend.device)
             process_group.broadcast(sent)
         epoch.record.pushes += 1
 
-    def _meet(self, epoch: _Epoch) -> Group:
+    def _meet(self, epoch: _Epoch) -> BroadcastGroup:
         """Return the process group of an epoch, whose members meet when it is first used."""
         if epoch.process_group is None:
             started = time.monotonic()

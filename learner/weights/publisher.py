@@ -19,7 +19,7 @@ from learner.weights.routes import Probation, Topology, plan_routes
 from learner.weights.snapshots import Snapshot, SnapshotStore
 from learner.weights.stream import WeightsStream
 from protocol.messages import Route
-from transfer.collective import create_backend
+from transfer.backends import create_backend
 
 CLOSE_TIMEOUT_S = 1.0
 PUSHES_REMEMBERED = 20

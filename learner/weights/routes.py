@@ -11,7 +11,7 @@ from learner.registry import ActorState
 from protocol.errors import ConfigError
 from protocol.machine import machine_id
 from protocol.messages import Route
-from transfer.collective import gpu_identity, nccl_available
+from transfer.backends import gpu_identity, nccl_available
 
 MAX_PUSHES_OUT = 63
 

@@ -127,12 +127,19 @@ class StateCollector(Collector):
         yield _gauge("gdpo_buffer_groups", "Groups in the replay buffer", len(buffer))
         yield _gauge("gdpo_buffer_bytes", "Memory of the groups", buffer.size_bytes)
         if journal := self._parts.history.journal:
-            yield _gauge("gdpo_journal_bytes", "What the journal holds", journal.size_bytes)
+            yield _gauge("gdpo_journal_bytes", "Size of the journal", journal.size_bytes)
         yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
-        yield _counter("gdpo_tokens_accepted", "Their completion tokens", books.accepted_tokens)
+        yield _counter(
+            "gdpo_tokens_accepted", "Completion tokens of groups accepted", books.accepted_tokens
+        )
         yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
         yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
-        yield _by("gdpo_tokens_evicted", "Their tokens", "cause", books.evicted_tokens)
+        yield _by(
+            "gdpo_tokens_evicted",
+            "Completion tokens of groups evicted",
+            "cause",
+            books.evicted_tokens,
+        )
 
     def _actors(self) -> Iterator[Metric]:
         coordinator, throughput = self._parts.coordinator, self._parts.throughput
@@ -144,8 +151,16 @@ class StateCollector(Collector):
             rates.actors_wanted or 0,
         )
         yield _gauge("gdpo_actor_idle_ratio", "Idle share of actors", rates.actor_idle_share)
-        yield _gauge("gdpo_learner_wait_ratio", "Waiting share", rates.learner_wait_share)
-        yield _counter("gdpo_learner_wait_seconds", "Waited for groups", throughput.wait_seconds)
+        yield _gauge(
+            "gdpo_learner_wait_ratio",
+            "Share of time that the learner waits",
+            rates.learner_wait_share,
+        )
+        yield _counter(
+            "gdpo_learner_wait_seconds",
+            "Time that the learner waited for groups",
+            throughput.wait_seconds,
+        )
         yield _counter(
             "gdpo_cluster_tokens_generated",
             "Completion tokens that all actors reported",
@@ -165,7 +180,9 @@ class StateCollector(Collector):
 
     def _wire(self) -> Iterator[Metric]:
         counters, access = self._parts.coordinator.counters, self._connections.access
-        yield _by("gdpo_groups_received", "Group messages", "verdict", counters.verdicts)
+        yield _by(
+            "gdpo_groups_received", "Group messages, by verdict", "verdict", counters.verdicts
+        )
         yield _counter("gdpo_bad_messages", "Messages refused as invalid", counters.bad_messages)
         yield _counter(
             "gdpo_unknown_session_messages",
@@ -192,7 +209,9 @@ class StateCollector(Collector):
             "Actors that reported other weights",
             coordinator.counters.digest_mismatches,
         )
-        yield _counter("gdpo_weight_stream_bytes", "Sent to actors that pull", stream.sent_bytes)
+        yield _counter(
+            "gdpo_weight_stream_bytes", "Bytes sent to actors that pull", stream.sent_bytes
+        )
         yield _counter(
             "gdpo_weight_stream_seconds",
             "Processor time of the thread that encodes and answers pulls",

@@ -9,7 +9,7 @@ never waits for a push: actors whose weights are too old just get no leases.
 
 from collections import Counter, deque
 
-from learner.config.run import WeightsConfig
+from learner.config.weights import WeightsConfig
 from learner.registry import ActorState
 from learner.threads import Fail, Worker
 from learner.weights.epochs import EpochRecord, Epochs

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from learner.config.run import WeightsConfig
+from learner.config.weights import WeightsConfig
 from learner.registry import ActorState
 from learner.weights.epochs import Epochs
 from learner.weights.routes import Probation

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from actors.weights.broadcast import Collective
 from actors.weights.receive_buffer import ReceiveBuffer
-from learner.config.run import WeightsConfig
+from learner.config.weights import WeightsConfig
 from learner.weights.publisher import CLOSE_TIMEOUT_S, Publisher
 from learner.weights.push import PushReport
 from learner.weights.push_metrics import PushMetrics

@@ -174,8 +174,8 @@ class Cluster:
         self._phases: dict[str, float] = {}
         """The longest of each phase since the last push began, as actors reported."""
         # Histograms and means do not keep it.
-        learner.phases.actor = self._note_phase  # type: ignore[method-assign]
-        self._model, self._specs = learner.policy.model, learner.policy.specs
+        learner.parts.phases.actor = self._note_phase  # type: ignore[method-assign]
+        self._model, self._specs = learner.parts.policy.model, learner.parts.policy.specs
         self.num_bytes = sum(spec.num_bytes for spec in self._specs)
         self._pool = MemoryPool(self.num_bytes)
         self._copy = torch.ones(self.num_bytes, dtype=torch.uint8)
@@ -184,12 +184,12 @@ class Cluster:
         """Start actors, or let some go, and wait until so many have the newest version."""
         while len(self._actors) < count:
             log = self._folder / f"actor-{len(self._actors)}.log"
-            actor = Process(log, "deploy", "actor", "--learner", self._learner.url)
+            actor = Process(log, "deploy", "actor", "--learner", self._learner.connections.url)
             self._actors.append(self._stack.enter_context(actor))
         for actor in self._actors[count:]:
             actor.stop()
         del self._actors[count:]
-        coordinator = self._learner.coordinator
+        coordinator = self._learner.parts.coordinator
         self._wait_until(
             lambda: (
                 coordinator.num_live == count
@@ -201,7 +201,7 @@ class Cluster:
     @property
     def form_seconds(self) -> float:
         """In which the members of the last epoch met; 0 without one."""
-        epochs = self._learner.publisher.epochs
+        epochs = self._learner.connections.publisher.epochs
         return epochs[-1].form_seconds if epochs else 0.0
 
     def settle(self) -> None:
@@ -211,7 +211,7 @@ class Cluster:
     @contextmanager
     def generating(self) -> Iterator[None]:
         """Meanwhile every actor has always something to do."""
-        coordinator = self._learner.coordinator
+        coordinator = self._learner.parts.coordinator
         coordinator.open_training()
         generated = self._tokens()
         self._wait_until(lambda: self._tokens() > generated, "the first tokens")
@@ -220,7 +220,7 @@ class Cluster:
         self._wait_until(lambda: not coordinator.leases.outstanding("train"), "the last tokens")
 
     def _tokens(self) -> int:
-        return self._learner.progress.tokens_generated
+        return self._learner.parts.throughput.tokens_generated
 
     def push(self) -> tuple[PushReport, dict[str, float]]:
         """A version that differs in a tenth of all weights.
@@ -231,13 +231,14 @@ class Cluster:
         learner = self._learner
         for parameter in self._model.parameters():
             parameter.data.view(torch.int16).view(-1)[self._version % 10 :: 10] ^= 1
+        coordinator, publisher = learner.parts.coordinator, learner.connections.publisher
         self._phases.clear()
         started = time.monotonic()
         snapshot = pack(self._version, self._model, self._specs, self._pool)
         pack_seconds = time.monotonic() - started
-        learner.coordinator.advance(self._version)
-        learner.publisher.publish(snapshot, pack_seconds)
-        history = learner.publisher.history
+        coordinator.advance(self._version)
+        publisher.publish(snapshot, pack_seconds)
+        history = publisher.history
         self._wait_until(
             lambda: bool(history) and history[-1].version == self._version, "the report of a push"
         )
@@ -258,14 +259,14 @@ class Cluster:
         while not condition():
             for actor in self._actors:
                 actor.raise_if_ended()
-            self._learner.coordinator.raise_if_failed()
+            self._learner.parts.coordinator.raise_if_failed()
             if time.monotonic() > deadline:
                 raise TimeoutError(what)
             time.sleep(0.005)
 
     def _drain(self) -> None:
-        self._learner.coordinator.drain("the benchmark is over")
-        self._learner.coordinator.wait_until_empty(10.0)
+        self._learner.parts.coordinator.drain("the benchmark is over")
+        self._learner.parts.coordinator.wait_until_empty(10.0)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from protocol.process import leave
 
 
 def main(arguments: list[str]) -> int:
+    """Run a learner as the command line says; returns the exit code."""
     resume = arguments[:1] == ["--resume"]
     arguments = arguments[resume:]
     if not arguments or arguments[0].startswith("-"):

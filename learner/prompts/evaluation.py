@@ -13,6 +13,7 @@ class Evaluation:
     """Collects the scores of its prompts; `done` is set when every prompt has one end."""
 
     def __init__(self, works: list[Work], version: int) -> None:
+        """``works`` are to be sampled from ``version`` of the weights."""
         self.version = version
         self.waiting = deque(works)
         self.done = Event()
@@ -25,22 +26,24 @@ class Evaluation:
             self.done.set()
 
     def wants(self, work: Work) -> bool:
-        """Whether ``work`` is of this evaluation and has not ended."""
+        """Whether ``work`` belongs to this evaluation and has not ended."""
         return work.prompt_id in self._open
 
     def receive(self, work: Work, group: Group) -> None:
+        """Take the scores of one prompt's group."""
         self._scores[work.prompt_id] = group.scores
         self._num_tokens += group.num_tokens
         self._num_rollouts += len(group.rollouts)
         self._end(work)
 
     def give_up(self, work: Work) -> None:
-        """A prompt that failed too often is left out."""
+        """Leave a prompt out that failed too often."""
         self.num_failed += 1
         self._end(work)
 
     @property
     def num_prompts(self) -> int:
+        """The number of prompts whose groups came in."""
         return len(self._scores)
 
     def means(self, names: tuple[str, ...]) -> dict[str, float | None]:

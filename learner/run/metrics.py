@@ -1,92 +1,107 @@
 """What the learner exports to Prometheus."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from learner.coordinator.access import Access
-from learner.coordinator.coordinator import Coordinator
-from learner.replay.buffer import ReplayBuffer
-from learner.replay.journal import Journal
-from learner.run.throughput import Progress
+from learner.run.connections import Connections
+from learner.run.parts import Parts
 from learner.training.trainer import StepResult
-from learner.weights.stream import WeightsStream
+
+
+class _Family(NamedTuple):
+    name: str
+    text: str
+    labels: tuple[str, ...] = ()
+
+
+_COUNTERS = {
+    "tokens": _Family("gdpo_tokens_trained", "Completion tokens trained on"),
+    "groups": _Family("gdpo_group_uses", "Groups put into training batches"),
+}
+
+_GAUGES = {
+    "version": _Family("gdpo_trainer_version", "Training batches done"),
+    "weight": _Family("gdpo_reward_weight", "Weight in the batch", ("reward",)),
+    "correlation": _Family(
+        "gdpo_reward_correlation", "Correlation of two rewards", ("first", "second")
+    ),
+    "lag0": _Family(
+        "gdpo_lag0_logprob_difference",
+        "Largest difference of actors' and learner's log-probabilities at the same version",
+    ),
+}
+
+_BATCH = {
+    "ess": _Family("gdpo_effective_sample_size_ratio", "ESS of the importance weights"),
+    "ratio_mean": _Family("gdpo_policy_ratio_mean", "Mean of the clipped ratio"),
+    "ratio_max": _Family("gdpo_policy_ratio_max", "Largest ratio"),
+    "clip_low_share": _Family("gdpo_clip_low_ratio", "Share of tokens clipped from below"),
+    "clip_high_share": _Family("gdpo_clip_high_ratio", "Share of tokens clipped from above"),
+    "mismatch_kl": _Family("gdpo_mismatch_kl", "KL of behaviour and current policy (k3)"),
+    "loss": _Family("gdpo_loss", "Policy loss"),
+    "grad_norm": _Family("gdpo_gradient_norm", "Gradient norm before clipping"),
+    "groups/dead": _Family("gdpo_groups_dead", "Groups of the batch without any signal"),
+    "groups/collapsed": _Family(
+        "gdpo_groups_collapsed", "Groups of the batch whose rewards cancel out"
+    ),
+}
+"""Figures of `learner.training.trainer.StepResult.metrics` as they are."""
+
+_REWARD = {
+    "mean": _Family("gdpo_reward_mean", "Mean score in the batch", ("reward",)),
+    "std": _Family("gdpo_reward_std", "Standard deviation of the score in the batch", ("reward",)),
+    "live_share": _Family(
+        "gdpo_reward_live_ratio", "Share of groups in which the reward varies", ("reward",)
+    ),
+    "advantage_share": _Family(
+        "gdpo_reward_advantage_ratio", "Share of the absolute advantage", ("reward",)
+    ),
+}
+"""Figures of one reward there: ``reward/NAME/FIELD``."""
 
 
 class StepMetrics:
     """Metrics that a training step updates."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
-            return Gauge(name, text, labels, registry=registry)
+        """``registry`` exports them."""
 
-        self._tokens = Counter(
-            "gdpo_tokens_trained", "Completion tokens trained on", registry=registry
-        )
-        self._groups = Counter(
-            "gdpo_group_uses", "Groups put into training batches", registry=registry
-        )
-        self._version = gauge("gdpo_trainer_version", "Training batches done")
+        def gauges(families: Mapping[str, _Family]) -> dict[str, Gauge]:
+            return {key: Gauge(*family, registry=registry) for key, family in families.items()}
+
+        self._counters = {key: Counter(*f, registry=registry) for key, f in _COUNTERS.items()}
+        self._gauges, self._batch, self._reward = map(gauges, (_GAUGES, _BATCH, _REWARD))
         self._staleness = Histogram(
             "gdpo_staleness_versions",
             "Staleness of groups when they were trained on, in versions",
             buckets=(0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
             registry=registry,
         )
-        self._step_seconds = Histogram(
+        self._seconds = Histogram(
             "gdpo_step_seconds", "Duration of a training step", registry=registry
-        )
-        self._loss = {
-            "ess": gauge("gdpo_effective_sample_size_ratio", "ESS of the importance weights"),
-            "ratio_mean": gauge("gdpo_policy_ratio_mean", "Mean of the clipped ratio"),
-            "ratio_max": gauge("gdpo_policy_ratio_max", "Largest ratio"),
-            "clip_low_share": gauge("gdpo_clip_low_ratio", "Share of tokens clipped from below"),
-            "clip_high_share": gauge("gdpo_clip_high_ratio", "Share of tokens clipped from above"),
-            "mismatch_kl": gauge("gdpo_mismatch_kl", "KL of behaviour and current policy (k3)"),
-            "loss": gauge("gdpo_loss", "Policy loss"),
-            "grad_norm": gauge("gdpo_gradient_norm", "Gradient norm before clipping"),
-            "groups/dead": gauge("gdpo_groups_dead", "Groups of the batch without any signal"),
-            "groups/collapsed": gauge(
-                "gdpo_groups_collapsed", "Groups of the batch whose rewards cancel out"
-            ),
-        }
-        self._reward = {
-            field: gauge(f"gdpo_reward_{name}", text, ("reward",))
-            for field, (name, text) in {
-                "mean": ("mean", "Mean score in the batch"),
-                "std": ("std", "Standard deviation of the score in the batch"),
-                "live_share": ("live_ratio", "Share of groups in which the reward varies"),
-                "advantage_share": ("advantage_ratio", "Share of the absolute advantage"),
-            }.items()
-        }
-        self._weight = gauge("gdpo_reward_weight", "Weight in the batch", ("reward",))
-        self._correlation = gauge(
-            "gdpo_reward_correlation", "Correlation of two rewards", ("first", "second")
-        )
-        self._lag0 = gauge(
-            "gdpo_lag0_logprob_difference",
-            "Largest difference of actors' and learner's log-probabilities at the same version",
         )
 
     def step(self, result: StepResult, seconds: float) -> None:
-        self._tokens.inc(result.num_tokens)
-        self._groups.inc(len(result.staleness))
-        self._version.set(result.version)
-        self._step_seconds.observe(seconds)
+        """Export a training step that took so long, publishing its weights included."""
+        self._counters["tokens"].inc(result.num_tokens)
+        self._counters["groups"].inc(len(result.staleness))
+        self._gauges["version"].set(result.version)
+        self._seconds.observe(seconds)
         if result.lag0_difference is not None:
-            self._lag0.set(result.lag0_difference)
+            self._gauges["lag0"].set(result.lag0_difference)
         for staleness in result.staleness:
             self._staleness.observe(staleness)
         for name, weight in result.setting.weights.items():
-            self._weight.labels(name).set(weight)
+            self._gauges["weight"].labels(name).set(weight)
         for name, value in result.metrics.items():
-            if metric := self._loss.get(name):
+            if metric := self._batch.get(name):
                 metric.set(value)
             elif name.startswith("reward_correlation/"):
-                self._correlation.labels(*name.split("/")[1:]).set(value)
+                self._gauges["correlation"].labels(*name.split("/")[1:]).set(value)
             elif name.startswith("reward/"):
                 _, reward, field = name.split("/")
                 self._reward[field].labels(reward).set(value)
@@ -95,31 +110,41 @@ class StepMetrics:
 class StateCollector(Collector):
     """Metrics read off the run's state at every scrape."""
 
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        access: Access,
-        buffer: ReplayBuffer,
-        progress: Progress,
-        journal: Journal | None,
-        stream: WeightsStream,
-    ) -> None:
-        self._stream = stream
-        self._coordinator = coordinator
-        self._access = access
-        self._buffer = buffer
-        self._progress = progress
-        self._journal = journal
+    def __init__(self, parts: Parts, connections: Connections) -> None:
+        self._parts = parts
+        self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
-        books, counters = self._buffer.books, self._coordinator.counters
-        rates = self._progress.rates
-        yield _gauge("gdpo_buffer_groups", "Groups in the replay buffer", len(self._buffer))
-        yield _gauge("gdpo_buffer_bytes", "Memory of the groups", self._buffer.size_bytes)
-        if self._journal is not None:
-            size = self._journal.size_bytes
-            yield _gauge("gdpo_journal_bytes", "Size of the journal", size)
-        yield _gauge("gdpo_actors_live", "Actors connected", self._coordinator.num_live)
+        """Yield every family, as Prometheus' client asks for it."""
+        yield from self._groups()
+        yield from self._actors()
+        yield from self._wire()
+        yield from self._weights()
+        yield from self._leases()
+
+    def _groups(self) -> Iterator[Metric]:
+        buffer, books = self._parts.buffer, self._parts.buffer.books
+        yield _gauge("gdpo_buffer_groups", "Groups in the replay buffer", len(buffer))
+        yield _gauge("gdpo_buffer_bytes", "Memory of the groups", buffer.size_bytes)
+        if journal := self._parts.history.journal:
+            yield _gauge("gdpo_journal_bytes", "Size of the journal", journal.size_bytes)
+        yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
+        yield _counter(
+            "gdpo_tokens_accepted", "Completion tokens of groups accepted", books.accepted_tokens
+        )
+        yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
+        yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
+        yield _by(
+            "gdpo_tokens_evicted",
+            "Completion tokens of groups evicted",
+            "cause",
+            books.evicted_tokens,
+        )
+
+    def _actors(self) -> Iterator[Metric]:
+        coordinator, throughput = self._parts.coordinator, self._parts.throughput
+        rates = throughput.rates
+        yield _gauge("gdpo_actors_live", "Actors connected", coordinator.num_live)
         yield _gauge(
             "gdpo_actors_wanted",
             "Actors that would keep the learner busy; 0 while unknown",
@@ -134,25 +159,27 @@ class StateCollector(Collector):
         yield _counter(
             "gdpo_learner_wait_seconds",
             "Time that the learner waited for groups",
-            self._progress.wait_seconds,
+            throughput.wait_seconds,
         )
         yield _counter(
             "gdpo_cluster_tokens_generated",
             "Completion tokens that all actors reported",
-            self._progress.tokens_generated,
+            throughput.tokens_generated,
         )
-        yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
         yield _counter(
-            "gdpo_tokens_accepted", "Completion tokens of groups accepted", books.accepted_tokens
+            "gdpo_actors_lost",
+            "Actors lost without goodbye",
+            coordinator.counters.actors_lost,
         )
-        yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
-        yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
         yield _by(
-            "gdpo_tokens_evicted",
-            "Completion tokens of groups evicted",
-            "cause",
-            books.evicted_tokens,
+            "gdpo_reward_failures",
+            "Groups that a reward function failed on, as actors reported",
+            "reward",
+            coordinator.counters.reward_failures,
         )
+
+    def _wire(self) -> Iterator[Metric]:
+        counters, access = self._parts.coordinator.counters, self._connections.access
         yield _by(
             "gdpo_groups_received", "Group messages, by verdict", "verdict", counters.verdicts
         )
@@ -163,39 +190,34 @@ class StateCollector(Collector):
             counters.unknown_session,
         )
         yield _by(
-            "gdpo_reward_failures",
-            "Groups that a reward function failed on, as actors reported",
-            "reward",
-            counters.reward_failures,
-        )
-        yield _by(
             "gdpo_connections_refused",
             "Connections that ended before they could send anything",
             "cause",
-            self._access.connections_refused,
+            access.connections_refused,
         )
         yield _by(
             "gdpo_messages_refused",
             "Messages that were not decoded, because of the key they came with",
             "cause",
-            self._access.messages_refused,
+            access.messages_refused,
         )
-        yield _counter("gdpo_actors_lost", "Actors lost without goodbye", counters.actors_lost)
+
+    def _weights(self) -> Iterator[Metric]:
+        coordinator, stream = self._parts.coordinator, self._parts.weights_stream
         yield _counter(
             "gdpo_weight_digest_mismatches",
             "Actors that reported other weights",
-            counters.digest_mismatches,
+            coordinator.counters.digest_mismatches,
         )
         yield _counter(
-            "gdpo_weight_stream_bytes", "Bytes sent to actors that pull", self._stream.sent_bytes
+            "gdpo_weight_stream_bytes", "Bytes sent to actors that pull", stream.sent_bytes
         )
         yield _counter(
             "gdpo_weight_stream_seconds",
             "Processor time of the thread that encodes and answers pulls",
-            self._stream.busy_seconds,
+            stream.busy_seconds,
         )
         yield self._actor_weights()
-        yield from self._leases()
 
     def _actor_weights(self) -> Metric:
         """The version that each actor samples from, and how it got there."""
@@ -204,7 +226,7 @@ class StateCollector(Collector):
             "Policy version that an actor samples from, and the route by which it came",
             labels=["actor", "route"],
         )
-        for actor in self._coordinator.actors():
+        for actor in self._parts.coordinator.actors():
             family.add_metric([str(actor.number), actor.route], actor.version)
         return family
 
@@ -216,7 +238,7 @@ class StateCollector(Collector):
         outstanding = GaugeMetricFamily(
             "gdpo_leases_outstanding", "Leases being worked on", labels=["purpose"]
         )
-        for purpose, books in self._coordinator.leases.books.items():
+        for purpose, books in self._parts.coordinator.leases.books.items():
             issued.add_metric([purpose], books.leased)
             ended.add_metric([purpose, "received"], books.received)
             for cause, count in dict(books.failed).items():

@@ -39,8 +39,10 @@ def run_learner(
     try:
         with _stopped_by_signals(learner):
             keys = " --key ACTOR.key_secret --learner-key LEARNER.key" if config.keys.secret else ""
-            log.info("actors join with: gdpo actor --learner %s%s", learner.join_url, keys)
-            log.info("metrics: %s", learner.metrics_url)
+            log.info(
+                "actors join with: gdpo actor --learner %s%s", learner.connections.join_url, keys
+            )
+            log.info("metrics: %s", learner.endpoints.metrics_url)
             log.info("run folder: %s", folder.path)
             on_start(learner)
             return learner.run()

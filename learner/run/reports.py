@@ -4,8 +4,6 @@ import time
 from dataclasses import asdict
 from statistics import fmean
 
-from learner.config.run import RunConfig
-from learner.coordinator.access import Access
 from learner.coordinator.coordinator import Coordinator
 from learner.prompts.evaluation import Evaluation
 from learner.records import (
@@ -23,39 +21,27 @@ from learner.records import (
 )
 from learner.registry import ActorState
 from learner.replay.buffer import ReplayBuffer
-from learner.run.progress import Progress
-from learner.run.throughput import Progress as Throughput
-from learner.run.throughput import Rates
-from learner.run_folder import RunFolder
+from learner.run.connections import Connections
+from learner.run.parts import Parts
+from learner.run.throughput import Throughput
 from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
-from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult
-from learner.weights.publisher import Publisher
 from learner.weights.push import PushReport
-from learner.weights.stream import WeightsStream
-from protocol.weights import TensorSpec, total_bytes
+from protocol.weights import total_bytes
 
 
-def status_report(
-    config: RunConfig,
-    folder: RunFolder,
-    progress: Progress,
-    *,
-    version: int,
-    buffer: ReplayBuffer,
-    coordinator: Coordinator,
-    throughput: Throughput,
-    access: Access,
-    weights: WeightsStatus,
-) -> Status:
-    """The state of the run now, for displays; ``version`` is the trainer's."""
+def status_report(parts: Parts, connections: Connections) -> Status:
+    """The state of the run now, for displays."""
+    config, progress, coordinator = parts.config, parts.progress, parts.coordinator
+    buffer, throughput, access = parts.buffer, parts.throughput, connections.access
+    version = parts.trainer.version
     rates = throughput.sample()
     step, live = progress.last_step, coordinator.num_live
     total = config.training.steps
     # With a fixed lag they wait for each other by design.
     free = config.buffer.lag is None
     return Status(
-        run=folder.path.name,
+        run=parts.folder.path.name,
         phase=progress.phase if live else f"{progress.phase}, waiting for an actor",
         step=version,
         steps=total,
@@ -76,20 +62,19 @@ def status_report(
         connections_refused=dict(access.connections_refused),
         messages_refused=dict(access.messages_refused),
         bottleneck=rates.bottleneck if version and live and free else None,
-        weights=weights,
+        weights=weights_report(parts, connections),
         actors=[_actor(actor, throughput) for actor in coordinator.actors()],
     )
 
 
-def weights_report(
-    specs: list[TensorSpec], push_every: int, publisher: Publisher, stream: WeightsStream
-) -> WeightsStatus:
+def weights_report(parts: Parts, connections: Connections) -> WeightsStatus:
     """Epochs, the last pushes, and what pulling costs."""
+    publisher, stream = connections.publisher, parts.weights_stream
     return WeightsStatus(
         backend=publisher.backend,
-        push_every=push_every,
+        push_every=parts.config.weights.push_every,
         pushes=publisher.pushes,
-        num_bytes=total_bytes(specs),
+        num_bytes=total_bytes(parts.policy.specs),
         stream_share=stream.share,
         stream_bytes=stream.sent_bytes,
         stream_plain_bytes=stream.plain_bytes,
@@ -99,20 +84,13 @@ def weights_report(
     )
 
 
-def step_report(
-    step: StepResult,
-    seconds: float,
-    *,
-    training_seconds: float,
-    rates: Rates,
-    buffer: ReplayBuffer,
-    actors_live: int,
-) -> Step:
-    """The line of a step that took ``seconds``, when training took ``training_seconds`` so far."""
+def step_report(parts: Parts, step: StepResult, seconds: float) -> Step:
+    """The line of a step that took ``seconds``."""
+    rates, buffer = parts.throughput.rates, parts.buffer
     return Step.model_validate(
         {
             "step": step.version,
-            "seconds": training_seconds,
+            "seconds": parts.progress.training_seconds,
             "step_seconds": seconds,
             "rewards": step.rewards,
             "reward_settings": step.setting.as_json(),
@@ -125,32 +103,21 @@ def step_report(
             "learner_wait_share": rates.learner_wait_share,
             "buffer_groups": len(buffer),
             "buffer_bytes": buffer.size_bytes,
-            "actors_live": actors_live,
+            "actors_live": parts.coordinator.num_live,
             "lag0_logprob_difference": step.lag0_difference,
             **step.metrics,
         }
     )
 
 
-def summary_report(
-    config: RunConfig,
-    folder: RunFolder,
-    progress: Progress,
-    *,
-    version: int,
-    phase_seconds: dict[str, float],
-    rewards: RewardSchedule,
-    buffer: ReplayBuffer,
-    coordinator: Coordinator,
-    throughput: Throughput,
-    access: Access,
-    publisher: Publisher,
-    weights_stream: WeightsStream,
-) -> Summary:
-    """What the run achieved, and its books; ``version`` is the trainer's."""
+def summary_report(parts: Parts, connections: Connections) -> Summary:
+    """What the run achieved, and its books."""
+    folder, progress, buffer = parts.folder, parts.progress, parts.buffer
+    coordinator, throughput, access = parts.coordinator, parts.throughput, connections.access
     counters, seconds = coordinator.counters, progress.training_seconds
+    version = parts.trainer.version
     return Summary(
-        run=folder.path.name,
+        run=parts.folder.path.name,
         completed=progress.completed,
         ended_because="all steps done" if progress.completed else progress.interrupted,
         steps=version,
@@ -158,7 +125,7 @@ def summary_report(
         rewards=SummaryRewards(
             before=progress.before,
             after=progress.after,
-            changes=[RewardChangeRecord.model_validate(asdict(c)) for c in rewards.changes],
+            changes=[RewardChangeRecord.model_validate(asdict(c)) for c in parts.rewards.changes],
             failures=dict(counters.reward_failures),
         ),
         books=_books(coordinator, buffer),
@@ -168,10 +135,10 @@ def summary_report(
             tokens_generated=throughput.tokens_generated,
         ),
         staleness=SummaryStaleness(
-            largest=buffer.largest_staleness, limit=config.training.max_staleness
+            largest=buffer.largest_staleness, limit=parts.config.training.max_staleness
         ),
         lag0_logprob_difference=progress.lag0_difference,
-        phase_seconds=phase_seconds,
+        phase_seconds=parts.phases.mean_seconds,
         actors_lost=counters.actors_lost,
         bad_messages=counters.bad_messages,
         connections_refused=dict(access.connections_refused),
@@ -180,9 +147,9 @@ def summary_report(
             version=version,
             digest_mismatches=counters.digest_mismatches,
             actors_stalled_share=throughput.stalled_share,
-            pushes=publisher.pushes,
-            evictions=dict(publisher.evictions),
-            stream_share=weights_stream.share,
+            pushes=connections.publisher.pushes,
+            evictions=dict(connections.publisher.evictions),
+            stream_share=parts.weights_stream.share,
         ),
         checkpoint=str(folder.checkpoint.resolve()) if folder.checkpoint.exists() else None,
     )

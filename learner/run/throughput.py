@@ -40,7 +40,7 @@ class _Counters(NamedTuple):
     stalled: float
 
     def within(self, first: "_Counters", seconds: float) -> "_Counters":
-        """As far as it can be true: ``seconds`` after ``first`` no clock shows more than that."""
+        """Only what can be true: ``seconds`` after ``first`` no clock shows more than that."""
         uptime, idle, stalled = (
             min(max(value, start), start + seconds)
             for value, start in zip(self[2:], first[2:], strict=True)
@@ -48,7 +48,7 @@ class _Counters(NamedTuple):
         return self._replace(uptime=uptime, idle=idle, stalled=stalled)
 
     def since(self, first: "_Counters") -> "_Counters":
-        """What counts of it: only time from ``first`` on, so that shares do not jump at a join."""
+        """What counts: only time from ``first`` on, so that shares do not jump at a join."""
         times = (last - start for last, start in zip(self[2:], first[2:], strict=True))
         return _Counters(self.tokens, self.groups, *times)
 
@@ -60,9 +60,9 @@ class Rates:
     tokens_generated_per_s: float = 0.0
     tokens_trained_per_s: float = 0.0
     actor_idle_share: float = 0.0
-    """Of the actors' time: nothing to generate."""
+    """Share of the actors' time in which they had nothing to generate."""
     learner_wait_share: float = 0.0
-    """Of the learner's time: waiting for groups."""
+    """Share of the learner's time in which it waited for groups."""
     actors_wanted: int | None = None
     """Actors that would keep the learner busy at its measured speed; None while unknown."""
 
@@ -74,7 +74,7 @@ class Rates:
         return "actors" if self.learner_wait_share > self.actor_idle_share else "learner"
 
 
-class Progress:
+class Throughput:
     """Totals of the run, sampled into `Rates`."""
 
     def __init__(
@@ -89,16 +89,21 @@ class Progress:
         self._lock = Lock()
         self._samples: deque[_Sample] = deque()
         self._first: dict[str, tuple[_Counters, float]] = {}
-        """By session: what an actor reported first, and when."""
+        """What an actor reported first, and when, by its session."""
         self._last: dict[str, _Counters] = {}
         self._forgotten = _Counters(0, 0, 0.0, 0.0, 0.0)
         self.tokens_trained = 0
         self.tokens_generated_before = 0
-        """For the learners before a resume."""
+        """Tokens that were generated for the learners before a resume."""
         self._waited = 0.0
         self._waiting_since: float | None = None
         self.steps = 0
         self.rates = Rates()
+
+    def note(self, version: int, num_tokens: int) -> None:
+        """Count a training step."""
+        self.tokens_trained += num_tokens
+        self.steps = version
 
     def restart(self) -> None:
         """Forget what was before training: rates are about now."""
@@ -108,21 +113,21 @@ class Progress:
 
     @property
     def tokens_generated(self) -> int:
-        """By all actors ever seen, also for evaluation and for groups that were not used."""
+        """Tokens by all actors ever seen, also for evaluation and for groups that were not used."""
         with self._lock:
             return self.tokens_generated_before + self._totals().tokens
 
     @property
     def stalled_share(self) -> float:
-        """Of all actors' time since they were first heard: generation stood still for weights."""
+        """Share of all actors' time, since they were first heard, that they waited for weights."""
         with self._lock:
             totals = self._totals()
             return _share(totals.stalled, totals.uptime)
 
     def shares(self, session: str) -> tuple[float, float] | None:
-        """Of one actor's time since it was first heard: idle, and stalled for weights.
+        """Shares of one actor's time since it was first heard: idle, and stalled for weights.
 
-        As of the last `sample`; None if it had not told anything then.
+        They are those of the last `sample`; None if it had not told anything then.
         """
         with self._lock:
             if session not in self._last:
@@ -138,7 +143,7 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The learner waits for groups."""
+        """Count the time inside as waiting for groups."""
         started = self._waiting_since = self._clock()
         try:
             yield

@@ -47,8 +47,8 @@ POINTS = {
     "push.loaded": Point("actors.link:LearnerLink.send", "before", of="WeightsReady"),
     "goodbye": Point("actors.link:LearnerLink.send", "before", of="Goodbye"),
     # Learner.
-    "learner.load": Point("learner.run.learner:load_trainer", "before"),
-    "learner.evaluate": Point("learner.run.learner:Learner._evaluate", "before"),
+    "learner.load": Point("learner.run.parts:load_trainer", "before"),
+    "learner.evaluate": Point("learner.run.learner:evaluate", "before"),
     "learner.stored": Point("learner.replay.journal:Journal._write", "after"),
     "learner.answered": Point("learner.coordinator.intake:Intake._send", "after"),
     "learner.accepted": Point("learner.replay.buffer:ReplayBuffer.add", "after"),

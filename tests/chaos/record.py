@@ -149,7 +149,7 @@ def _record_steps(record: Record) -> None:
         after=lambda _, step: record.write("stepped", version=step.version, tokens=step.num_tokens),
     )
     wrap(
-        "learner.run.learner:Learner._publish",
+        "learner.run.loop:TrainingLoop._publish",
         before=lambda _: record.write("packing"),
         after=lambda *_: record.write("packed"),
     )

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from actors.engines.model_files import write_model_files
-from learner.run.throughput import Progress
+from learner.run.throughput import Throughput
 from protocol.config import ActorConfig
 from protocol.errors import BadMessage, TrainingError
 from protocol.framing import decode_to_actor, encode
@@ -130,7 +130,7 @@ class Learner:
 
     def __init__(self) -> None:
         self.cluster = Cluster(make_config(training={"steps": 10**9}, admission={"max_actors": 8}))
-        self.progress = Progress(self.cluster.coordinator, 2, self.cluster.clock)
+        self.progress = Throughput(self.cluster.coordinator, 2, self.cluster.clock)
         self.num_accepted = 0
         add = self.cluster.buffer.add
 

@@ -29,12 +29,11 @@ from learner.recovery.history import History
 from learner.recovery.resume import Resumed
 from learner.replay.buffer import TrainingBatch
 from learner.replay.journal import Journal, wait_until_stored
-from learner.run.learner import Learner
+from learner.run.saving import save
 from learner.run_folder import RunFolder
 from learner.state import RunState
 from learner.training.policy import Policy
 from learner.training.reward_settings import RewardSchedule, RewardSetting
-from learner.training.trainer import Trainer
 from protocol.config import RewardConfig
 from protocol.errors import ConfigError, TrainingError
 from protocol.messages import Ack, Failed, Lease
@@ -481,9 +480,11 @@ def test_no_checkpoint_is_made_of_a_batch_that_is_not_in_the_journal(folder: Pat
     life = Life(run, resume=False)
     for name, session, number in batches(1)[:-1]:
         getattr(life, name)(session, number)
-    learner = Learner.__new__(Learner)
-    learner.history, learner.folder = life.history, RunFolder(folder)
-    learner.trainer = cast(Trainer, SimpleNamespace(version=1, in_step=False))
+    parts: Any = SimpleNamespace(
+        history=life.history,
+        folder=RunFolder(folder),
+        trainer=SimpleNamespace(version=1, in_step=False),
+    )
     with mock.patch.object(history, "JOURNAL_TIMEOUT_S", 0.01), pytest.raises(TrainingError):
-        learner._save()
+        save(parts)
     assert life.history.checkpoints.versions == []

@@ -4,16 +4,16 @@ import math
 
 import pytest
 
-from learner.run.throughput import Progress
+from learner.run.throughput import Throughput
 from protocol.errors import BadMessage
 from protocol.framing import decode_to_learner, encode
 from tests.unit.factories import Cluster, make_status
 
 
-def make_progress() -> tuple[Cluster, Progress]:
+def make_progress() -> tuple[Cluster, Throughput]:
     cluster = Cluster()
     cluster.join("a")
-    progress = Progress(cluster.coordinator, batch_groups=2, clock=cluster.clock)
+    progress = Throughput(cluster.coordinator, batch_groups=2, clock=cluster.clock)
     progress.sample()
     return cluster, progress
 

@@ -1,0 +1,128 @@
+"""The training loop: batches in, versions out, on the main thread."""
+
+import time
+
+from learner.replay.buffer import TrainingBatch
+from learner.run.metrics import StepMetrics
+from learner.run.parts import Parts
+from learner.run.reports import step_report
+from learner.run.saving import checkpoint
+from learner.training.trainer import StepResult
+from learner.weights.publisher import Publisher
+from protocol.errors import TrainingError
+
+STOP_CHECK_S = 0.5
+
+
+class TrainingLoop:
+    """Trains until all steps are done or the run is to stop."""
+
+    def __init__(self, parts: Parts, publisher: Publisher) -> None:
+        self._parts = parts
+        self._publisher = publisher
+        self._metrics = StepMetrics(parts.registry)
+        self._began_at = 0.0
+        """When training would have begun without any interruption."""
+
+    def run(self) -> None:
+        """Train; raises what made it impossible to continue, a `TrainingError` above all."""
+        parts = self._parts
+        self._open()
+        while (batch := self._next_batch()) is not None:
+            started, version = time.monotonic(), parts.trainer.version + 1
+            # In this order: a command for the batch after it is in the journal behind it.
+            parts.history.begin(version, batch)
+            setting = parts.rewards.begin(version)
+            step = parts.trainer.step(batch.groups, setting)
+            # Nobody may see a version that a resumed run would not make again.
+            parts.history.wait()
+            parts.coordinator.advance(version)
+            if parts.pacing.is_pushed(version):
+                self._publish()
+            self._record(step, started)
+            if parts.history.is_due(version):
+                checkpoint(parts)
+            self._pause()
+        self._close()
+
+    def _open(self) -> None:
+        self._parts.progress.phase = "training"
+        self._began_at = time.monotonic() - self._parts.progress.training_seconds
+        self._parts.throughput.restart()
+        self._parts.coordinator.open_training()
+
+    def _next_batch(self) -> TrainingBatch | None:
+        """Wait for a batch; None if there is no step left or the run is to stop."""
+        parts = self._parts
+        if parts.trainer.version >= parts.config.training.steps:
+            return None
+        patience = _Patience(parts)
+        with parts.throughput.waiting():
+            while not parts.progress.interrupted:
+                parts.coordinator.raise_if_failed()
+                patience.check()
+                parts.heartbeat.beat()
+                batch = self._take()
+                if batch is not None:
+                    return batch
+        return None
+
+    def _take(self) -> TrainingBatch | None:
+        """A batch, if enough groups come in within a moment."""
+        parts, config = self._parts, self._parts.config.training
+        batch = parts.buffer.take(
+            config.batch_groups,
+            parts.trainer.version,
+            STOP_CHECK_S,
+            batches_after=config.steps - parts.trainer.version - 1,
+        )
+        # Room in the buffer.
+        parts.coordinator.issue()
+        return batch
+
+    def _publish(self) -> None:
+        """Give the weights to the publisher; training waits for the copy, not for a push."""
+        started = time.monotonic()
+        snapshot = self._parts.packed()
+        self._publisher.publish(snapshot, time.monotonic() - started)
+
+    def _record(self, step: StepResult, started: float) -> None:
+        """Tell of a step that began at ``started``, wherever it is told."""
+        parts, seconds = self._parts, time.monotonic() - started
+        parts.progress.training_seconds = time.monotonic() - self._began_at
+        parts.note(step)
+        parts.throughput.sample()
+        self._metrics.step(step, seconds)
+        parts.folder.append_step(step_report(parts, step, seconds))
+
+    def _pause(self) -> None:
+        """Be as slow as ``training.pause_per_step_s`` asks for."""
+        parts = self._parts
+        deadline = time.monotonic() + parts.config.training.pause_per_step_s
+        while not parts.progress.interrupted and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, STOP_CHECK_S))
+
+    def _close(self) -> None:
+        self._parts.progress.training_seconds = time.monotonic() - self._began_at
+        self._parts.coordinator.close_training()
+
+
+class _Patience:
+    """Ends a run in which actors are connected and no group comes in."""
+
+    def __init__(self, parts: Parts) -> None:
+        deadlines = parts.config.deadlines
+        self._parts = parts
+        self._limit_s = deadlines.lease_timeout_s + deadlines.wait_for_actors_s
+        self._accepted = parts.buffer.books.accepted
+        self._since = time.monotonic()
+
+    def check(self) -> None:
+        """Raise `TrainingError` if the last group is too long ago."""
+        if self._parts.buffer.books.accepted > self._accepted:
+            self._since, self._accepted = time.monotonic(), self._parts.buffer.books.accepted
+        if time.monotonic() - self._since > self._limit_s:
+            raise TrainingError(
+                f"no group came in for {self._limit_s:.0f} s, though "
+                f"{self._parts.coordinator.num_live} actors are connected; look into their logs"
+            )

@@ -1,0 +1,1 @@
+"""Programs of the repository itself, which are not part of what is installed."""

@@ -84,12 +84,9 @@ def make_config(lr: float, dtype: str) -> RunConfig:
                 "max_tokens": MAX_TOKENS,
                 "max_prompt_tokens": PROMPT_TOKENS,
             },
-            "learner": {
-                "batch_groups": BATCH_GROUPS,
-                "minibatches": 1,
-                "lr": lr,
-                "self_check": False,
-            },
+            "training": {"batch_groups": BATCH_GROUPS, "minibatches": 1},
+            "optimizer": {"lr": lr},
+            "admission": {"self_check": False},
         }
     )
 

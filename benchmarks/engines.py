@@ -139,7 +139,7 @@ def _push_table(steps: int) -> Table:
     for column in (*PHASES, "actors stood still"):
         table.add_column(column, justify="right")
     for engine in ENGINES:
-        summary = _run(("actor.engine=" + engine, f"learner.steps={steps}"))
+        summary = _run(("actor.engine=" + engine, f"training.steps={steps}"))
         seconds = summary["phase_seconds"]
         table.add_row(
             engine,
@@ -155,8 +155,8 @@ def _run(overrides: Sequence[str]) -> dict:
             [
                 *(sys.executable, "-m", "deploy", "run"),
                 str(ROOT / "examples" / "tool_calling_tiny.toml"),
-                "learner.bind=tcp://127.0.0.1:0",
-                "learner.metrics_port=0",
+                "endpoints.bind=tcp://127.0.0.1:0",
+                "endpoints.metrics_port=0",
                 f"runs_folder={folder}",
                 "name=benchmark",
                 *overrides,

@@ -251,7 +251,8 @@ def _config(rollouts: int, tokens: int, outstanding: int) -> RunConfig:
                 "max_tokens": tokens,
                 "max_prompt_tokens": 64,
             },
-            "learner": {"batch_groups": BATCH_GROUPS, "minibatches": 1, "self_check": False},
+            "training": {"batch_groups": BATCH_GROUPS, "minibatches": 1},
+            "admission": {"self_check": False},
             "buffer": {"max_bytes": MAX_BYTES},
         }
     )

@@ -313,17 +313,11 @@ def make_config(
                 "max_prompt_tokens": PROMPT_TOKENS,
                 "max_tokens": NEW_TOKENS,
             },
-            "learner": {
-                "bind": "tcp://127.0.0.1:0",
-                "metrics_port": 0,
-                "threads": 1,
-                "self_check": False,
-                # Nobody trains, so that groups are only ever added.
-                "steps": 1_000_000,
-                "max_staleness": 1_000_000,
-                "lease_timeout_s": 3600.0,
-                "actor_timeout_s": 60.0,
-            },
+            # Nobody trains, so that groups are only ever added.
+            "training": {"steps": 1_000_000, "max_staleness": 1_000_000, "threads": 1},
+            "endpoints": {"bind": "tcp://127.0.0.1:0", "metrics_port": 0},
+            "deadlines": {"lease_timeout_s": 3600.0, "actor_timeout_s": 60.0},
+            "admission": {"self_check": False},
             "buffer": {"durability": "memory", "max_groups": 1_000_000},
             "weights": {
                 "backend": backend,

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "--lags",
         type=_numbers,
         metavar="N,N,...",
-        help="train each at these fixed stalenesses (they set learner.max_staleness too)",
+        help="train each at these fixed stalenesses (they set training.max_staleness too)",
     )
     compare.add_argument("--seeds", type=_positive, default=5, help="how many (default: 5)")
     compare.add_argument("--out", type=Path, help="default: runs/compare-CONFIG")
@@ -189,7 +189,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="for example learner.lr=1e-6"
+        "overrides", nargs="*", metavar="key.sub=value", help="for example optimizer.lr=1e-6"
     )
     return parser
 
@@ -265,8 +265,8 @@ def _learner(options: Any) -> int:
         config = _config(options)
         folder = RunFolder(options.run_folder) if options.run_folder else RunFolder.create(config)
     _start_logging()
-    if config.learner.threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.learner.threads)
+    if config.training.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.training.threads)
     from deploy.launch.learner_process import run_with_display
 
     return run_with_display(

@@ -56,7 +56,7 @@ class Pacing:
         what = f"{held} groups" + (f" (for buffer.lag = {self.lag})" if self.lag else "")
         if self.lag is not None and self.lag > self.max_staleness:
             raise ConfigError(
-                f"buffer.lag = {self.lag} is above learner.max_staleness = {self.max_staleness}: "
+                f"buffer.lag = {self.lag} is above training.max_staleness = {self.max_staleness}: "
                 "raise that, or every batch would be too stale"
             )
         if self.lag is not None and self.max_uses > 1:
@@ -68,7 +68,7 @@ class Pacing:
             )
         if self.max_uses > self.max_staleness + 1:
             raise ConfigError(
-                f"buffer.max_uses = {self.max_uses} needs learner.max_staleness of at least "
+                f"buffer.max_uses = {self.max_uses} needs training.max_staleness of at least "
                 f"{self.max_uses - 1}: every further use is one version later"
             )
         if self.lag is not None and self.push_every > 1:
@@ -79,7 +79,7 @@ class Pacing:
         behind = min(self.push_every, self.steps) - 1
         if self.max_staleness + 1 - behind < self.max_uses:
             raise ConfigError(
-                f"weights.push_every = {self.push_every} needs learner.max_staleness of at least "
+                f"weights.push_every = {self.push_every} needs training.max_staleness of at least "
                 f"{behind + self.max_uses - 1}: training would wait for ever for groups that are "
                 f"not too stale, because actors are up to {behind} versions behind before a push"
                 + (", and every further use is one version later" if self.max_uses > 1 else "")
@@ -88,7 +88,7 @@ class Pacing:
             raise ConfigError(
                 f"buffer.max_bytes = {self.max_bytes} may not hold {what}: they take up to "
                 f"{held * self.group_bytes} bytes; raise it, or lower sampling.max_tokens or "
-                "learner.batch_groups"
+                "training.batch_groups"
             )
 
     def is_pushed(self, version: int) -> bool:

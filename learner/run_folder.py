@@ -79,7 +79,7 @@ class RunFolder:
         for key in _FIXED:
             if _at(before, key) != _at(config, key):
                 raise ConfigError(f"{key} cannot change when a run is resumed; start a new one")
-        folder._check_unfinished(config.learner.steps)
+        folder._check_unfinished(config.training.steps)
         return folder, config
 
     def _check_unfinished(self, steps: int) -> None:
@@ -92,7 +92,7 @@ class RunFolder:
             if completed and trained >= steps:
                 raise ConfigError(
                     f"{self.path} is complete, with {trained} steps; to train on, add "
-                    f"learner.steps=N with a larger N"
+                    f"training.steps=N with a larger N"
                 )
 
     @property

@@ -74,7 +74,7 @@ class ObservabilityServer:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"cannot serve metrics on {host}:{port}: {reason}; choose another port "
-                "(learner.metrics_port, or --metrics-port of an actor)"
+                "(endpoints.metrics_port, or --metrics-port of an actor)"
             ) from error
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]

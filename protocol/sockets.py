@@ -105,7 +105,7 @@ def bind_learner(
     except zmq.ZMQError as error:
         sockets.close()
         raise ConfigError(
-            f"cannot listen on {url}: {error.strerror}; choose another learner.bind"
+            f"cannot listen on {url}: {error.strerror}; choose another endpoints.bind"
         ) from error
     return sockets
 

@@ -280,7 +280,7 @@ class Launcher:
         """What the actors leave of the machine, unless the configuration says."""
         config = self._config
         used = config.launch.actors * config.launch.actor_threads
-        return config.learner.threads or max(1, (os.cpu_count() or 1) - used)
+        return config.training.threads or max(1, (os.cpu_count() or 1) - used)
 
     def _signal(self, child: _Child, signum: int) -> None:
         if child.process.poll() is None:

@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def overrides(self) -> list[str]:
-        lag = [f"buffer.lag={self.lag}", f"learner.max_staleness={self.lag}"]
+        lag = [f"buffer.lag={self.lag}", f"training.max_staleness={self.lag}"]
         return [
             f"algorithm.estimator={self.estimator}",
             f"algorithm.correction={self.correction}",
@@ -85,9 +85,9 @@ class Comparison:
         """One actor a run, and any free ports: several runs share the machine."""
         return [
             "launch.actors=1",
-            "learner.threads=1",
-            "learner.bind=tcp://127.0.0.1:0",
-            "learner.metrics_port=0",
+            "training.threads=1",
+            "endpoints.bind=tcp://127.0.0.1:0",
+            "endpoints.metrics_port=0",
             f"runs_folder={self.out.resolve()}",
             *self.overrides,
             *cell.overrides,
@@ -212,7 +212,7 @@ class _Runner:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
-        task = progress.add_task(cell.name, total=self._configs[cell].learner.steps)
+        task = progress.add_task(cell.name, total=self._configs[cell].training.steps)
         while process.poll() is None:
             try:
                 process.wait(1.0)

@@ -102,7 +102,7 @@ async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
 async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig) -> Evaluation:
     """Roll out and score all prompts; raises the failure of a reward that must not fail."""
     evaluation = Evaluation(works, version=0)
-    book = LeaseBook(timeout_s=config.learner.lease_timeout_s)
+    book = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
     room = asyncio.Semaphore(IN_FLIGHT)
     vital = {reward.name for reward in config.rewards if reward.on_failure == "error"}
 

@@ -45,7 +45,9 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"{override!r} is no override; write key.sub=value, e.g. learner.lr=1e-6")
+        raise ConfigError(
+            f"{override!r} is no override; write key.sub=value, e.g. optimizer.lr=1e-6"
+        )
     try:
         return parts, tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

@@ -166,15 +166,15 @@ class WeightsConfig(StrictModel):
     A push overlaps the next training steps by itself, at 1 too: it has a thread of its own, and
     actors go on generating. More than 1 saves the time of packing, sending and loading, and costs
     staleness: actors are up to push_every - 1 versions behind when a push begins. So
-    learner.max_staleness must be at least push_every + buffer.max_uses - 2; at exactly that nothing
-    is leased while a push goes on.
+    training.max_staleness must be at least push_every + buffer.max_uses - 2; at exactly that
+    nothing is leased while a push goes on.
     """
     bucket_bytes: Annotated[int, Field(gt=0, multiple_of=CHUNK_BYTES)] = 4 << 20
     """Weights in one broadcast call; whole MiB."""
     compress: bool = False
     """Compress weights that are pulled in full (differences always are): for slow links."""
     address: IPv4Address | None = None
-    """Of this machine, where actors reach the broadcast; None: that of learner.bind."""
+    """Of this machine, where actors reach the broadcast; None: that of endpoints.bind."""
 
 
 class KeysConfig(StrictModel):
@@ -196,14 +196,9 @@ class KeysConfig(StrictModel):
         return self
 
 
-class LearnerConfig(StrictModel):
-    """Training, and what the learner expects of its actors."""
+class TrainingConfig(StrictModel):
+    """What a training step is made of, and how far generation may run ahead of it."""
 
-    bind: Annotated[str, AfterValidator(_is_address)] = "tcp://127.0.0.1:5555"
-    """Where actors connect; port 0 takes any free one. Beyond loopback it needs `keys`."""
-    metrics_host: str = "127.0.0.1"
-    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 9400
-    """Prometheus endpoint; 0 takes any free port."""
     steps: PositiveInt = 100
     """Training batches."""
     batch_groups: PositiveInt = 32
@@ -212,6 +207,17 @@ class LearnerConfig(StrictModel):
     """Optimiser steps per training batch."""
     microbatch_sequences: PositiveInt = 64
     """Sequences in one forward and backward pass: lower it when memory runs out."""
+    max_staleness: NonNegativeInt = 4
+    """Oldest policy version, in training batches back, that a group may contain."""
+    threads: NonNegativeInt = 0
+    """CPU threads of the trainer; 0 leaves torch's choice."""
+    pause_per_step_s: NonNegativeFloat = 0.0
+    """Sleep after every step: to watch back-pressure work, and to test it."""
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW, and the learning rate over the run."""
+
     lr: PositiveFloat = 1e-6
     warmup_steps: NonNegativeInt = 0
     """Batches over which the learning rate rises linearly."""
@@ -220,26 +226,40 @@ class LearnerConfig(StrictModel):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    max_staleness: NonNegativeInt = 4
-    """Oldest policy version, in training batches back, that a group may contain."""
-    threads: NonNegativeInt = 0
-    """CPU threads of the trainer; 0 leaves torch's choice."""
+
+
+class EndpointsConfig(StrictModel):
+    """Where the learner listens."""
+
+    bind: Annotated[str, AfterValidator(_is_address)] = "tcp://127.0.0.1:5555"
+    """Where actors connect; port 0 takes any free one. Beyond loopback it needs `keys`."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 9400
+    """Prometheus endpoint; 0 takes any free port."""
+
+
+class DeadlinesConfig(StrictModel):
+    """How long the learner waits for its actors."""
+
     lease_timeout_s: PositiveFloat = 600.0
     """An actor that has not returned a group after so long loses it to another."""
     actor_timeout_s: PositiveFloat = 10.0
     """An actor that is silent for so long is lost."""
     join_timeout_s: PositiveFloat = 300.0
     """Longest time from an actor's hello to its first weights."""
+    wait_for_actors_s: PositiveFloat = 600.0
+    """Without any live actor for so long, the run ends with an error."""
+
+
+class AdmissionConfig(StrictModel):
+    """Which actors may join."""
+
+    max_actors: PositiveInt = 1024
+    """More are refused."""
     self_check: bool = True
     """Compare the log-probabilities of every new actor with the learner's before it gets work."""
     check_limit: PositiveFloat | None = None
     """Mean difference above which an actor is refused; None: 0.001 in float32, else 0.05."""
-    max_actors: PositiveInt = 1024
-    """More are refused."""
-    wait_for_actors_s: PositiveFloat = 600.0
-    """Without any live actor for so long, the run ends with an error."""
-    pause_per_step_s: NonNegativeFloat = 0.0
-    """Sleep after every step: to watch back-pressure work, and to test it."""
 
 
 class LaunchConfig(StrictModel):
@@ -266,7 +286,11 @@ class RunConfig(StrictModel):
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     algorithm: AlgorithmConfig = AlgorithmConfig()
     sampling: SamplingConfig = SamplingConfig()
-    learner: LearnerConfig = LearnerConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    endpoints: EndpointsConfig = EndpointsConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     buffer: BufferConfig = BufferConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -287,10 +311,10 @@ class RunConfig(StrictModel):
                         f"rewards.{reward.name}.when names {when.reward!r}; "
                         f"the rewards are {', '.join(names)}"
                     )
-            if reward.schedule and reward.schedule[-1].from_step > self.learner.steps:
+            if reward.schedule and reward.schedule[-1].from_step > self.training.steps:
                 raise ValueError(
                     f"rewards.{reward.name}.schedule goes up to step "
-                    f"{reward.schedule[-1].from_step}, the run up to {self.learner.steps}"
+                    f"{reward.schedule[-1].from_step}, the run up to {self.training.steps}"
                 )
         if {"rewards", "sampling"} & self.actor.model_fields_set:
             raise ValueError("write [[rewards]] and [sampling] at the top level, not below [actor]")
@@ -307,35 +331,35 @@ class RunConfig(StrictModel):
                 f"buffer.max_bytes = {self.buffer.max_bytes}: the journal holds what the buffer "
                 "does"
             )
-        sequences = self.learner.batch_groups * self.sampling.num_rollouts
-        if sequences < self.learner.minibatches:
+        sequences = self.training.batch_groups * self.sampling.num_rollouts
+        if sequences < self.training.minibatches:
             raise ValueError(
-                f"learner.minibatches = {self.learner.minibatches} exceeds the {sequences} "
+                f"training.minibatches = {self.training.minibatches} exceeds the {sequences} "
                 "sequences of a batch"
             )
         return self
 
     @model_validator(mode="after")
     def _network_is_guarded(self) -> Self:
-        host, _ = parse_tcp(self.learner.bind)
+        host, _ = parse_tcp(self.endpoints.bind)
         if self.keys.secret is None and not is_loopback(host):
             raise ValueError(
-                f"learner.bind = {self.learner.bind} is reachable from other machines, which needs "
-                "keys: make them with gdpo keygen, then set keys.secret and keys.allowed; without "
-                "keys use tcp://127.0.0.1:PORT"
+                f"endpoints.bind = {self.endpoints.bind} is reachable from other machines, which "
+                "needs keys: make them with gdpo keygen, then set keys.secret and keys.allowed; "
+                "without keys use tcp://127.0.0.1:PORT"
             )
         address = self.collective_address
         if address is not None and not is_loopback(address) and not _is_ipv4(address):
             raise ValueError(
                 f'weights.backend = "{self.weights.backend}" needs an IPv4 address of this '
-                "machine, and learner.bind names none: set weights.address"
+                "machine, and endpoints.bind names none: set weights.address"
             )
         return self
 
     @property
     def collective_address(self) -> str | None:
         """Where the broadcast of weights listens; None if there is none."""
-        host, _ = parse_tcp(self.learner.bind)
+        host, _ = parse_tcp(self.endpoints.bind)
         address = str(self.weights.address or host)
         wanted = self.weights.backend in ("nccl", "gloo")
         if self.weights.backend == "auto":
@@ -361,9 +385,9 @@ class RunConfig(StrictModel):
     def pacing(self) -> Pacing:
         """How many leases may be out; raises `ConfigError` for limits that could never be kept."""
         return Pacing(
-            max_staleness=self.learner.max_staleness,
-            batch_groups=self.learner.batch_groups,
-            steps=self.learner.steps,
+            max_staleness=self.training.max_staleness,
+            batch_groups=self.training.batch_groups,
+            steps=self.training.steps,
             max_groups=self.buffer.max_groups,
             max_bytes=self.buffer.max_bytes,
             group_bytes=largest_group_bytes(

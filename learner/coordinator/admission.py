@@ -72,7 +72,7 @@ class Admission:
             return "the run is over"
         full = len(self._registry.live) >= self._max_actors
         if full and session not in self._registry.live:
-            return f"learner.max_actors = {self._max_actors} actors are connected"
+            return f"admission.max_actors = {self._max_actors} actors are connected"
         pairs = (
             ("protocol version", hello.protocol, PROTOCOL_VERSION),
             ("run", hello.run_id or self._welcome.run_id, self._welcome.run_id),

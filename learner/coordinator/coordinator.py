@@ -84,13 +84,13 @@ class Coordinator:
         ``on_pull`` takes an actor's pull, which is answered through `Offers.answer_pull`.
         ``checks`` are the works by which ``self_check`` judges new actors; None for no check.
         """
-        self._config = config.learner
+        self._deadlines = config.deadlines
         self._work = work
         self._buffer = buffer
         self._clock = clock
         self._on_pull = on_pull
         self._bad_message_logged_at = float("-inf")
-        self.leases = LeaseBook(timeout_s=config.learner.lease_timeout_s)
+        self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
         self.registry = Registry(self.leases, work, clock, on_failure=buffer.wake)
         self.offers = Offers(self.registry, snapshots)
         self._admission = Admission(
@@ -98,7 +98,7 @@ class Coordinator:
             self.offers,
             welcome=welcome,
             files=files,
-            max_actors=config.learner.max_actors,
+            max_actors=config.admission.max_actors,
             self_check=self_check,
             checks=checks,
         )
@@ -252,7 +252,7 @@ class Coordinator:
             if self.registry.failure is not None:
                 raise self.registry.failure
             waited = self._clock() - self.registry.last_actor_at
-            if not self.registry.live and waited > self._config.wait_for_actors_s:
+            if not self.registry.live and waited > self._deadlines.wait_for_actors_s:
                 raise TrainingError(
                     f"no actor for {waited:.0f} s; start one with: gdpo actor --learner ADDRESS"
                 )
@@ -304,8 +304,8 @@ class Coordinator:
         """Also those that have not got their weights in time."""
         for actor in list(self.registry.live.values()):
             silence, age = now - actor.last_heard, now - actor.joined_at
-            if actor.ready and silence > self._config.actor_timeout_s:
+            if actor.ready and silence > self._deadlines.actor_timeout_s:
                 self.registry.forget(actor, f"silent for {silence:.1f} s", lost=True)
-            elif not actor.ready and age > self._config.join_timeout_s:
+            elif not actor.ready and age > self._deadlines.join_timeout_s:
                 cause = f"without weights {age:.0f} s after it joined"
                 self.registry.forget(actor, cause, lost=True)

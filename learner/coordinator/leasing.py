@@ -225,7 +225,7 @@ class Leasing:
             # The row is known to be difficult. Such rows come before new ones, many in a row.
             return
         actor.failures += 1
-        if actor.failures < max(MAX_ATTEMPTS, self._config.learner.batch_groups):
+        if actor.failures < max(MAX_ATTEMPTS, self._config.training.batch_groups):
             return
         problem = (
             f"{actor.failures} groups failed in a row, the last one ({work.prompt_id}) because: "

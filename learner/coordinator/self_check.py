@@ -34,7 +34,7 @@ log = logging.getLogger("learner")
 
 LIMITS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 """Mean absolute difference of log-probabilities, by the less precise of both sides' types."""
-WITHOUT = "learner.self_check=false leaves it out"
+WITHOUT = "admission.self_check=false leaves it out"
 LARGEST = 50.0
 """The largest difference may be so many times the limit of the mean."""
 
@@ -113,15 +113,15 @@ class SelfCheck:
     def limit(self) -> float:
         """Of the mean difference."""
         both = (self._config.model.dtype, self._config.for_actors().dtype)
-        return self._config.learner.check_limit or max(LIMITS[dtype] for dtype in both)
+        return self._config.admission.check_limit or max(LIMITS[dtype] for dtype in both)
 
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        if self._config.learner.threads:
-            torch.set_num_threads(self._config.learner.threads)
+        if self._config.training.threads:
+            torch.set_num_threads(self._config.training.threads)
         while job := self._queue.get():
             job()
 
@@ -150,7 +150,7 @@ class SelfCheck:
         return (
             "the engine's attention or position code, its weights or its tokens are not the "
             "learner's; a difference of this size that is harmless can be allowed by "
-            "learner.check_limit"
+            "admission.check_limit"
         )
 
 

@@ -90,4 +90,4 @@ class History:
             while self._finished and self._finished[0][0] <= versions[0]:
                 finished += self._finished.popleft()[1]
         # A group that may still be used again keeps the record of its first use.
-        self.journal.prune(finished, versions[0] - self._config.learner.max_staleness - 1)
+        self.journal.prune(finished, versions[0] - self._config.training.max_staleness - 1)

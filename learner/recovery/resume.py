@@ -62,10 +62,10 @@ class Resumed:
         cuts = self.journal.cuts() if self.journal is not None else []
         before = [cut for cut in cuts if cut.step <= self.version]
         after = [cut for cut in cuts if cut.step > self.version]
-        reached, steps = self.version + len(after), self.config.learner.steps
+        reached, steps = self.version + len(after), self.config.training.steps
         if reached > steps:
             raise ConfigError(
-                f"learner.steps = {steps}, but the run is at step {reached} already; give more"
+                f"training.steps = {steps}, but the run is at step {reached} already; give more"
             )
         if self.state is not None:
             buffer.restore(self.state.groups)
@@ -207,5 +207,5 @@ def replay(folder: RunFolder, config: RunConfig, on_step: Callable[[StepResult],
         on_step(trainer.step(cut.groups, setting))
 
     Resumed(config, checkpoint, journal, group_limits(config, policy.vocab_size)).replay(
-        ReplayBuffer.of(config), RewardSettings(config.rewards, config.learner.steps), train
+        ReplayBuffer.of(config), RewardSettings(config.rewards, config.training.steps), train
     )

@@ -108,7 +108,7 @@ class ReplayBuffer:
         return cls(
             max_groups=config.buffer.max_groups,
             max_bytes=config.buffer.max_bytes,
-            max_staleness=config.learner.max_staleness,
+            max_staleness=config.training.max_staleness,
             max_uses=config.buffer.max_uses,
             sampling=config.buffer.sampling,
             lag=config.buffer.lag or 0,

@@ -86,8 +86,8 @@ class Learner:
         self.interrupted = ""
         """Why the run is to end early."""
         self.completed = False
-        if config.learner.threads:
-            torch.set_num_threads(config.learner.threads)
+        if config.training.threads:
+            torch.set_num_threads(config.training.threads)
         folder.take()
         checkpoint = newest(folder.checkpoints) if resume else None
         self._load(checkpoint)
@@ -109,14 +109,14 @@ class Learner:
         self._heartbeat = Heartbeat("trainer", limit_s=120.0)
         self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
         self._topology = topology_of(config, next(self.policy.model.parameters()).device)
-        self.rewards = RewardSettings(config.rewards, config.learner.steps)
+        self.rewards = RewardSettings(config.rewards, config.training.steps)
         self.history = History(self.folder, config, self.policy)
         self.buffer = ReplayBuffer.of(config)
 
     def _assemble(self) -> None:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
-        self._self_check = SelfCheck(self.policy, config) if config.learner.self_check else None
+        self._self_check = SelfCheck(self.policy, config) if config.admission.self_check else None
         self._memory = MemoryPool(
             total_bytes(self.policy.specs),
             pinned=any(parameter.is_cuda for parameter in self.policy.model.parameters()),
@@ -152,7 +152,7 @@ class Learner:
             self_check=self._self_check,
             checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
         )
-        self.progress = Progress(self.coordinator, config.learner.batch_groups)
+        self.progress = Progress(self.coordinator, config.training.batch_groups)
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         """Be as the learner before was after the last batch that it began, and go on from there."""
@@ -191,7 +191,7 @@ class Learner:
             config.sampling.num_rollouts, config.eval.num_rollouts
         )
         sockets = bind_learner(
-            self._context, config.learner.bind, max(1 << 20, 12 * tokens), self._keys
+            self._context, config.endpoints.bind, max(1 << 20, 12 * tokens), self._keys
         )
         self.url = self._reachable(sockets.url, "127.0.0.1")
         """For actors on this machine."""
@@ -234,8 +234,8 @@ class Learner:
         self._metrics = StepMetrics(registry)
         self._server = ObservabilityServer(
             registry,
-            host=config.learner.metrics_host,
-            port=config.learner.metrics_port,
+            host=config.endpoints.metrics_host,
+            port=config.endpoints.metrics_port,
             heartbeats=(self._heartbeat, intake_heartbeat),
             ready=lambda: self.phase != "loading",
             routes={"/status": lambda: status_report(self), "/sd": self._service_discovery},
@@ -316,7 +316,7 @@ class Learner:
         started = time.monotonic() - self.training_seconds
         self.progress.restart()
         self.coordinator.open_training()
-        while self.trainer.version < self.config.learner.steps:
+        while self.trainer.version < self.config.training.steps:
             cut = self._next_batch()
             if cut is None:
                 break
@@ -408,8 +408,8 @@ class Learner:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
         last_group_at = time.monotonic()
         accepted = self.buffer.books.accepted
-        config = self.config.learner
-        patience_s = config.lease_timeout_s + config.wait_for_actors_s
+        config, deadlines = self.config.training, self.config.deadlines
+        patience_s = deadlines.lease_timeout_s + deadlines.wait_for_actors_s
         with self.progress.waiting():
             while not self.interrupted:
                 self.coordinator.raise_if_failed()
@@ -489,7 +489,7 @@ class Learner:
         self.progress.steps = step.version
 
     def _pause(self) -> None:
-        deadline = time.monotonic() + self.config.learner.pause_per_step_s
+        deadline = time.monotonic() + self.config.training.pause_per_step_s
         while not self.interrupted and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, STOP_CHECK_S))
 

@@ -18,7 +18,7 @@ def status_report(learner: "Learner") -> dict[str, Any]:
     """The state of the run now, for displays."""
     rates = learner.progress.sample()
     step, done = learner.last_step, learner.trainer.version
-    total = learner.config.learner.steps
+    total = learner.config.training.steps
     live = learner.coordinator.num_live
     # With a fixed lag they wait for each other by design.
     free = learner.config.buffer.lag is None
@@ -33,10 +33,10 @@ def status_report(learner: "Learner") -> dict[str, Any]:
         "tokens_trained_per_s": rates.tokens_trained_per_s,
         "staleness_mean": fmean(step.staleness) if step else None,
         "staleness_max": max(step.staleness) if step else None,
-        "max_staleness": learner.config.learner.max_staleness,
+        "max_staleness": learner.config.training.max_staleness,
         "buffer_groups": len(learner.buffer),
         "buffer_bytes": learner.buffer.size_bytes,
-        "batch_groups": learner.config.learner.batch_groups,
+        "batch_groups": learner.config.training.batch_groups,
         "actors_live": live,
         "actors_wanted": rates.actors_wanted if free else None,
         "actor_idle_share": rates.actor_idle_share,
@@ -132,7 +132,7 @@ def summary_report(learner: "Learner") -> dict[str, Any]:
         },
         "staleness": {
             "largest": learner.buffer.largest_staleness,
-            "limit": learner.config.learner.max_staleness,
+            "limit": learner.config.training.max_staleness,
         },
         "lag0_logprob_difference": learner.lag0_difference,
         "phase_seconds": learner.phase_seconds,

@@ -80,9 +80,9 @@ class Trainer:
         self._device = next(self._model.parameters()).device
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(),
-            lr=config.learner.lr,
-            betas=config.learner.betas,
-            weight_decay=config.learner.weight_decay,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
         )
         self._random = torch.Generator().manual_seed(config.seed)
         self._needs_proximal = gdpo.CORRECTIONS[config.algorithm.correction].needs_proximal
@@ -174,7 +174,7 @@ class Trainer:
         history: dict[str, list[float]] = defaultdict(list)
         parts: list[_Part] = []
         order = torch.randperm(len(advantages_B), generator=self._random).to(self._device)
-        for index, rows in enumerate(order.tensor_split(self._config.learner.minibatches)):
+        for index, rows in enumerate(order.tensor_split(self._config.training.minibatches)):
             self._set_lr(index)
             new_parts, metrics = self._minibatch(batch, advantages_B, proximal_BT, rows)
             if index == 0:
@@ -209,7 +209,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
         parts: list[_Part] = []
-        for micro_rows in rows.split(self._config.learner.microbatch_sequences):
+        for micro_rows in rows.split(self._config.training.microbatch_sequences):
             part = batch.select(micro_rows)
             length = part.mask_BT.shape[1]
             loss = self._loss(
@@ -276,11 +276,11 @@ class Trainer:
     def _apply(self, loss: float) -> float:
         """Clip the gradient and step; returns its norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(
-            self._model.parameters(), self._config.learner.max_grad_norm
+            self._model.parameters(), self._config.optimizer.max_grad_norm
         ).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"step {self.version + 1}: loss {loss}, gradient norm {norm}. Lower learner.lr, "
+                f"step {self.version + 1}: loss {loss}, gradient norm {norm}. Lower optimizer.lr, "
                 "or look for a reward of extreme size"
             )
         self._optimizer.step()
@@ -291,7 +291,7 @@ class Trainer:
         """Log-probabilities [B, T] under the policy at the start of the batch."""
         result_BT = torch.zeros_like(batch.behaviour_BT)
         # Sequences of similar length together: less padding to compute.
-        for rows in batch.lengths_B.argsort().split(self._config.learner.microbatch_sequences):
+        for rows in batch.lengths_B.argsort().split(self._config.training.microbatch_sequences):
             logprobs_BT = self._logprobs(batch.select(rows))
             result_BT[rows, : logprobs_BT.shape[1]] = logprobs_BT
         return result_BT
@@ -334,11 +334,11 @@ class Trainer:
             group["lr"] *= factor
 
     def _set_lr(self, minibatch: int) -> None:
-        config = self._config.learner
+        config, minibatches = self._config.optimizer, self._config.training.minibatches
         factor = lr_factor(
-            self.version * config.minibatches + minibatch,
-            warmup=config.warmup_steps * config.minibatches,
-            total=config.steps * config.minibatches,
+            self.version * minibatches + minibatch,
+            warmup=config.warmup_steps * minibatches,
+            total=self._config.training.steps * minibatches,
             schedule=config.lr_schedule,
         )
         for group in self._optimizer.param_groups:

@@ -34,11 +34,11 @@ MARGIN_S = 1.5
 
 CHAOS = (
     *QUICK,
-    "learner.steps=100000",
-    "learner.self_check=false",
-    f"learner.actor_timeout_s={ACTOR_TIMEOUT_S}",
-    f"learner.lease_timeout_s={LEASE_TIMEOUT_S}",
-    "learner.max_staleness=8",
+    "training.steps=100000",
+    "admission.self_check=false",
+    f"deadlines.actor_timeout_s={ACTOR_TIMEOUT_S}",
+    f"deadlines.lease_timeout_s={LEASE_TIMEOUT_S}",
+    "training.max_staleness=8",
     "weights.timeout_s=2",
     "sampling.num_rollouts=2",
     "sampling.max_tokens=16",

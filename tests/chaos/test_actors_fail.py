@@ -57,7 +57,9 @@ def test_an_actor_that_dies_or_freezes(chaos: Chaos, figures: Callable[..., None
 @pytest.mark.parametrize("prison", ["hang", "hold"])
 def test_a_reward_that_never_returns(chaos: Chaos, figures: Callable[..., None], prison: str):
     """``hang`` sleeps for ever, ``hold`` does so with the lock of the interpreter held."""
-    chaos.start_learner(f"actor.reward_timeout_s={REWARD_TIMEOUT_S}", "learner.lease_timeout_s=60")
+    chaos.start_learner(
+        f"actor.reward_timeout_s={REWARD_TIMEOUT_S}", "deadlines.lease_timeout_s=60"
+    )
     chaos.start_toys(3)
     (chaos.folder / prison).touch()
     prisons = lambda: list(chaos.folder.glob(f"{prison}.*"))  # noqa: E731

@@ -32,11 +32,11 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
 DISK_BYTES = 24 << 20
 LONG = (
-    "learner.steps=5000",
+    "training.steps=5000",
     "checkpoints.every_steps=4",
-    "learner.actor_timeout_s=3",
+    "deadlines.actor_timeout_s=3",
     "weights.timeout_s=2",
-    "learner.pause_per_step_s=0.05",
+    "training.pause_per_step_s=0.05",
 )
 GO_ON = "gdpo learner --resume "
 

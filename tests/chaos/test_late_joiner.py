@@ -21,9 +21,9 @@ AT_WORK_S = 30.0
 """From the start of the process; most of it goes into importing torch."""
 TIMEOUT_S = 5.0
 LONG = (
-    "learner.bind=tcp://127.0.0.1:0",
-    "learner.metrics_port=0",
-    "learner.steps=100000",
+    "endpoints.bind=tcp://127.0.0.1:0",
+    "endpoints.metrics_port=0",
+    "training.steps=100000",
     f"weights.timeout_s={TIMEOUT_S}",
 )
 

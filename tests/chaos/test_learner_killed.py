@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
 
 STEPS, BATCH = 16, 8
 TURNS = (
-    f"learner.steps={STEPS}",
+    f"training.steps={STEPS}",
     "buffer.lag=0",
     "checkpoints.every_steps=4",
 )
@@ -45,7 +45,7 @@ def bind() -> str:
     """An address that a resumed learner can have again."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return f"learner.bind=tcp://127.0.0.1:{probe.getsockname()[1]}"
+        return f"endpoints.bind=tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def losses(chaos: Chaos) -> list[tuple[int, float]]:
@@ -100,7 +100,7 @@ def test_guarantees_1_2_and_7_after_a_kill(
 
 def test_a_learner_that_is_killed_again_and_again(chaos: Chaos, figures: Callable[..., None]):
     """While nothing takes turns: every step comes out as it did before the kill, too."""
-    chaos.start_learner(*TURNS[2:], "learner.steps=60", bind())
+    chaos.start_learner(*TURNS[2:], "training.steps=60", bind())
     actors = [chaos.start_toy(name, group_s=0.1) for name in ("one", "two")]
     seen: dict[int, float] = {}
     back = []

@@ -73,7 +73,9 @@ def test_links_that_are_half_open(chaos: Chaos, figures: Callable[..., None]):
 @pytest.mark.parametrize("refuse", ["by kernel", "after accepting"])
 def test_no_storm_when_a_fleet_comes_back(chaos: Chaos, figures: Callable[..., None], refuse: Any):
     """64 actors lose their links for 30 s: attempts are spread, and everybody is back."""
-    chaos.start_learner("learner.batch_groups=64", "weights.timeout_s=5", "learner.max_staleness=4")
+    chaos.start_learner(
+        "training.batch_groups=64", "weights.timeout_s=5", "training.max_staleness=4"
+    )
     proxy = chaos.through_a_proxy()
     chaos.python("fleet", "-m", "tests.chaos.many", proxy.url, str(FLEET), "2")
     wait_for(lambda: working(chaos, 0.0) == FLEET, "the fleet", 90)

@@ -67,7 +67,7 @@ def settings(folder: Path) -> tuple[str, ...]:
         f"model.path={folder}",
         f"weights.bucket_bytes={BUCKET_BYTES}",
         "weights.backend=gloo",
-        "learner.minibatches=1",
+        "training.minibatches=1",
         "checkpoints.every_steps=100000",
     )
 
@@ -175,7 +175,7 @@ def test_a_member_that_freezes_unnoticed(
         *settings(folder),
         f"weights.timeout_s={timeout_s}",
         f"weights.push_timeout_s={push_timeout_s}",
-        "learner.actor_timeout_s=60",
+        "deadlines.actor_timeout_s=60",
         # Prompts that it holds are waited for, unless their order does not count.
         'buffer.sampling="freshest"',
     )

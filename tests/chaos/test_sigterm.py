@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 GONE_S = 10.0
 INTERRUPTED = 130
 BY_SIGNAL = -signal.SIGTERM
-DEFAULTS = ("weights.timeout_s=10", "learner.actor_timeout_s=10", "learner.lease_timeout_s=60")
+DEFAULTS = ("weights.timeout_s=10", "deadlines.actor_timeout_s=10", "deadlines.lease_timeout_s=60")
 """A deadline of the collective that is longer than what is allowed here."""
 
 
@@ -98,7 +98,7 @@ def test_a_learner_in_the_middle_of_something(
     chaos: Chaos, shared_memory: Any, figures: Any, point: str, call: int, steps: int, code: int
 ):
     learner = chaos.start_learner(
-        *DEFAULTS, f"learner.steps={steps}", crash=At(point, call, "term")
+        *DEFAULTS, f"training.steps={steps}", crash=At(point, call, "term")
     )
     actor = chaos.start_toy("actor")
     since = chaos.expect_crash(learner).at
@@ -185,7 +185,7 @@ def test_actors_at_every_moment(chaos: Chaos, shared_memory: Any, figures: Any):
 
 @pytest.mark.parametrize("moment", ["loading", "training", "with a frozen actor"])
 def test_a_launcher(chaos: Chaos, shared_memory: Any, figures: Any, moment: str):
-    run = chaos.python("run", "-m", "deploy", "run", str(RECIPE), *QUICK, "learner.steps=1000")
+    run = chaos.python("run", "-m", "deploy", "run", str(RECIPE), *QUICK, "training.steps=1000")
     if moment == "loading":
         wait_for(lambda: children_of(run.pid), "its learner")
     else:

@@ -25,7 +25,7 @@ def test_memory_is_flat_and_nothing_is_dropped(
 ):
     minutes = request.config.getoption("--chaos-minutes")
     chaos.start_learner(
-        f"learner.pause_per_step_s={PAUSE_S}", f"learner.max_staleness={MAX_STALENESS}"
+        f"training.pause_per_step_s={PAUSE_S}", f"training.max_staleness={MAX_STALENESS}"
     )
     chaos.start_toys(ACTORS, group_s=GROUP_S)
     chaos.wait_for_step(WARM_UP_STEPS)

@@ -140,4 +140,4 @@ def use_toy(toy: Toy) -> None:
 
     # Through the name by which the actor knows it, which is what tests of the start wrap too.
     starter: Callable[..., object] = start
-    setattr(actors.app, "start_engine", starter)  # noqa: B010
+    setattr(actors.actor, "start_engine", starter)  # noqa: B010

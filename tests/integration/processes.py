@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "examples" / "tool_calling_tiny.toml"
 
 QUICK = (
-    "learner.bind=tcp://127.0.0.1:0",
-    "learner.metrics_port=0",
-    "learner.threads=1",
-    "learner.batch_groups=8",
-    "learner.minibatches=2",
+    "endpoints.bind=tcp://127.0.0.1:0",
+    "endpoints.metrics_port=0",
+    "training.threads=1",
+    "training.batch_groups=8",
+    "training.minibatches=2",
     "eval.prompts=8",
     "eval.num_rollouts=2",
     "actor.max_leases=8",

@@ -18,7 +18,7 @@ from tests.integration.processes import (
 
 pytestmark = pytest.mark.timeout(120)
 
-LONG_RUN = ("learner.steps=2000", "learner.actor_timeout_s=2", "weights.timeout_s=2")
+LONG_RUN = ("training.steps=2000", "deadlines.actor_timeout_s=2", "weights.timeout_s=2")
 
 
 def metrics(text: str) -> dict[str, float]:
@@ -116,7 +116,7 @@ def test_a_hung_actor_holds_nobody_up_and_comes_back(system: System):
 def test_actors_wait_for_a_slow_learner(system: System):
     """Back-pressure: the buffer stays within its bound, nothing grows and nothing goes stale."""
     system.start_learner(
-        *LONG_RUN, "learner.pause_per_step_s=0.5", "learner.max_staleness=2", "eval.prompts=1"
+        *LONG_RUN, "training.pause_per_step_s=0.5", "training.max_staleness=2", "eval.prompts=1"
     )
     for name in ("one", "two"):
         system.start_actor(name)

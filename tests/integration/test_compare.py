@@ -14,7 +14,7 @@ GRID = ("compare", str(RECIPE), "--estimators", "gdpo,grpo", "--seeds", "1", "--
 
 def test_a_comparison_goes_on_where_it_was_stopped(system: System):
     out = system.folder / "grid"
-    arguments = (*GRID, "--jobs", "1", *QUICK, "learner.steps=4")
+    arguments = (*GRID, "--jobs", "1", *QUICK, "training.steps=4")
     first = system.gdpo("first", *arguments)
     wait_for(lambda: (out / "gdpo-icepop-0" / "summary.json").exists(), "a run", 60)
     wait_for(lambda: (out / "grpo-icepop-0.log").exists(), "the next run", 30)
@@ -32,7 +32,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(system: System):
     assert (out / "compare.png").exists()
 
     # What took long is not thrown away for another recipe.
-    other = system.gdpo("other", *arguments, "learner.lr=1e-5")
+    other = system.gdpo("other", *arguments, "optimizer.lr=1e-5")
     assert other.wait(30) == 2
     assert "holds a complete run of another configuration" in other.output
     assert json.loads((out / "compare.json").read_text()) == result
@@ -40,7 +40,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(system: System):
 
 def test_a_lag_is_kept_by_every_batch(system: System):
     arguments = (*GRID[:2], "--estimators", "gdpo", "--lags", "2", "--seeds", "1", "--out", "lags")
-    sweep = system.gdpo("sweep", *arguments, *QUICK, "learner.steps=5")
+    sweep = system.gdpo("sweep", *arguments, *QUICK, "training.steps=5")
     assert sweep.wait(60) == 0, sweep.output
     run = system.folder / "lags" / "gdpo-icepop-lag2-0"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

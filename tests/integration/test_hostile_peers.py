@@ -41,7 +41,7 @@ class Learner:
     """The real coordinator behind the real intake, on a free port of this machine."""
 
     def __init__(self, context: zmq.Context) -> None:
-        self.cluster = Cluster(make_config(learner={"steps": 10**9}))
+        self.cluster = Cluster(make_config(training={"steps": 10**9}))
         bound = bind_learner(context, "tcp://127.0.0.1:0", MAX_FRAME_BYTES)
         self.url = bound.url
         self.coordinator = self.cluster.coordinator

@@ -29,7 +29,7 @@ from tests.integration.processes import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
-LONG_RUN = ("learner.steps=100000", "learner.actor_timeout_s=10", "weights.timeout_s=2")
+LONG_RUN = ("training.steps=100000", "deadlines.actor_timeout_s=10", "weights.timeout_s=2")
 
 
 class Encrypted:
@@ -260,7 +260,7 @@ def test_a_silent_actor_with_a_withdrawn_key_is_forgotten_and_its_messages_count
 ):
     """Stopped, it neither sends anything nor hears that it is to go."""
     system = encrypted.system
-    encrypted.start("learner.actor_timeout_s=100")
+    encrypted.start("deadlines.actor_timeout_s=100")
     good, second = encrypted.actor("good"), encrypted.actor("second")
     for actor in (good, second):
         wait_for(lambda pid=actor.pid: (system.actor(pid) or {}).get("groups", 0) > 0, "groups")
@@ -310,7 +310,7 @@ def test_open_to_other_machines_everything_goes_over_the_encrypted_socket(encryp
     settings = (
         *encrypted.settings,
         f"keys.actor={system.folder}/good.key_secret",
-        "learner.bind=tcp://*:0",
+        "endpoints.bind=tcp://*:0",
     )
     run = system.gdpo("run", "run", str(RECIPE), *QUICK, *LONG_RUN, *settings)
     path = system.run_folder / "endpoints.json"

@@ -20,7 +20,7 @@ from tests.integration.processes import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
-FAST = ("checkpoints.every_steps=4", "learner.actor_timeout_s=3", "weights.timeout_s=2")
+FAST = ("checkpoints.every_steps=4", "deadlines.actor_timeout_s=3", "weights.timeout_s=2")
 
 
 def free_port() -> int:
@@ -37,8 +37,8 @@ def steps(system: System) -> list[dict]:
 
 
 def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: System):
-    bind = f"learner.bind=tcp://127.0.0.1:{free_port()}"
-    system.start_learner("learner.steps=40", *FAST, bind)
+    bind = f"endpoints.bind=tcp://127.0.0.1:{free_port()}"
+    system.start_learner("training.steps=40", *FAST, bind)
     actor = system.start_actor("actor")
     system.wait_for_step(11)
     system.learner.signal(signal.SIGKILL)
@@ -74,9 +74,9 @@ def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: Syst
 
 
 def test_a_resumed_learner_pushes_the_versions_that_it_would_have_pushed(system: System):
-    bind = f"learner.bind=tcp://127.0.0.1:{free_port()}"
-    rare = ("weights.push_every=3", "learner.max_staleness=4")
-    system.start_learner("learner.steps=31", *FAST, bind, *rare)
+    bind = f"endpoints.bind=tcp://127.0.0.1:{free_port()}"
+    rare = ("weights.push_every=3", "training.max_staleness=4")
+    system.start_learner("training.steps=31", *FAST, bind, *rare)
     actor = system.start_actor("actor")
     system.wait_for_step(8)
     system.learner.signal(signal.SIGKILL)
@@ -105,7 +105,7 @@ def test_a_resumed_learner_pushes_the_versions_that_it_would_have_pushed(system:
 
 
 def test_a_run_that_was_stopped_goes_on_under_the_launcher(system: System):
-    run = system.gdpo("run", "run", str(RECIPE), *QUICK, "learner.steps=400", *FAST)
+    run = system.gdpo("run", "run", str(RECIPE), *QUICK, "training.steps=400", *FAST)
     wait_for(lambda: (system.run_folder / "endpoints.json").exists(), "the learner")
     endpoints = json.loads((system.run_folder / "endpoints.json").read_text())
     system.metrics_url = endpoints["metrics"]
@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_goes_on_under_the_launcher(system: System):
     stopped_at = system.summary["steps"]
 
     again = system.gdpo(
-        "again", "run", "--resume", str(system.run_folder), f"learner.steps={stopped_at + 5}"
+        "again", "run", "--resume", str(system.run_folder), f"training.steps={stopped_at + 5}"
     )
     wait_for(lambda: len(children_of(again.pid)) == 3, "its processes")
     children = children_of(again.pid)
@@ -127,8 +127,8 @@ def test_a_run_that_was_stopped_goes_on_under_the_launcher(system: System):
 
 
 def test_without_a_journal_a_run_goes_on_from_its_checkpoint(system: System):
-    bind = f"learner.bind=tcp://127.0.0.1:{free_port()}"
-    system.start_learner("learner.steps=20", *FAST, bind, "buffer.durability=memory")
+    bind = f"endpoints.bind=tcp://127.0.0.1:{free_port()}"
+    system.start_learner("training.steps=20", *FAST, bind, "buffer.durability=memory")
     actor = system.start_actor("actor")
     system.wait_for_step(10)
     system.learner.signal(signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_without_a_journal_a_run_goes_on_from_its_checkpoint(system: System):
 
 
 def test_what_a_run_cannot_be_resumed_with_is_one_clear_line(system: System):
-    system.start_learner("learner.steps=40", *FAST)
+    system.start_learner("training.steps=40", *FAST)
     folder = str(system.run_folder)
     for arguments, expected in (
         ((folder,), "another learner works in"),

@@ -18,7 +18,7 @@ def settings_by_step(system: System) -> list[dict]:
 
 
 def test_a_running_learner_takes_weights_and_conditions_from_schedule_and_command(system: System):
-    system.start_learner("learner.steps=1000", SCHEDULE)
+    system.start_learner("training.steps=1000", SCHEDULE)
     control = system.run_folder / "control.json"
     assert stat.S_IMODE(control.stat().st_mode) == 0o600
     system.start_actor("actor")

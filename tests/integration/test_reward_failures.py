@@ -65,7 +65,7 @@ def assert_nothing_else_was_harmed(system: System) -> None:
 
 
 def test_groups_on_which_a_reward_fails_are_dropped_and_the_run_goes_on(system: System):
-    code, output = run(system, "learner.steps=5", *settings(system, "sometimes", "drop_group"))
+    code, output = run(system, "training.steps=5", *settings(system, "sometimes", "drop_group"))
     assert code == 0, output
     assert_nothing_else_was_harmed(system)
     leases = system.summary["books"]["leases"]
@@ -80,7 +80,7 @@ def test_groups_on_which_a_reward_fails_are_dropped_and_the_run_goes_on(system: 
 
 def test_a_reward_that_may_be_missing_costs_no_group(system: System):
     bad = settings(system, "sometimes", "missing")
-    system.start_learner("learner.steps=5", "learner.pause_per_step_s=0.5", *bad)
+    system.start_learner("training.steps=5", "training.pause_per_step_s=0.5", *bad)
     actor = system.start_actor("actor")
     wait_for(lambda: failures(system.get("/metrics")) >= 3, "failures that the learner counts")
     [scraped] = json.loads(system.get("/sd"))

@@ -34,7 +34,7 @@ def start_run(system: System, *overrides: str):
 
 
 def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
-    run = start_run(system, "learner.steps=8")
+    run = start_run(system, "training.steps=8")
     assert run.wait(100) == 0, run.output
     folder = system.run_folder
     summary = system.summary
@@ -67,7 +67,7 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
 
 
 def test_every_third_version_is_pushed_and_the_last_one(system):
-    run = start_run(system, "learner.steps=10", "learner.max_staleness=4", "weights.push_every=3")
+    run = start_run(system, "training.steps=10", "training.max_staleness=4", "weights.push_every=3")
     assert run.wait(100) == 0, run.output
     summary = system.summary
     assert summary["completed"]
@@ -85,7 +85,7 @@ def test_every_third_version_is_pushed_and_the_last_one(system):
 
 
 def test_a_dead_actor_is_started_again(system):
-    run = start_run(system, "learner.steps=400", "learner.actor_timeout_s=2")
+    run = start_run(system, "training.steps=400", "deadlines.actor_timeout_s=2")
     wait_for(lambda: system.status()["step"] >= 1, "the first step")
     victim = system.status()["actors"][0]["pid"]
     os.kill(victim, signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_a_dead_actor_is_started_again(system):
 
 
 def test_one_ctrl_c_stops_everything_and_saves(system):
-    run = start_run(system, "learner.steps=400")
+    run = start_run(system, "training.steps=400")
     system.wait_for_step(2)
     children = children_of(run.pid)
     assert len(children) == 3
@@ -117,7 +117,7 @@ def test_one_ctrl_c_stops_everything_and_saves(system):
 
 
 def test_no_process_outlives_a_killed_launcher(system):
-    run = start_run(system, "learner.steps=400")
+    run = start_run(system, "training.steps=400")
     system.wait_for_step(1)
     children = children_of(run.pid)
     run.signal(signal.SIGKILL)

@@ -23,9 +23,9 @@ def assert_one_line(system: System, arguments: list[str], *expected: str) -> Non
 def test_an_unknown_key_names_the_nearest_known_one(system, command):
     assert_one_line(
         system,
-        [command, str(RECIPE), *QUICK, "learner.bach_groups=8"],
-        "unknown key learner.bach_groups",
-        "did you mean learner.batch_groups?",
+        [command, str(RECIPE), *QUICK, "training.bach_groups=8"],
+        "unknown key training.bach_groups",
+        "did you mean training.batch_groups?",
     )
 
 
@@ -68,12 +68,12 @@ def test_a_port_that_is_taken(system):
         port = taken.getsockname()[1]
         assert_one_line(
             system,
-            ["run", str(RECIPE), *QUICK, f"learner.bind=tcp://127.0.0.1:{port}"],
+            ["run", str(RECIPE), *QUICK, f"endpoints.bind=tcp://127.0.0.1:{port}"],
             f"cannot listen on tcp://127.0.0.1:{port}",
         )
         assert_one_line(
             system,
-            ["run", str(RECIPE), *QUICK, f"learner.metrics_port={port}"],
+            ["run", str(RECIPE), *QUICK, f"endpoints.metrics_port={port}"],
             f"cannot serve metrics on 127.0.0.1:{port}",
         )
 
@@ -81,7 +81,7 @@ def test_a_port_that_is_taken(system):
 def test_listening_beyond_this_machine_without_encryption(system):
     assert_one_line(
         system,
-        ["run", str(RECIPE), *QUICK, "learner.bind=tcp://0.0.0.0:5555"],
+        ["run", str(RECIPE), *QUICK, "endpoints.bind=tcp://0.0.0.0:5555"],
         "reachable from other machines",
     )
 

@@ -7,7 +7,7 @@ from tests.integration.processes import System, assert_books_balance, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
-LONG_RUN = ("learner.steps=2000", "learner.actor_timeout_s=3", "weights.timeout_s=3")
+LONG_RUN = ("training.steps=2000", "deadlines.actor_timeout_s=3", "weights.timeout_s=3")
 ROUTES = {"gloo": "collective", "shared": "shared", "stream": "stream"}
 
 

@@ -52,10 +52,10 @@ def test_every_command_has_a_help(capsys, command):
 
 
 def test_check_prints_the_resolved_configuration(recipe, capsys):
-    assert main(["check", str(recipe), "learner.lr=1e-5"]) == 0
+    assert main(["check", str(recipe), "optimizer.lr=1e-5"]) == 0
     printed = tomllib.loads(capsys.readouterr().out)
-    assert printed["learner"]["lr"] == 1e-5
-    assert printed["learner"]["lease_timeout_s"] == 60
+    assert printed["optimizer"]["lr"] == 1e-5
+    assert printed["deadlines"]["lease_timeout_s"] == 60
     assert printed["data"]["train"] == str(recipe.parent / "tool_calling_tiny" / "train.jsonl")
 
 
@@ -72,9 +72,9 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
         (["top", "http://127.0.0.1:65536"], "write http://HOST:PORT"),
         (["top", "http://user@host/x:1"], "write http://HOST:PORT"),
         (["set", "none", "rewards.format.weight=1"], "no learner to command in none"),
-        (["set", "none", "learner.lr=1"], "cannot change in a run; what can: rewards."),
+        (["set", "none", "optimizer.lr=1"], "cannot change in a run; what can: rewards."),
         (["set", "none", "weight"], "cannot change in a run; what can: rewards."),
-        (["check", "RECIPE", "learner.lrr=1"], "did you mean learner.lr?"),
+        (["check", "RECIPE", "optimizer.lrr=1"], "did you mean optimizer.lr?"),
         (["check", "RECIPE", "lr"], "is no override"),
         (
             ["check", "RECIPE", "rewards.format.function=actors.tasks.tool_calling:none"],
@@ -85,7 +85,7 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
         (["check", "RECIPE", "data.train=none.jsonl"], "/none.jsonl"),
         (["check", "RECIPE", "data.heldout=none.jsonl"], "no such data file"),
         (["check", "RECIPE", "sampling.max_tokens=4096"], "exceeds the model's 256 positions"),
-        (["check", "RECIPE", "learner.bind=127.0.0.1:5555"], "write tcp://HOST:PORT"),
+        (["check", "RECIPE", "endpoints.bind=127.0.0.1:5555"], "write tcp://HOST:PORT"),
     ],
 )
 def test_an_error_of_the_user_is_one_line(

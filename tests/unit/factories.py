@@ -60,17 +60,14 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
         "data": {"train": "nowhere.jsonl"},
         "rewards": [{"name": name, "function": f"tasks:{name}"} for name in REWARDS],
         "sampling": {"num_rollouts": 2, "max_tokens": 8, "max_prompt_tokens": 8},
-        "learner": {
-            "steps": 10,
-            "batch_groups": 2,
-            "minibatches": 1,
-            "max_staleness": 1,
+        "training": {"steps": 10, "batch_groups": 2, "minibatches": 1, "max_staleness": 1},
+        "deadlines": {
             "lease_timeout_s": 60,
             "actor_timeout_s": 10,
             "join_timeout_s": 100,
             "wait_for_actors_s": 200,
-            "self_check": False,
         },
+        "admission": {"self_check": False},
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
@@ -279,7 +276,7 @@ class Cluster:
 
     def train(self) -> bool:
         """One training step, if there is a batch."""
-        cut = self.buffer.take(self.config.learner.batch_groups, self.version, timeout_s=0)
+        cut = self.buffer.take(self.config.training.batch_groups, self.version, timeout_s=0)
         if cut is None:
             return False
         self.version += 1
@@ -289,9 +286,9 @@ class Cluster:
         return True
 
 
-def joined(*sessions: str, capacity: int = 4, **learner: Any) -> Cluster:
+def joined(*sessions: str, capacity: int = 4, **sections: dict[str, Any]) -> Cluster:
     """Training is open, and these actors have joined."""
-    cluster = Cluster(make_config(learner=learner))
+    cluster = Cluster(make_config(**sections))
     for session in sessions:
         cluster.join(session, capacity)
     cluster.open_training()

@@ -22,12 +22,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 VLLM = (
     "actor.engine=vllm",
     "actor.status_interval_s=0.1",
-    "learner.bind=tcp://127.0.0.1:0",
-    "learner.metrics_port=0",
-    "learner.threads=1",
-    "learner.batch_groups=8",
-    "learner.minibatches=2",
-    "learner.steps=10000",
+    "endpoints.bind=tcp://127.0.0.1:0",
+    "endpoints.metrics_port=0",
+    "training.threads=1",
+    "training.batch_groups=8",
+    "training.minibatches=2",
+    "training.steps=10000",
     "eval.prompts=8",
     "eval.num_rollouts=2",
 )
@@ -121,7 +121,7 @@ def test_an_engine_that_dies_while_it_has_nothing_to_do_takes_its_actor_along(
 ):
     # The learner never gets through its first pause: three batches of 8 ahead, and there is no
     # more to do.
-    system.start_learner("actor.engine=vllm", "learner.pause_per_step_s=600", "learner.steps=50")
+    system.start_learner("actor.engine=vllm", "training.pause_per_step_s=600", "training.steps=50")
     actor = system.start_actor("actor")
     wait_for(lambda: actor.pid in actors_at_work(system), "the actor at work", JOIN_S)
     wait_for(lambda: system.status()["buffer_groups"] == 24, "the buffer to be full", 60)

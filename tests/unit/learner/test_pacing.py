@@ -77,7 +77,7 @@ def test_groups_that_are_used_twice_are_leased_half_as_fast():
     assert allowed(pacing, trainer_version=7, actor_version=6) == 10
     # Three steps are left: one batch twice, and one more.
     assert allowed(make_pacing(max_staleness=9, max_uses=2, steps=3)) == 20
-    with pytest.raises(ConfigError, match=r"needs learner\.max_staleness of at least 2"):
+    with pytest.raises(ConfigError, match=r"needs training\.max_staleness of at least 2"):
         make_pacing(max_staleness=1, max_uses=3)
 
 
@@ -120,7 +120,7 @@ def test_pushes_that_come_too_seldom_are_refused(push_every, changes, needed):
     if needed is None:
         make_pacing(push_every=push_every, **changes)
         return
-    why = rf"push_every = {push_every} needs learner\.max_staleness of at least {needed}:"
+    why = rf"push_every = {push_every} needs training\.max_staleness of at least {needed}:"
     with pytest.raises(ConfigError, match=why):
         make_pacing(push_every=push_every, **changes)
     make_pacing(push_every=push_every, **{**changes, "max_staleness": needed})
@@ -143,7 +143,7 @@ def test_a_lag_leaves_room_for_its_own_batches_only():
 
 
 def test_a_lag_that_could_never_be_kept_is_refused():
-    with pytest.raises(ConfigError, match=r"buffer\.lag = 3 is above learner\.max_staleness = 2"):
+    with pytest.raises(ConfigError, match=r"buffer\.lag = 3 is above training\.max_staleness = 2"):
         make_pacing(lag=3)
     with pytest.raises(ConfigError, match=r"needs buffer\.max_uses = 1"):
         make_pacing(lag=1, max_uses=2)

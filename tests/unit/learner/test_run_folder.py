@@ -21,7 +21,7 @@ def test_an_earlier_run_of_the_same_name_is_never_touched(recipe, tmp_path):
 
 
 def test_the_resolved_configuration_is_in_the_folder(recipe, tmp_path):
-    config = load_config(recipe, [f"runs_folder={tmp_path}", "learner.lr=1e-5"])
+    config = load_config(recipe, [f"runs_folder={tmp_path}", "optimizer.lr=1e-5"])
     folder = RunFolder.create(config)
     assert load_config(folder.path / "config.toml") == config
 
@@ -51,11 +51,11 @@ def make_folder(recipe, tmp_path, *overrides: str) -> RunFolder:
 @pytest.mark.parametrize(
     "override",
     [
-        "learner.steps=500",
-        "learner.lr=1e-5",
-        "learner.batch_groups=8",
-        "learner.max_staleness=5",
-        "learner.bind=tcp://127.0.0.1:0",
+        "training.steps=500",
+        "optimizer.lr=1e-5",
+        "training.batch_groups=8",
+        "training.max_staleness=5",
+        "endpoints.bind=tcp://127.0.0.1:0",
         "checkpoints.every_steps=3",
         "buffer.max_groups=500",
         "rewards.format.on_failure=error",
@@ -113,11 +113,11 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(recipe, tmp_path):
 
 
 def test_a_run_that_is_complete_goes_on_only_with_more_steps(recipe, tmp_path):
-    folder = make_folder(recipe, tmp_path, "learner.steps=5")
+    folder = make_folder(recipe, tmp_path, "training.steps=5")
     folder.write_summary({"steps": 5, "completed": True})
-    with pytest.raises(ConfigError, match=r"is complete, with 5 steps; .* learner\.steps=N"):
+    with pytest.raises(ConfigError, match=r"is complete, with 5 steps; .* training\.steps=N"):
         RunFolder.resume(folder.path, [])
-    RunFolder.resume(folder.path, ["learner.steps=6"])
+    RunFolder.resume(folder.path, ["training.steps=6"])
     # One that was stopped while it was evaluated.
     folder.write_summary({"steps": 5, "completed": False})
     RunFolder.resume(folder.path, [])

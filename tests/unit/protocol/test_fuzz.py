@@ -126,7 +126,7 @@ class Learner:
     """A coordinator with actors that are partly hostile, and what must hold between messages."""
 
     def __init__(self) -> None:
-        self.cluster = Cluster(make_config(learner={"steps": 10**9, "max_actors": 8}))
+        self.cluster = Cluster(make_config(training={"steps": 10**9}, admission={"max_actors": 8}))
         self.progress = Progress(self.cluster.coordinator, 2, self.cluster.clock)
         self.num_accepted = 0
         add = self.cluster.buffer.add

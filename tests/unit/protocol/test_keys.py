@@ -202,7 +202,7 @@ KEYS = {"secret": "learner.key_secret", "allowed": "allowed"}
 
 
 def configure(bind: str, keys: dict[str, str] | None = None, **weights: object) -> RunConfig:
-    return make_config(learner={"bind": bind}, keys=keys or {}, weights=weights)
+    return make_config(endpoints={"bind": bind}, keys=keys or {}, weights=weights)
 
 
 @pytest.mark.parametrize(

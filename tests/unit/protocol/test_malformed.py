@@ -244,7 +244,7 @@ def ready(**changes) -> WeightsReady:
 
 def test_no_text_of_an_actor_forges_a_line_of_the_log(caplog):
     caplog.set_level(logging.INFO, logger="learner")
-    cluster = joined("a", "b", batch_groups=8)
+    cluster = joined("a", "b", training={"batch_groups": 8})
     evil = "x\n12:00:00 learner: all is well\x1b[2J\u2028" + LONG
     [lease, *_] = cluster.leases("a")
     cluster.say("a", Failed(lease=lease, kind="prompt", cause=evil))

@@ -54,7 +54,7 @@ def rising(start: int, steps: int = 40) -> list[float]:
 def make_comparison(recipe, tmp_path, **changes) -> Comparison:
     values = {
         "config": recipe,
-        "overrides": ("learner.steps=3",),
+        "overrides": ("training.steps=3",),
         "estimators": ("gdpo", "grpo"),
         "corrections": ("ppo",),
         "lags": (None,),
@@ -74,7 +74,7 @@ def test_a_cell_is_the_recipe_with_its_estimator_correction_and_seed(recipe, tmp
     comparison = make_comparison(recipe, tmp_path)
     config = comparison.resolved(Cell("grpo_no_std", "ppo", None, 3))
     assert (config.algorithm.estimator, config.algorithm.correction) == ("grpo_no_std", "ppo")
-    assert (config.seed, config.learner.steps, config.launch.actors) == (3, 3, 1)
+    assert (config.seed, config.training.steps, config.launch.actors) == (3, 3, 1)
     assert config.runs_folder == str(tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_a_lag_is_part_of_the_cell(recipe, tmp_path):
     comparison = make_comparison(recipe, tmp_path, estimators=("gdpo",), num_seeds=1, lags=(0, 8))
     assert [cell.name for cell in comparison.cells] == ["gdpo-ppo-lag0-0", "gdpo-ppo-lag8-0"]
     config = comparison.resolved(comparison.cells[1])
-    assert (config.buffer.lag, config.learner.max_staleness) == (8, 8)
+    assert (config.buffer.lag, config.training.max_staleness) == (8, 8)
     assert (
         make_comparison(recipe, tmp_path).resolved(Cell("gdpo", "ppo", None, 0)).buffer.lag is None
     )

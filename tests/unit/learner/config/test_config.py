@@ -75,7 +75,7 @@ def test_paths_are_relative_to_the_file_not_to_the_working_folder(tmp_path, monk
 
 def test_the_resolved_configuration_reads_back_as_the_same(recipe, tmp_path):
     config = load_config(
-        recipe, ["learner.lr=3e-7", "rewards.format.weight=0.25", "learner.betas=[0.8, 0.9]"]
+        recipe, ["optimizer.lr=3e-7", "rewards.format.weight=0.25", "optimizer.betas=[0.8, 0.9]"]
     )
     copy = tmp_path / "config.toml"
     copy.write_text(config.to_toml())
@@ -108,17 +108,17 @@ def test_the_names_of_algorithms_are_those_that_gdpo_has():
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
-        ("learner.lr=1e-5", "learner.lr", 1e-5),
-        ("learner.steps=7", "learner.steps", 7),
-        ("learner.betas=[0.5, 0.6]", "learner.betas", (0.5, 0.6)),
+        ("optimizer.lr=1e-5", "optimizer.lr", 1e-5),
+        ("training.steps=7", "training.steps", 7),
+        ("optimizer.betas=[0.5, 0.6]", "optimizer.betas", (0.5, 0.6)),
         ("algorithm.estimator=grpo", "algorithm.estimator", "grpo"),
         ("algorithm.estimator='grpo'", "algorithm.estimator", "grpo"),
-        ("learner.bind=tcp://127.0.0.1:0", "learner.bind", "tcp://127.0.0.1:0"),
+        ("endpoints.bind=tcp://127.0.0.1:0", "endpoints.bind", "tcp://127.0.0.1:0"),
         ("name=other", "name", "other"),
         ("rewards.length.weight=3", "rewards.1.weight", 3),
         ("rewards.format.when.at_least=1", "rewards.0.when.at_least", 1),
         ("data.heldout=a=b", "data.heldout", "a=b"),
-        ("learner.lr = 1e-5", "learner.lr", 1e-5),
+        ("optimizer.lr = 1e-5", "optimizer.lr", 1e-5),
         ("algorithm.estimator = grpo", "algorithm.estimator", "grpo"),
     ],
 )
@@ -133,15 +133,15 @@ def test_the_last_of_two_overrides_wins(tmp_path):
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("learner.lr", "'learner.lr' is no override; write key.sub=value"),
+        ("optimizer.lr", "'optimizer.lr' is no override; write key.sub=value"),
         ("=3", "is no override"),
-        ("learner..lr=3", "is no override"),
+        ("optimizer..lr=3", "is no override"),
         ("rewards.speed.weight=1", "nothing is named 'speed'; there are format, "),
         ("rewards.format=1", "rewards holds no keys"),
         ("seed.sub=1", "seed: "),
-        ("learner=3", "learner: "),
-        ("learner.lr=fast", "learner.lr: "),
-        ("learner.lr.sub=3", "learner.lr: "),
+        ("training=3", "training: "),
+        ("optimizer.lr=fast", "optimizer.lr: "),
+        ("optimizer.lr.sub=3", "optimizer.lr: "),
         ("model.path.sub=3", "model.path holds no keys"),
         ("model.path.sub.sub=3", "'sub' is below a plain value"),
     ],
@@ -157,9 +157,9 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path, override, problem)
     ("override", "unknown", "near"),
     [
         ("sed=1", "sed", "seed"),
-        ("lerner.lr=1", "lerner", "learner"),
-        ("max_staleness=1", "max_staleness", "learner.max_staleness"),
-        ("learner.max_stalenes=1", "learner.max_stalenes", "learner.max_staleness"),
+        ("trainin.lr=1", "trainin", "training"),
+        ("max_staleness=1", "max_staleness", "training.max_staleness"),
+        ("training.max_stalenes=1", "training.max_stalenes", "training.max_staleness"),
         ("algorithm.estimater=grpo", "algorithm.estimater", "algorithm.estimator"),
         ("rewards.length.wieght=1", "rewards.1.wieght", "rewards.1.weight"),
         ("rewards.format.when.atleast=1", "rewards.0.when.atleast", "rewards.0.when.at_least"),
@@ -169,7 +169,7 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path, override, problem)
             "rewards.0.schedule.0.from_step",
         ),
         ("actor.max_lease=1", "actor.max_lease", "actor.max_leases"),
-        ("learner.5=1", "learner.5", "learner."),
+        ("training.5=1", "training.5", "training."),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, override, unknown, near):
@@ -177,8 +177,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, override
 
 
 def test_every_problem_is_named_at_once(tmp_path):
-    message = refusal(tmp_path, "learner.lr=0", "sed=1")
-    assert "learner.lr: " in message
+    message = refusal(tmp_path, "optimizer.lr=0", "sed=1")
+    assert "optimizer.lr: " in message
     assert "unknown key sed" in message
 
 
@@ -188,10 +188,10 @@ def test_every_problem_is_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("learner.lr=0", "learner.lr: "),
-        ("learner.lr=nan", "learner.lr: "),
-        ("learner.lr=inf", "learner.lr: "),
-        ("learner.steps=1.5", "learner.steps: "),
+        ("optimizer.lr=0", "optimizer.lr: "),
+        ("optimizer.lr=nan", "optimizer.lr: "),
+        ("optimizer.lr=inf", "optimizer.lr: "),
+        ("training.steps=1.5", "training.steps: "),
         ("algorithm.estimator=gdp", "algorithm.estimator: "),
         ("name=../other", "name: "),
         ("name=''", "name: "),
@@ -210,10 +210,10 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("rewards.format.schedule=[{from_step=999,weight=1}]", "up to step 999, the run up to 100"),
         ("rewards.format.weight=1e39", "less than or equal to"),
         ("sampling.top_p=0.9", "top_p cannot be set: the learner computes the log-probabilities"),
-        ("buffer.lag=5", "buffer.lag = 5 is above learner.max_staleness = 4"),
+        ("buffer.lag=5", "buffer.lag = 5 is above training.max_staleness = 4"),
         ("buffer.max_groups=3", "can never hold"),
         ("weights.push_every=0", "weights.push_every: "),
-        ("weights.push_every=6", "push_every = 6 needs learner.max_staleness of at least 5"),
+        ("weights.push_every=6", "push_every = 6 needs training.max_staleness of at least 5"),
         (
             "rewards.format.schedule=[{from_step=5,weight=1},{from_step=5,weight=2}]",
             "the schedule's steps are [5, 5]: write each once, in order",
@@ -222,10 +222,10 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("rewards=[]", "rewards: "),
         ("actor.sampling.max_tokens=3", "[sampling] at the top level"),
         ("actor.rewards=[]", "[[rewards]]"),
-        ("learner.minibatches=999", "exceeds the 256 sequences of a batch"),
-        ("learner.betas=[0.9, 1.0]", "learner.betas"),
-        ("learner.betas=[-0.1, 0.9]", "learner.betas"),
-        ("learner.metrics_port=70000", "learner.metrics_port"),
+        ("training.minibatches=999", "exceeds the 256 sequences of a batch"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
+        ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas"),
+        ("endpoints.metrics_port=70000", "endpoints.metrics_port"),
         ("model.path=~nobody-has-this-name/model", "model.path"),
     ],
 )

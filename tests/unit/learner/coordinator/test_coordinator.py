@@ -57,11 +57,11 @@ def test_an_actor_of_this_run_is_welcomed_back():
 
 
 def test_no_more_actors_are_welcomed_than_the_limit_but_members_may_come_again():
-    cluster = Cluster(make_config(learner={"max_actors": 2}))
+    cluster = Cluster(make_config(admission={"max_actors": 2}))
     for session in ("a", "b", "c"):
         cluster.hello(session)
     [error] = cluster.heard("c", Error)
-    assert (error.code, "learner.max_actors = 2" in error.message) == ("refused", True)
+    assert (error.code, "admission.max_actors = 2" in error.message) == ("refused", True)
     cluster.hello("a")
     assert cluster.heard("a", Error) == []
     assert cluster.coordinator.num_live == 2
@@ -176,7 +176,7 @@ def test_the_batch_in_training_counts_until_its_step_is_done():
 
 
 def test_leases_stop_when_the_rest_of_the_run_is_covered():
-    cluster = joined("a", steps=1)
+    cluster = joined("a", training={"steps": 1})
     assert cluster.leases("a") == [1, 2]
     cluster.finish("a", 1)
     cluster.finish("a", 2)
@@ -236,7 +236,7 @@ def test_draining_tells_every_actor_and_waits_for_their_goodbyes():
 
 
 def test_nobody_gets_a_lease_after_the_drain():
-    cluster = joined("a", max_staleness=8)
+    cluster = joined("a", training={"max_staleness": 8})
     leases = cluster.leases("a")
     cluster.coordinator.drain("training failed")
     cluster.finish("a", leases[0])

@@ -13,7 +13,7 @@ class Chaos:
     """Turns drawn events into what actors, trainer and time do; checks the books after each."""
 
     def __init__(self) -> None:
-        self.cluster = Cluster(make_config(learner={"max_staleness": 2, "steps": 5}))
+        self.cluster = Cluster(make_config(training={"max_staleness": 2, "steps": 5}))
         self.cluster.open_training()
         self.received: dict[str, list[int]] = {session: [] for session in "abc"}
         self.accepted: Counter[int] = Counter()

@@ -21,7 +21,7 @@ def fail(cluster: Cluster, session: str, lease: int) -> None:
 
 
 def test_a_row_that_fails_is_tried_again_before_others_and_left_out_in_the_end():
-    cluster = joined("a", capacity=1, batch_groups=4)
+    cluster = joined("a", capacity=1, training={"batch_groups": 4})
     prompts = []
     for _ in range(MAX_ATTEMPTS + 1):
         [lease] = cluster.heard("a", Lease)
@@ -32,7 +32,7 @@ def test_a_row_that_fails_is_tried_again_before_others_and_left_out_in_the_end()
 
 
 def test_too_many_failures_in_a_row_end_training_with_the_last_cause():
-    cluster = joined("a", capacity=1, batch_groups=4)
+    cluster = joined("a", capacity=1, training={"batch_groups": 4})
     # Every row is tried three times, and counts once: leases 1, 4, 7 and 10.
     for lease in range(1, 10):
         fail(cluster, "a", lease)
@@ -45,7 +45,7 @@ def test_too_many_failures_in_a_row_end_training_with_the_last_cause():
 
 
 def test_a_group_that_arrives_ends_the_row_of_failures():
-    cluster = joined("a", capacity=1, batch_groups=4)
+    cluster = joined("a", capacity=1, training={"batch_groups": 4})
     for lease in (1, 2, 3, 5, 6, 7):
         fail(cluster, "a", lease)
         if lease == 3:
@@ -213,7 +213,7 @@ def test_an_overrun_lease_takes_room_until_its_actor_answers_or_says_that_it_is_
 
 
 def test_an_actor_that_never_gets_its_weights_is_given_up_though_it_sends_heartbeats():
-    cluster = joined(join_timeout_s=100)
+    cluster = joined(deadlines={"join_timeout_s": 100})
     cluster.hello("a")
     stay_alive(cluster, "a", seconds=95, capacity=0)
     assert cluster.coordinator.num_live == 1
@@ -249,7 +249,7 @@ def test_an_actor_that_cannot_be_reached_is_lost():
 
 
 def test_a_run_without_actors_for_too_long_ends_with_what_to_do():
-    cluster = joined("a", wait_for_actors_s=200)
+    cluster = joined("a", deadlines={"wait_for_actors_s": 200})
     cluster.pass_time(199)  # lost, which starts the wait
     cluster.clock.advance(200)
     cluster.coordinator.raise_if_failed()
@@ -277,7 +277,7 @@ def test_the_first_failure_is_the_one_that_ends_the_run():
 
 
 def test_an_actor_from_which_only_failures_come_is_let_go_while_others_work():
-    cluster = joined("good", "bad", capacity=1, max_staleness=8)
+    cluster = joined("good", "bad", capacity=1, training={"max_staleness": 8})
     for _ in range(40):
         for lease in cluster.leases("good"):
             cluster.finish("good", lease)

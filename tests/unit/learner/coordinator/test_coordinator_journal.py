@@ -178,7 +178,7 @@ def test_a_lease_that_was_lost_on_the_way_is_issued_again_at_once():
 
 
 def test_a_lease_that_was_sent_after_the_last_answer_is_not_lost():
-    cluster = joined("a", max_staleness=8)
+    cluster = joined("a", training={"max_staleness": 8})
     leases = cluster.leases("a")
     heard = pong(cluster, "a", 2, leases=tuple(leases))
     cluster.finish("a", leases[0])

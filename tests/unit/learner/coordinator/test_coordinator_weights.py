@@ -95,7 +95,7 @@ def test_an_actor_that_got_a_later_version_wrong_is_not_ready_any_more():
 
 
 def test_an_actor_that_worked_for_long_has_time_to_get_weights_right_again():
-    cluster = joined("a", join_timeout_s=100)
+    cluster = joined("a", deadlines={"join_timeout_s": 100})
     for _ in range(30):
         cluster.clock.advance(5)
         cluster.status("a")
@@ -127,7 +127,7 @@ def test_an_actor_that_pulled_an_old_version_is_told_of_the_newest():
 
 def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again():
     """The offer may have been lost with a connection, or the answer to it."""
-    cluster = joined("a", actor_timeout_s=1000)
+    cluster = joined("a", deadlines={"actor_timeout_s": 1000})
     cluster.snapshots.publish(make_snapshot(1))
     cluster.offers.begin_push(1, since=0)
     cluster.heard("a", Weights)
@@ -245,7 +245,7 @@ def test_an_evaluation_ends_with_the_means_over_the_rollouts_that_a_reward_appli
 
 
 def test_a_prompt_that_always_fails_is_left_out_of_the_evaluation():
-    cluster = Cluster(make_config(learner={"batch_groups": 4}))
+    cluster = Cluster(make_config(training={"batch_groups": 4}))
     cluster.join("a", capacity=1)
     works = [make_work(f"h{i}", "eval") for i in range(2)]
     evaluation = cluster.coordinator.start_evaluation(works, version=0)

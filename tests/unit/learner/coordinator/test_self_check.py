@@ -236,7 +236,7 @@ def test_a_comparison_that_fails_ends_the_run_instead_of_never_ending(check, pol
     check.submit(group, broken, report=failures.put, fail=failures.put)
     error = failures.get(timeout=20)
     assert isinstance(error, TrainingError)
-    assert "learner.self_check=false leaves it out" in str(error)
+    assert "admission.self_check=false leaves it out" in str(error)
     # The next one is judged all the same.
     check.submit(group, snapshot_of(policy), report=failures.put, fail=failures.put)
     assert failures.get(timeout=20).likely_cause == ""
@@ -260,8 +260,8 @@ def test_the_limit_is_that_of_the_less_precise_type(policy, config):
 
 
 def test_one_token_that_is_far_off_does_not_pass_by_its_mean(policy, config):
-    learner = config.learner.model_copy(update={"check_limit": 0.03})
-    check = SelfCheck(policy, config.model_copy(update={"learner": learner}))
+    admission = config.admission.model_copy(update={"check_limit": 0.03})
+    check = SelfCheck(policy, config.model_copy(update={"admission": admission}))
     logprobs = model_logprobs(policy, 0.7)
     rollouts = []
     for rollout in range(16):

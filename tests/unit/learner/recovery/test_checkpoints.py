@@ -31,7 +31,7 @@ from learner.training.trainer import Trainer
 from protocol.errors import ConfigError, TrainingError
 from tests.unit.learner.training.test_trainer import make_groups, train
 
-QUICK = ["learner.batch_groups=6", "learner.minibatches=2", "learner.steps=9"]
+QUICK = ["training.batch_groups=6", "training.minibatches=2", "training.steps=9"]
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def assert_equal_bits(some: dict[str, torch.Tensor], others: dict[str, torch.Ten
 @pytest.mark.parametrize(
     "override",
     [
-        "learner.weight_decay=0.1",
+        "optimizer.weight_decay=0.1",
         "model.dtype=bfloat16",
         "algorithm.batch_std_ema=0.5",
         "algorithm.kl_coefficient=0.1",

@@ -81,7 +81,7 @@ class Life:
         self.journal: SteppedJournal | None = self.history.journal
         self.cluster = Cluster(run.config, num_rows=7, journal=self.journal)
         self.coordinator, self.buffer = self.cluster.coordinator, self.cluster.buffer
-        self.rewards = RewardSettings(run.config.rewards, run.config.learner.steps)
+        self.rewards = RewardSettings(run.config.rewards, run.config.training.steps)
         self.cut: TrainingBatch | None = None
         self.unwritten: RunState | None = None
         self.replayed: list[Step] = []
@@ -146,7 +146,7 @@ class Life:
         self._hear()
 
     def begin(self, session: str, number: int) -> None:
-        config = self.run.config.learner
+        config = self.run.config.training
         if self.cut is not None or self.cluster.version >= config.steps:
             return
         self.cut = self.buffer.take(config.batch_groups, self.cluster.version, timeout_s=0)
@@ -184,11 +184,11 @@ class Life:
         self.write_checkpoint(session, number)
 
     def command(self, session: str, number: int) -> None:
-        if self.cluster.version + 1 < self.run.config.learner.steps:
+        if self.cluster.version + 1 < self.run.config.training.steps:
             self.rewards.command({REWARDS[number % 2]: {"weight": float(number)}})
 
     def ask(self, session: str, number: int) -> None:
-        if self.cluster.version + 1 < self.run.config.learner.steps:
+        if self.cluster.version + 1 < self.run.config.training.steps:
             self.rewards.command({})
 
     def copy_checkpoint(self, session: str, number: int) -> None:
@@ -248,7 +248,7 @@ class Life:
             for prompt_index in prompt_indices
         )
         assert max(uses.values(), default=0) <= self.run.config.buffer.max_uses
-        assert self.buffer.largest_staleness <= self.run.config.learner.max_staleness
+        assert self.buffer.largest_staleness <= self.run.config.training.max_staleness
         open_indices = self._open()
         assert len(open_indices) == len(set(open_indices))
         assert not set(open_indices) & (self.run.acked | set(uses))
@@ -338,9 +338,9 @@ HISTORIES = st.lists(
 SCHEDULE = [{"from_step": step, "weight": step / 10} for step in (2, 3, 5, 8)]
 
 
-def run_config(*, durability: str = "journal", max_uses: int = 1, **learner: Any) -> RunConfig:
+def run_config(*, durability: str = "journal", max_uses: int = 1, **training: Any) -> RunConfig:
     config = make_config(
-        learner={"steps": 30, "max_staleness": 2, **learner},
+        training={"steps": 30, "max_staleness": 2, **training},
         buffer={"durability": durability, "max_uses": max_uses},
     )
     rewards = [
@@ -440,7 +440,7 @@ def test_fewer_steps_than_are_done_are_refused(folder: Path):
     run = Run(folder, run_config())
     live(run, batches(3))
     run.config = run_config(steps=2).model_copy(update={"rewards": make_config().rewards})
-    with pytest.raises(ConfigError, match=r"learner\.steps = 2, but the run is at step 3 already"):
+    with pytest.raises(ConfigError, match=r"training\.steps = 2, but the run is at step 3 already"):
         Life(run)
 
 

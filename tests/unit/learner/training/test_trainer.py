@@ -25,7 +25,7 @@ NUM_PROMPTS, NUM_ROLLOUTS = 6, 4
 
 @pytest.fixture
 def config(recipe: Path) -> RunConfig:
-    return load_config(recipe, [f"learner.batch_groups={NUM_PROMPTS}", "learner.minibatches=2"])
+    return load_config(recipe, [f"training.batch_groups={NUM_PROMPTS}", "training.minibatches=2"])
 
 
 def make_groups(config: RunConfig, version: int = 0, seed: int = 0) -> list[Group]:
@@ -94,7 +94,7 @@ def test_microbatches_do_not_change_the_step(config):
     for size in (64, 5, 1):
         policy = load_policy(config)
         changed = config.model_copy(
-            update={"learner": config.learner.model_copy(update={"microbatch_sequences": size})}
+            update={"training": config.training.model_copy(update={"microbatch_sequences": size})}
         )
         losses.append(train(Trainer(policy, changed), groups).metrics["loss"])
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
@@ -103,8 +103,8 @@ def test_microbatches_do_not_change_the_step(config):
         assert loss == pytest.approx(losses[0], abs=1e-6)
         # AdamW's first steps are lr * sign(gradient): only gradients near 0 may differ, by 2 lr
         # in each of the two minibatches.
-        assert (weight - weights[0]).abs().max() <= 4 * config.learner.lr
-        assert (weight - weights[0]).abs().mean() < 1e-2 * config.learner.lr
+        assert (weight - weights[0]).abs().max() <= 4 * config.optimizer.lr
+        assert (weight - weights[0]).abs().mean() < 1e-2 * config.optimizer.lr
 
 
 def test_a_step_makes_better_rollouts_more_likely(config):
@@ -236,7 +236,7 @@ def test_a_gradient_that_is_not_finite_ends_training_with_a_message(config):
     with torch.no_grad():
         next(policy.model.parameters())[:] = float("nan")
     trainer = Trainer(policy, config)
-    with pytest.raises(TrainingError, match=r"step 1: loss nan.*learner\.lr"):
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*optimizer\.lr"):
         train(trainer, make_groups(config))
     assert trainer.in_step
 

@@ -17,10 +17,10 @@ ACTORS = ("a", "b")
 class Run:
     """Actors that get weights when chance has it; each group is of the version it began under."""
 
-    def __init__(self, random: Random, *, push_every: int, buffer: Any, **learner: Any) -> None:
+    def __init__(self, random: Random, *, push_every: int, buffer: Any, **training: Any) -> None:
         self.random = random
         self.cluster = Cluster(
-            make_config(learner=learner, buffer=buffer, weights={"push_every": push_every})
+            make_config(training=training, buffer=buffer, weights={"push_every": push_every})
         )
         for session in ACTORS:
             self.cluster.join(session, capacity=3)
@@ -34,7 +34,7 @@ class Run:
     def finish(self) -> None:
         turns = (self.follow, self.arrive, self.train)
         for _ in range(NEVER_STOPS):
-            if self.cluster.version == self.cluster.config.learner.steps:
+            if self.cluster.version == self.cluster.config.training.steps:
                 return
             self.random.choice(turns)(self.random.choice(ACTORS))
         raise AssertionError(f"stuck at step {self.cluster.version}")
@@ -88,7 +88,7 @@ def test_guarantee_5_holds_however_rare_pushes_are(seed, push_every, max_stalene
 
 
 def test_an_actor_between_two_pushes_has_what_it_needs_and_is_fed_nothing():
-    cluster = Cluster(make_config(learner={"max_staleness": 2}, weights={"push_every": 3}))
+    cluster = Cluster(make_config(training={"max_staleness": 2}, weights={"push_every": 3}))
     cluster.join("a", capacity=4)
     cluster.open_training()
     for version in (1, 2):
@@ -105,7 +105,7 @@ def test_an_actor_between_two_pushes_has_what_it_needs_and_is_fed_nothing():
 
 
 def test_a_late_joiner_gets_the_last_version_that_was_pushed_and_work_for_it():
-    cluster = Cluster(make_config(learner={"max_staleness": 2}, weights={"push_every": 3}))
+    cluster = Cluster(make_config(training={"max_staleness": 2}, weights={"push_every": 3}))
     cluster.join("a", capacity=2)
     cluster.open_training()
     for lease in cluster.leases("a"):
@@ -121,7 +121,7 @@ def test_a_late_joiner_gets_the_last_version_that_was_pushed_and_work_for_it():
 
 def test_the_evaluation_after_the_last_step_finds_its_version_pushed():
     cluster = Cluster(
-        make_config(learner={"max_staleness": 2, "steps": 4}, weights={"push_every": 3})
+        make_config(training={"max_staleness": 2, "steps": 4}, weights={"push_every": 3})
     )
     cluster.join("a", capacity=4)
     cluster.open_training()

@@ -55,7 +55,7 @@ def test_whoever_asks_for_the_stream_gets_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("learner", "weights", "backend"),
+    ("endpoints", "weights", "backend"),
     [
         ({}, {}, "gloo"),
         ({}, {"backend": "shared"}, "shared"),
@@ -64,8 +64,8 @@ def test_whoever_asks_for_the_stream_gets_nothing_else():
         ({}, {"address": "10.1.2.3", "backend": "gloo"}, "gloo"),
     ],
 )
-def test_the_backend_is_chosen_by_where_the_learner_listens(learner, weights, backend):
-    config = make_config(learner=learner, weights=weights)
+def test_the_backend_is_chosen_by_where_the_learner_listens(endpoints, weights, backend):
+    config = make_config(endpoints=endpoints, weights=weights)
     assert topology_of(config, torch.device("cpu")).backend == backend
 
 

@@ -23,9 +23,9 @@ SECTIONS = {
     for name, field in RunConfig.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 }
-KEY = re.compile(rf"\b(?P<section>learner|{'|'.join(SECTIONS)})\.(?P<key>[a-z][a-z0-9_.]*[a-z0-9])")
+KEY = re.compile(rf"\b(?P<section>{'|'.join(SECTIONS)})\.(?P<key>[a-z][a-z0-9_.]*[a-z0-9])")
 SUFFIXES = ("py", "key", "key_secret", "json")
-"""Of files, which look like keys: learner.key, endpoints.json."""
+"""Of files, which look like keys: endpoints.json."""
 FILE = re.compile(
     r"\b(?:protocol|gdpo|transfer|actors|learner|deploy|tests|tools|examples|benchmarks)"
     r"/[A-Za-z0-9_./-]*[A-Za-z0-9_]\.(?:py|md|toml|json)\b"
@@ -61,7 +61,7 @@ def test_every_key_on_a_page_exists(page: Path) -> None:
     for match in KEY.finditer(spans(page.read_text())):
         path = match["key"].split(".")
         if path[-1] not in SUFFIXES:
-            assert exists(SECTIONS.get(match["section"]), path), match[0]
+            assert exists(SECTIONS[match["section"]], path), match[0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

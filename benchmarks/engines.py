@@ -12,7 +12,6 @@ Weights are random, so that a completion always runs to its last token.
 
 import argparse
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from actors.engines.choice import start_engine
 from actors.engines.engine import Engine, Request
+from learner.records import Summary
+from learner.run_folder import RunFolder
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.weights import layout, total_bytes
 from transfer.shared_memory import SharedMemory
@@ -140,16 +141,16 @@ def _push_table(steps: int) -> Table:
         table.add_column(column, justify="right")
     for engine in ENGINES:
         summary = _run(("actor.engine=" + engine, f"training.steps={steps}"))
-        seconds = summary["phase_seconds"]
+        seconds = summary.phase_seconds
         table.add_row(
             engine,
             *(f"{1000 * seconds[f'weights_{phase}']:.1f}" for phase in PHASES),
-            f"{summary['weights']['actors_stalled_share']:.1%}",
+            f"{summary.weights.actors_stalled_share:.1%}",
         )
     return table
 
 
-def _run(overrides: Sequence[str]) -> dict:
+def _run(overrides: Sequence[str]) -> Summary:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [
@@ -164,7 +165,7 @@ def _run(overrides: Sequence[str]) -> dict:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        return json.loads((Path(folder) / "benchmark" / "summary.json").read_text())
+        return RunFolder(Path(folder) / "benchmark").read_summary()
 
 
 if __name__ == "__main__":

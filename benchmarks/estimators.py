@@ -25,7 +25,7 @@ MISSING_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one function, in milliseconds."""
+    """Time of one function, in milliseconds."""
 
     best: float
     median: float

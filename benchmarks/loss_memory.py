@@ -22,7 +22,7 @@ import gdpo
 Shape = tuple[int, int, int]
 
 
-def loss(logprobs: Tensor, **settings: object) -> Tensor:
+def loss(logprobs: Tensor, entropy: gdpo.EntropyTerm | None = None) -> Tensor:
     """The loss of a minibatch one update off policy."""
     old = (logprobs + 0.01).detach()
     advantages = torch.linspace(-1, 1, len(logprobs))
@@ -32,7 +32,7 @@ def loss(logprobs: Tensor, **settings: object) -> Tensor:
         torch.ones_like(logprobs),
         behaviour_logprobs=old,
         proximal_logprobs=old,
-        **settings,  # type: ignore[arg-type]
+        entropy=entropy,
     ).loss
 
 
@@ -46,7 +46,7 @@ def chunked(logits: Tensor, tokens: Tensor) -> None:
 
 def with_entropy(logits: Tensor, tokens: Tensor) -> None:
     logprobs, entropy = gdpo.token_logprobs_and_entropy(logits, tokens)
-    loss(logprobs, entropy=entropy, entropy_coefficient=0.01).backward()  # type: ignore[no-untyped-call]
+    loss(logprobs, gdpo.EntropyTerm(entropy, 0.01)).backward()  # type: ignore[no-untyped-call]
 
 
 def dense(logits: Tensor, tokens: Tensor) -> None:

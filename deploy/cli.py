@@ -321,7 +321,7 @@ def _evaluate(options: Any) -> int:
 def _compare(options: Any) -> int:
     config = _load(options)
     from deploy.results.compare import Comparison, compare, parse_names
-    from learner.config.run import CorrectionName, EstimatorName
+    from learner.config.algorithm import CorrectionName, EstimatorName
 
     corrections = options.corrections or config.algorithm.correction
     return compare(
@@ -383,8 +383,9 @@ def _plot(options: Any) -> int:
         print(*plot_comparison(options.run), sep="\n")
         return 0
     from deploy.results.plot import plot_run
+    from learner.run_folder import RunFolder
 
-    print(plot_run(options.run))
+    print(plot_run(RunFolder(options.run)))
     return 0
 
 

@@ -4,6 +4,27 @@ Shapes: P prompts, G rollouts of one prompt (a group), K rewards.
 
     rewards_PGK -> conditions -> group step -> group_sum_PG -> batch step -> advantages_PG
                    (raw)         (estimator)                   (eq. 6)
+
+    gdpo             A_k = (r_k - mean_G r_k) / (std_G r_k + eps);  A_sum = sum_k w_k A_k;
+                     A = (A_sum - mean_batch A_sum) / (std_batch A_sum + eps)
+    grpo             r = sum_k w_k r_k;  A = (r - mean_G r) / (std_G r + eps)
+    grpo_no_std      A = r - mean_G r
+    grpo_batch_norm  grpo, then the batch step of gdpo
+    dvao             A = sum_k w_k std_G(r_k) A_k / sum_l |w_l| std_G(r_l)
+    corr_grpo        A = A_sum / (sqrt(sum_kl w_k w_l C_kl) + eps), C the correlations
+    gd2po            gdpo, with A_sum = 0 where the A_k of a rollout disagree in sign
+
+Source: GDPO, arXiv 2601.05242, eq. 4, 7 and 6; those of the last three, and what they left open,
+are in `gdpo.estimators`. Every std is the sample std (ddof = 1).
+
+Departures from the paper:
+
+1. A reward that does not vary in a group (fewer than two valid values, std <= `min_std`, or a
+   spread within one rounding step of the dtype) is dead there and contributes exactly 0.
+2. A missing reward is neutral; the docstrings in `gdpo.estimators` say how.
+3. The batch mean is not computed: it is 0 because every group's A_sum adds up to 0, and
+   subtracting its rounding error would give dead groups an advantage.
+4. A group whose contributions cancel but for rounding has A_sum exactly 0.
 """
 
 import math
@@ -14,7 +35,7 @@ import torch
 from torch import Tensor
 
 from gdpo.batch import AllReduceSum, alone, batch_std, smoothed_std
-from gdpo.conditions import Condition, apply_conditions
+from gdpo.conditions import RewardCondition, apply_conditions
 from gdpo.estimators import ESTIMATORS, Estimator
 from gdpo.groups import FLOAT32_MAX, group_rewards
 
@@ -49,7 +70,7 @@ def compute_advantages(
     eps: float = 1e-6,
     min_std: float | Sequence[float] | Tensor = 0.0,
     clamp: float | None = None,
-    conditions: Sequence[Condition] | None = None,
+    conditions: Sequence[RewardCondition] | None = None,
     exclude_dead_from_batch_std: bool = False,
     ema_decay: float = 0.0,
     previous_batch_std: float | None = None,
@@ -57,42 +78,24 @@ def compute_advantages(
 ) -> Advantages:
     """Compute the advantage of every rollout of a training batch.
 
-        gdpo             A_k = (r_k - mean_G r_k) / (std_G r_k + eps);  A_sum = sum_k w_k A_k;
-                         A = (A_sum - mean_batch A_sum) / (std_batch A_sum + eps)
-        grpo             r = sum_k w_k r_k;  A = (r - mean_G r) / (std_G r + eps)
-        grpo_no_std      A = r - mean_G r
-        grpo_batch_norm  grpo, then the batch step of gdpo
-        dvao             A = sum_k w_k std_G(r_k) A_k / sum_l |w_l| std_G(r_l)
-        corr_grpo        A = A_sum / (sqrt(sum_kl w_k w_l C_kl) + eps), C the correlations
-        gd2po            gdpo, with A_sum = 0 where the A_k of a rollout disagree in sign
+        A = A_sum / (std_batch A_sum + eps),  A_sum by the estimator, group by group
 
-    Source: GDPO, arXiv 2601.05242, eq. 4, 7 and 6; those of the last three, and what they left
-    open, are in `gdpo.estimators`. Every std is the sample std (ddof = 1). Pass the whole
-    training batch, before it is split: the batch step is over sequences, each once.
-
-    Departures from the paper:
-
-    1. A reward that does not vary in a group (fewer than two valid values, std <= `min_std`, or
-       a spread within one rounding step of the dtype) is dead there and contributes exactly 0.
-    2. A missing reward is neutral; the docstrings in `gdpo.estimators` say how.
-    3. The batch mean is not computed: it is 0 because every group's A_sum adds up to 0, and
-       subtracting its rounding error would give dead groups an advantage.
-    4. A group whose contributions cancel but for rounding has A_sum exactly 0.
+    The formulae, their sources and the departures are at the top of `gdpo.advantages`. Pass the
+    whole batch, before it is split: the batch step is over sequences, each once.
 
     Args:
         rewards: float [P, G, K]. NaN means "does not apply"; a rollout of nothing but NaN is
             padding, for groups of unequal size: it counts nowhere and gets advantage 0.
-        estimator: a name in `ESTIMATORS`.
+        estimator: a name in `gdpo.ESTIMATORS`.
         weights: [K], all 1 by default.
         eps: added to every std.
-        min_std: one number, or one per reward; see departure 1.
+        min_std: one number, or one per reward: a reward is dead in a group unless its std is above.
         clamp: limit on |A|, applied last. None for no limit.
         conditions: the paper's conditioned rewards (eq. 8), applied to the raw rewards.
         exclude_dead_from_batch_std: leave groups without a live reward of non-zero weight out of
             the batch std. They shrink it, which enlarges everybody else's advantage by about
             1 / sqrt(share of live groups).
-        ema_decay: smooth the batch std over batches: ema_decay * previous_batch_std + (1 -
-            ema_decay) * the batch's own. 0 for the batch's own.
+        ema_decay: share of the batches before in the batch std, by `gdpo.batch.smoothed_std`.
         previous_batch_std: `Advantages.batch_std` of the batch before; None for the first.
         all_reduce_sum: for a batch spread over ranks, each with some of the prompts: returns
             the sum of its tensor over the ranks (see `gdpo.batch.batch_std`). Every rank must
@@ -103,33 +106,16 @@ def compute_advantages(
     _check_rewards(rewards)
     _check_settings(estimator, eps, clamp, ema_decay, previous_batch_std)
     weights_K = _per_reward("weights", 1.0 if weights is None else weights, rewards)
-    min_std_K = _per_reward("min_std", min_std, rewards)
-    if bool((min_std_K < 0).any()):
-        raise ValueError(f"min_std is {min_std}: a std is never negative, use 0 to switch it off")
-
     chosen = ESTIMATORS[estimator]
     with torch.no_grad():
         conditioned_PGK = apply_conditions(rewards, conditions or ())
-        groups = _group_step(conditioned_PGK, chosen, weights_K, min_std_K, eps)
-        advantages_PG, std = groups.sum_PG, None
+        groups = _group_step(conditioned_PGK, chosen, weights_K, _min_std(min_std, rewards), eps)
+        std = None
         if chosen.batch_step:
-            counted_PG = groups.present_PG
-            if exclude_dead_from_batch_std:
-                trainable_P = (groups.live_PK & (weights_K != 0)).any(dim=-1)
-                counted_PG = counted_PG * trainable_P[:, None]
+            counted_PG = _counted(groups, weights_K, without_dead=exclude_dead_from_batch_std)
             std = batch_std(groups.sum_PG, counted_PG, all_reduce_sum)
             std = smoothed_std(std, previous_batch_std, ema_decay)
-            if std is not None:
-                advantages_PG = groups.sum_PG / (std + eps)
-        if clamp is not None:
-            advantages_PG = advantages_PG.clamp(-clamp, clamp)
-        return Advantages(
-            advantages=_saturate_(advantages_PG.to(torch.float32)),
-            group_sum=_saturate_(groups.sum_PG.to(torch.float32)),
-            per_reward=_saturate_(groups.per_reward_PGK),
-            live=groups.live_PK,
-            batch_std=std,
-        )
+        return _advantages(groups, std, eps, clamp)
 
 
 @dataclass(frozen=True)
@@ -165,6 +151,37 @@ def _group_step(
         result.live_PK[block] = groups.live_PK
         result.present_PG[block] = groups.present_GP.T
     return result
+
+
+def _counted(groups: _GroupStep, weights_K: Tensor, *, without_dead: bool) -> Tensor:
+    """Whether each rollout [P, G] counts in the batch std, 1 or 0."""
+    if not without_dead:
+        return groups.present_PG
+    trainable_P = (groups.live_PK & (weights_K != 0)).any(dim=-1)
+    return groups.present_PG * trainable_P[:, None]
+
+
+def _advantages(
+    groups: _GroupStep, std: float | None, eps: float, clamp: float | None
+) -> Advantages:
+    """The end of the batch step, and the clamp."""
+    advantages_PG = groups.sum_PG if std is None else groups.sum_PG / (std + eps)
+    if clamp is not None:
+        advantages_PG = advantages_PG.clamp(-clamp, clamp)
+    return Advantages(
+        advantages=_saturate_(advantages_PG.to(torch.float32)),
+        group_sum=_saturate_(groups.sum_PG.to(torch.float32)),
+        per_reward=_saturate_(groups.per_reward_PGK),
+        live=groups.live_PK,
+        batch_std=std,
+    )
+
+
+def _min_std(min_std: float | Sequence[float] | Tensor, rewards: Tensor) -> Tensor:
+    min_std_K = _per_reward("min_std", min_std, rewards)
+    if bool((min_std_K < 0).any()):
+        raise ValueError(f"min_std is {min_std}: a std is never negative, use 0 to switch it off")
+    return min_std_K
 
 
 def _saturate_(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Condition:
+class RewardCondition:
     """Reward `reward` counts only where reward `on` reached `at_least` (both by index)."""
 
     reward: int
@@ -20,7 +20,7 @@ class Condition:
     at_least: float
 
 
-def apply_conditions(rewards_PGK: Tensor, conditions: Sequence[Condition]) -> Tensor:
+def apply_conditions(rewards_PGK: Tensor, conditions: Sequence[RewardCondition]) -> Tensor:
     """Condition rewards on other rewards, before anything is normalised.
 
         r_k <- r_k if r_on >= at_least else 0            (GDPO, arXiv 2601.05242, eq. 8)
@@ -49,7 +49,7 @@ def apply_conditions(rewards_PGK: Tensor, conditions: Sequence[Condition]) -> Te
     return rewards_PGK.masked_fill(failed_PGK, 0.0).masked_fill(missing_PGK, math.nan)
 
 
-def _check(condition: Condition, num_rewards: int) -> None:
+def _check(condition: RewardCondition, num_rewards: int) -> None:
     for field, index in (("reward", condition.reward), ("on", condition.on)):
         if not 0 <= index < num_rewards:
             raise ValueError(

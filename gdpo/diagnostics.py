@@ -54,7 +54,10 @@ def reward_diagnostics(
 
 
 def _correlation(a_N: Tensor, b_N: Tensor) -> float:
-    """sum (a - mean a)(b - mean b) / (|a - mean a| |b - mean b|), over the pairs without NaN."""
+    """Pearson's r over the pairs without NaN.
+
+    sum (a - mean a)(b - mean b) / (|a - mean a| |b - mean b|)
+    """
     both_N = ~(a_N.isnan() | b_N.isnan())
     a_n, b_n = a_N[both_N], b_N[both_N]
     if not (_varies(a_n) and _varies(b_n)):

@@ -29,6 +29,7 @@ def token_logprobs(
         logits_BTV: [B, T, V]; position t predicts tokens_BT[:, t]: shift them before.
         tokens_BT: integer [B, T], each in 0..V-1, at masked positions too.
         temperature: that of the sampling, so that the result compares with the actor's.
+        rows_per_chunk: positions in a chunk; the result does not depend on it.
 
     Raises ValueError for shapes that do not match or a temperature that is not positive.
     """
@@ -165,7 +166,7 @@ def _gradient(
     entropy_bt: Tensor,
     entropy_grad_bt: Tensor | None,
 ) -> Tensor:
-    """g (onehot(token) - p) - h p (log p + H); uses up the chunk."""
+    """Compute g (onehot(token) - p) - h p (log p + H); uses up the chunk."""
     if entropy_grad_bt is None:
         result_btV = log_p_btV.exp_().mul_(-grad_bt[..., None])
     else:

@@ -70,7 +70,18 @@ class TokenRecord:
 
 
 def token_metrics(record: TokenRecord) -> dict[str, Tensor]:
-    """0-dim metrics over the tokens of the mask; `gdpo.policy_loss` lists them."""
+    """Compute 0-dim metrics over the tokens of the mask.
+
+        ess, weight_mean, weight_max       of w before it is truncated; of rho without pi_prox
+        weight_truncated_share             tokens whose weight was cut down
+        ratio_mean, ratio_max              of the ratio that carries the gradient
+        clip_low_share, clip_high_share    tokens whose gradient the clip removed, by the side ...
+        mask_low_share, mask_high_share    ... on which they were out; those that a mask removed
+        mismatch_kl                        mean of rho - log rho - 1 (k3, estimates KL(mu || pi))
+        tokens                             their number
+
+    Without any token, `ess` is 1 and the others 0.
+    """
     mask_BT, log_rho_BT = record.mask_BT, record.log_rho_BT
 
     def share(chosen_BT: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Tokens:
 
 
 def log_ratio(numerator_BT: Tensor, denominator_BT: Tensor) -> Tensor:
-    """log a - log b, limited to +-20 so that its exponential is never infinite.
+    """Compute log a - log b, limited to +-20 so that its exponential is never infinite.
 
     Beyond the limit the ratio has no gradient. A NaN stays NaN: it is an error to be seen.
     """
@@ -44,19 +44,19 @@ def log_ratio(numerator_BT: Tensor, denominator_BT: Tensor) -> Tensor:
 
 
 def behaviour_weight(tokens: Tokens) -> Tensor:
-    """w = pi_prox / mu without a gradient, or pi / mu where no proximal policy was given."""
+    """Compute w = pi_prox / mu without a gradient, or pi / mu where there is no pi_prox."""
     return _log_weight(tokens).exp()
 
 
 def sequence_weight(tokens: Tokens) -> Tensor:
-    """prod_t w_t of each sequence, at each of its tokens; the log of it limited to +-20."""
+    """Compute prod_t w_t of each sequence, at each of its tokens; the log of it limited to +-20."""
     log_weight_B1 = (_log_weight(tokens) * tokens.mask_BT).sum(dim=-1, keepdim=True)
     weight_B1 = log_weight_B1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return torch.where(tokens.mask_BT, weight_B1, 1.0)
 
 
 def sequence_ratio(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """exp(mean_t log ratio_t) of each sequence, at each of its tokens."""
+    """Compute exp(mean_t log ratio_t) of each sequence, at each of its tokens."""
     count_B1 = mask_BT.sum(dim=-1, keepdim=True).clamp(min=1)
     ratio_B1 = ((log_ratio_BT * mask_BT).sum(dim=-1, keepdim=True) / count_B1).exp()
     return torch.where(mask_BT, ratio_B1, 1.0)
@@ -81,7 +81,8 @@ def interpolated_proximal(
        of the future, which happens when weights arrive while a token is sampled.
 
     Args:
-        behaviour_logprobs, logprobs: [B, T], log mu and log pi; no gradient comes back.
+        behaviour_logprobs: [B, T], log mu.
+        logprobs: [B, T], log pi; no gradient comes back.
         versions: [B, T] or [B, 1], the policy version that sampled each token.
         current_version: the trainer's version at the start of this training batch.
 

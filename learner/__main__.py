@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     # Like the shell's code for an interrupted program: it must not look finished.
-    return 0 if summary["completed"] else 130
+    return 0 if summary.completed else 130
 
 
 if __name__ == "__main__":

@@ -8,42 +8,48 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TextIO
+from typing import BinaryIO, Self, TextIO
 
 from learner.config.file import load_config
+from learner.config.resume import check_resumable
 from learner.config.run import RunConfig
+from learner.record_files import append_record, as_text, read_lines, read_record, write_whole
+from learner.records import (
+    Control,
+    Endpoints,
+    EvaluationResult,
+    Record,
+    RunIdentity,
+    Step,
+    Summary,
+)
 from protocol.errors import ConfigError, TrainingError
 from protocol.keys import public_key_text
 
-_FIXED = (
-    "model.path",
-    "model.dtype",
-    "data",
-    "seed",
-    "sampling",
-    "rewards",
-    "buffer.durability",
-    "buffer.max_uses",
-)
-"""What a run cannot be resumed without, as it was: its groups, prompts and batches depend on it."""
-
 
 def how_to_go_on(run: Path) -> str:
-    """The end of an error text about something outside of the run."""
+    """Return the end of an error text about something outside of the run."""
     return f"put that right and go on with: gdpo learner --resume {run}"
 
 
 class RunFolder:
     """``runs/NAME/``, new for every run: an earlier one of the same name is never touched.
 
-    What writes raises `TrainingError` if it cannot, because the disk is full or read-only.
+    It alone knows the names of the files. What writes raises `TrainingError` if it cannot, because
+    the disk is full or read-only; what reads raises `ConfigError` if a file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config_file = path / "config.toml"
+        """The resolved configuration."""
         self.is_new = False
         """Whether it was made by this object."""
-        self._metrics: BinaryIO | None = None
+        self._run, self._endpoints = path / "run.json", path / "endpoints.json"
+        self._control, self._summary = path / "control.json", path / "summary.json"
+        self._evaluation = path / "evaluation_before.json"
+        self._steps = path / "metrics.jsonl"
+        self._steps_file: BinaryIO | None = None
         self._lock: TextIO | None = None
 
     @classmethod
@@ -60,55 +66,80 @@ class RunFolder:
                 raise ConfigError(f"cannot write {path}: {error.strerror}") from error
             folder = cls(path)
             folder.is_new = True
-            folder._write("config.toml", config.to_toml())
-            folder._write_json("run.json", {"run_id": f"{path.name}/{uuid.uuid4().hex[:8]}"})
+            folder._write(folder.config_file, config.to_toml())
+            run_id = f"{path.name}/{uuid.uuid4().hex[:8]}"
+            folder._write_record(folder._run, RunIdentity(run_id=run_id))
             return folder
         raise ConfigError(f"{base} and its 9,999 successors exist; choose another name")
 
     @classmethod
     def resume(cls, path: Path, overrides: list[str]) -> tuple[Self, RunConfig]:
-        """The folder of an earlier run and its configuration; raises `ConfigError`.
+        """Return the folder of an earlier run and its configuration; raises `ConfigError`.
 
         ``overrides`` may change what the groups and prompts of the run do not depend on.
         """
         folder = cls(path)
-        if not (path / "run.json").is_file():
+        if not folder._run.is_file():
             raise ConfigError(f"{path} is no folder of a run that can be resumed")
-        before = load_config(path / "config.toml")
-        config = load_config(path / "config.toml", overrides)
-        for key in _FIXED:
-            if _at(before, key) != _at(config, key):
-                raise ConfigError(f"{key} cannot change when a run is resumed; start a new one")
-        folder._check_unfinished(config.training.steps)
+        config = load_config(folder.config_file, overrides)
+        check_resumable(folder.read_config(), config)
+        summary = folder.read_summary() if folder.has_summary else None
+        if summary and summary.completed and summary.steps >= config.training.steps:
+            raise ConfigError(
+                f"{path} is complete, with {summary.steps} steps; to train on, add "
+                f"training.steps=N with a larger N"
+            )
         return folder, config
 
-    def _check_unfinished(self, steps: int) -> None:
-        with suppress(FileNotFoundError):
-            try:
-                summary = json.loads((self.path / "summary.json").read_text())
-                trained, completed = summary["steps"], summary["completed"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{self.path / 'summary.json'} is damaged") from error
-            if completed and trained >= steps:
-                raise ConfigError(
-                    f"{self.path} is complete, with {trained} steps; to train on, add "
-                    f"training.steps=N with a larger N"
-                )
+    # --- who works in it --------------------------------------------------------------------------
 
-    @property
-    def run_id(self) -> str:
-        """Of this run, whichever learner continues it; raises `ConfigError`."""
+    def take(self) -> None:
+        """Be the one learner of this folder until `close`; raises `ConfigError`."""
         try:
-            return str(json.loads((self.path / "run.json").read_text())["run_id"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self.path / 'run.json'} is missing or damaged") from error
+            self._lock = (self.path / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another learner works in {self.path}") from error
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
+        # Of a learner that was killed.
+        self._remove(self._endpoints)
+        self._remove(self._control)
+
+    def go_on(self, config: RunConfig) -> None:
+        """Be this run from now on: not before its learner has found nothing wrong."""
+        self._write(self.config_file, config.to_toml())
+        self._remove(self._summary)
+
+    def forget_last_learner(self) -> None:
+        """Leave nothing that could be taken for the learner that is going to be started."""
+        self._remove(self._endpoints)
+        self._remove(self._summary)
+
+    def discard(self) -> None:
+        """Leave nothing of a run that could not begin."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let the next learner in; callable more than once."""
+        with suppress(OSError):
+            self._control.unlink(missing_ok=True)
+        if self._steps_file is not None:
+            self._steps_file.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    # --- paths of what others write ---------------------------------------------------------------
 
     @property
     def journal(self) -> Path:
+        """The database of groups that came in and of the batches made of them."""
         return self.path / "journal.sqlite"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -121,134 +152,147 @@ class RunFolder:
         """The learner's public key, for actors."""
         return self.path / "learner.key"
 
+    @property
+    def curves(self) -> Path:
+        """The picture of the run."""
+        return self.path / "plots" / "curves.png"
+
+    def log(self, process: str) -> Path:
+        """Return the path of the output of a process that the launcher started."""
+        return self.path / "logs" / f"{process}.log"
+
+    # --- writing ----------------------------------------------------------------------------------
+
     def write_learner_key(self, public: str) -> None:
-        """In the format of `protocol.keys`."""
+        """Write `learner_key` in the format of `protocol.keys`."""
         self.learner_key.write_text(public_key_text(public))
 
-    def take(self) -> None:
-        """Be the one learner of this folder until `close`; raises `ConfigError`."""
-        try:
-            self._lock = (self.path / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another learner works in {self.path}") from error
-        except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
-        # Of a learner that was killed.
-        for name in ("endpoints.json", "control.json"):
-            with self._writing(name):
-                (self.path / name).unlink(missing_ok=True)
+    def write_endpoints(self, endpoints: Endpoints) -> None:
+        """Write where the learner listens."""
+        self._write_record(self._endpoints, endpoints)
 
-    def go_on(self, config: RunConfig) -> None:
-        """From now on the run is this one: not before its learner has found nothing wrong."""
-        self._write("config.toml", config.to_toml())
-        with self._writing("summary.json"):
-            (self.path / "summary.json").unlink(missing_ok=True)
+    def write_control(self, control: Control) -> None:
+        """Write how to command the learner, for its user only."""
+        self._write_record(self._control, control, mode=0o600)
 
-    def discard(self) -> None:
-        """Leave nothing of a run that could not begin."""
-        self.close()
-        shutil.rmtree(self.path, ignore_errors=True)
+    def write_evaluation(self, evaluation: EvaluationResult) -> None:
+        """Write what the policy could before training: a resumed run cannot find out."""
+        self._write_record(self._evaluation, evaluation)
 
-    def write_endpoints(self, learner: str, metrics: str) -> None:
-        """Where the learner listens, for the launcher and for people."""
-        self._write_json("endpoints.json", {"learner": learner, "metrics": metrics})
+    def write_summary(self, summary: Summary) -> None:
+        """Write what the run achieved."""
+        self._write_record(self._summary, summary)
 
-    def write_control(self, url: str, token: str) -> None:
-        """How to command the learner, for its user only."""
-        self._write_json("control.json", {"url": url, "token": token}, mode=0o600)
-
-    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
-        """What the policy could before training: a resumed run cannot find out."""
-        self._write_json("evaluation_before.json", evaluation)
-
-    def read_evaluation(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((self.path / "evaluation_before.json").read_text()))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise ConfigError(f"{self.path / 'evaluation_before.json'} is damaged") from error
-
-    def append_step(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, on disk at once."""
-        with self._writing("metrics.jsonl"):
-            if self._metrics is None:
-                self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
-            size = self._metrics.seek(0, os.SEEK_END)
-            rest = (json.dumps(line) + "\n").encode()
-            try:
-                while rest:
-                    rest = rest[self._metrics.write(rest) :]
-            except OSError:
-                with suppress(OSError):
-                    self._metrics.truncate(size)
-                raise
+    def append_step(self, step: Step) -> None:
+        """Add one line of metrics, on disk at once."""
+        with self._writing(self._steps):
+            if self._steps_file is None:
+                self._steps_file = self._steps.open("ab", buffering=0)
+            append_record(self._steps_file, step)
 
     def forget_steps_after(self, step: int) -> None:
-        """Leave out of metrics.jsonl what is going to be trained again."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
+        """Leave out the metrics of what is going to be trained again."""
+        if not self._steps.exists():
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in self._steps.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(f"{line}\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 # The end of what a killed learner was writing.
                 continue
-        self._write("metrics.jsonl", "".join(kept))
+        self._write(self._steps, "".join(kept))
 
     def show_checkpoint(self, model: Path) -> None:
-        """Point ``checkpoint`` at the newest one's model."""
-        with self._writing("checkpoint"):
+        """Point `checkpoint` at the newest one's model."""
+        with self._writing(self.checkpoint):
             partial = self.path / "checkpoint.partial"
             partial.unlink(missing_ok=True)
             partial.symlink_to(os.path.relpath(model, self.path))
             partial.rename(self.checkpoint)
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write_json("summary.json", summary)
+    # --- reading ----------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        with suppress(OSError):
-            (self.path / "control.json").unlink(missing_ok=True)
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._lock is not None:
-            self._lock.close()
+    @property
+    def run_id(self) -> str:
+        """The run's own id, whichever learner continues it; raises `ConfigError`."""
+        try:
+            return read_record(self._run, RunIdentity).run_id
+        except ConfigError as error:
+            raise ConfigError(f"{self._run} is missing or damaged: {error}") from error
 
-    def _write_json(self, name: str, content: dict[str, Any], mode: int = 0o644) -> None:
-        self._write(name, json.dumps(content, indent=2) + "\n", mode)
+    def read_config(self) -> RunConfig:
+        """Return the resolved configuration."""
+        return load_config(self.config_file)
 
-    def _write(self, name: str, content: str, mode: int = 0o644) -> None:
-        """Complete or not at all: readers never see half a file."""
-        with self._writing(name):
-            partial = self.path / f"{name}.partial"
-            partial.unlink(missing_ok=True)
-            partial.touch(mode=mode)
-            with partial.open("w") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self.path / name)
+    @property
+    def has_endpoints(self) -> bool:
+        """Whether a learner has said where it listens."""
+        return self._endpoints.exists()
+
+    def read_endpoints(self) -> Endpoints:
+        """Return where the learner listens."""
+        return read_record(self._endpoints, Endpoints, "; is it a run folder, and its learner up?")
+
+    def read_control(self) -> Control:
+        """Return how to command the learner; nobody can once its run is over."""
+        if not self._control.exists():
+            raise ConfigError(
+                f"no learner to command in {self.path}, or its run is over: there is no "
+                f"{self._control}"
+            )
+        return read_record(self._control, Control)
+
+    def read_evaluation(self) -> EvaluationResult | None:
+        """Return what the policy could before training; None if nobody evaluated it."""
+        return (
+            read_record(self._evaluation, EvaluationResult) if self._evaluation.exists() else None
+        )
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether the run has ended, completed or not."""
+        return self._summary.exists()
+
+    def read_summary(self) -> Summary:
+        """Return what the run achieved."""
+        return read_record(self._summary, Summary)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps with metrics; 0 too where they cannot be read."""
+        try:
+            with self._steps.open("rb") as lines:
+                return sum(1 for _ in lines)
+        except OSError:
+            return 0
+
+    def read_steps(self) -> list[Step]:
+        """Return the steps with metrics in their order, one at least."""
+        steps = read_lines(self._steps, Step, "; is it a run folder?")
+        if not steps:
+            raise ConfigError(f"{self._steps} holds no step yet")
+        return steps
+
+    # --- how --------------------------------------------------------------------------------------
+
+    def _write_record(self, path: Path, record: Record, mode: int = 0o644) -> None:
+        self._write(path, as_text(record), mode)
+
+    def _write(self, path: Path, content: str, mode: int = 0o644) -> None:
+        with self._writing(path):
+            write_whole(path, content, mode)
+
+    def _remove(self, path: Path) -> None:
+        with self._writing(path):
+            path.unlink(missing_ok=True)
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def _writing(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise TrainingError(
-                f"cannot write {self.path / name}: {error.strerror}; {how_to_go_on(self.path)}"
+                f"cannot write {path}: {error.strerror}; {how_to_go_on(self.path)}"
             ) from error
-
-
-def _at(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    if key == "rewards":
-        # What a failure of theirs means has no influence on groups that came in.
-        return [reward.model_copy(update={"on_failure": "error"}) for reward in value]
-    return value

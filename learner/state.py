@@ -45,7 +45,7 @@ class GroupState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RewardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where `learner.training.reward_settings.RewardSettings` is."""
+    """Where `learner.training.reward_settings.RewardSchedule` is."""
 
     setting: dict[str, dict[str, Any]]
     followed: int

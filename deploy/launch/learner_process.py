@@ -1,20 +1,17 @@
 """A learner as a process: with the live display, or quiet as a child of the launcher."""
 
-import json
 from contextlib import nullcontext
-from pathlib import Path
 
 from deploy import INTERRUPTED
 from deploy.launch.lifeline import when_parent_dies
 from deploy.results.plot import plot_run
 from deploy.results.summary import print_summary
 from deploy.watch.display import Display
-from deploy.watch.status import Status, read_status
 from learner.config.run import RunConfig
 from learner.run.learner import Learner
 from learner.run.process import run_learner
-from learner.run.reports import status_report
 from learner.run_folder import RunFolder
+from learner.status import Status
 
 
 def run_with_display(config: RunConfig, folder: RunFolder, *, resume: bool, as_child: bool) -> int:
@@ -27,17 +24,11 @@ def run_with_display(config: RunConfig, folder: RunFolder, *, resume: bool, as_c
             when_parent_dies(lambda: learner.stop("the launcher is gone"))
 
     def status() -> Status | None:
-        # By way of JSON, as for everybody else: it makes lists of tuples and words of keys.
-        return read_status(json.loads(json.dumps(status_report(learners[0])))) if learners else None
+        return learners[0].status() if learners else None
 
     display = Display(status)
     with nullcontext() if as_child else display:
         summary = run_learner(config, folder, resume=resume, on_start=on_start)
     if not as_child:
-        print_summary(summary, _plot(folder.path))
-    return 0 if summary["completed"] else INTERRUPTED
-
-
-def _plot(folder: Path) -> Path | None:
-    """The curves, if there was a step to draw."""
-    return plot_run(folder) if (folder / "metrics.jsonl").exists() else None
+        print_summary(summary, plot_run(folder) if folder.num_steps else None)
+    return 0 if summary.completed else INTERRUPTED

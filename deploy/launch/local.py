@@ -4,7 +4,6 @@ Children get their own sessions, so that one Ctrl-C reaches the launcher alone, 
 order: the learner first, which saves and lets its actors go. A dead actor is started again.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -21,9 +20,11 @@ from deploy import INTERRUPTED, USER_ERROR
 from deploy.results.plot import plot_run
 from deploy.results.summary import print_summary
 from deploy.watch.display import Display
-from deploy.watch.status import Status, fetch_status
+from deploy.watch.status import fetch_status
 from learner.config.run import RunConfig
+from learner.records import Endpoints
 from learner.run_folder import RunFolder
+from learner.status import Status
 from protocol.errors import ConfigError, ProtocolError, TrainingError
 
 _ERROR = "gdpo: error: "
@@ -64,22 +65,19 @@ def launch(
     ``resume_with`` goes on with the run of ``folder``, with these overrides.
     """
     # Of a learner before: it is not the one that this one starts.
-    (folder.path / "endpoints.json").unlink(missing_ok=True)
-    (folder.path / "summary.json").unlink(missing_ok=True)
+    folder.forget_last_learner()
     launcher = Launcher(config, folder, cwd, allowed_modules, resume_with)
     with Display(launcher.status):
         launcher.run()
-    summary_path = folder.path / "summary.json"
-    if not summary_path.exists():
+    if not folder.has_summary:
         if launcher.stop_requested:
             return INTERRUPTED
         raise TrainingError(launcher.failure or "the learner ended without a summary")
-    summary = json.loads(summary_path.read_text())
-    has_steps = (folder.path / "metrics.jsonl").exists()
-    print_summary(summary, plot_run(folder.path) if has_steps else None)
+    summary = folder.read_summary()
+    print_summary(summary, plot_run(folder) if folder.num_steps else None)
     if launcher.failure:
         raise TrainingError(launcher.failure)
-    return 0 if summary["completed"] else INTERRUPTED
+    return 0 if summary.completed else INTERRUPTED
 
 
 def require_actor_key(config: RunConfig) -> None:
@@ -114,7 +112,6 @@ class Launcher:
         self._stop_requested_at: float | None = None
         self._metrics_url = ""
         self.failure = ""
-        (folder.path / "logs").mkdir(exist_ok=True)
 
     def run(self) -> None:
         """Until the learner has ended and every child is gone."""
@@ -132,10 +129,10 @@ class Launcher:
                 self._signal(learner, signal.SIGTERM)
             endpoints = self._wait_for_endpoints(learner)
             if endpoints is not None:
-                self._metrics_url = endpoints["metrics"]
+                self._metrics_url = endpoints.metrics
                 for index in range(self._config.launch.actors):
-                    self._start_actor(f"actor-{index}", endpoints["learner"])
-                self._supervise(learner, endpoints["learner"])
+                    self._start_actor(f"actor-{index}", endpoints.learner)
+                self._supervise(learner, endpoints.learner)
         finally:
             self._stop_children()
             for signum, handler in previous.items():
@@ -157,18 +154,16 @@ class Launcher:
 
     # --- supervision ----------------------------------------------------------------------------
 
-    def _wait_for_endpoints(self, learner: _Child) -> dict[str, str] | None:
+    def _wait_for_endpoints(self, learner: _Child) -> Endpoints | None:
         """Where the learner listens; None if it ended before it did."""
-        path = self._folder.path / "endpoints.json"
         limit_s = self._config.launch.start_timeout_s
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             try:
                 self._exits.get(timeout=0.1)
             except Empty:
-                if path.exists():
-                    endpoints: dict[str, str] = json.loads(path.read_text())
-                    return endpoints
+                if self._folder.has_endpoints:
+                    return self._folder.read_endpoints()
             else:
                 if not self.stop_requested:
                     self._fail_with(learner)
@@ -237,7 +232,8 @@ class Launcher:
     # --- processes ------------------------------------------------------------------------------
 
     def _start(self, name: str, command: list[str], threads: int) -> _Child:
-        log = self._folder.path / "logs" / f"{name}.log"
+        log = self._folder.log(name)
+        log.parent.mkdir(exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with log.open("ab") as output:
             log_start = output.tell()
@@ -274,7 +270,7 @@ class Launcher:
         folder = self._folder.path.resolve()
         if self._resume_with is not None:
             return ["learner", "--resume", str(folder), *self._resume_with]
-        return ["learner", str(folder / "config.toml"), "--run-folder", str(folder)]
+        return ["learner", str(self._folder.config_file.resolve()), "--run-folder", str(folder)]
 
     def _learner_threads(self) -> int:
         """What the actors leave of the machine, unless the configuration says."""

@@ -1,0 +1,1 @@
+"""What a run, a comparison or a journal came to, printed and drawn."""

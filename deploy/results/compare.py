@@ -27,6 +27,7 @@ from deploy.results.compare_plot import plot_comparison
 from deploy.results.compare_report import collect, print_comparison
 from learner.config.file import load_config
 from learner.config.run import RunConfig
+from learner.run_folder import RunFolder
 from protocol.errors import ConfigError
 
 STOP_TIMEOUT_S = 20.0
@@ -44,12 +45,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the run, and of its folder."""
+        """The name of the run, and of its folder."""
         lag = [] if self.lag is None else [f"lag{self.lag}"]
         return "-".join([self.estimator, self.correction, *lag, str(self.seed)])
 
     @property
     def overrides(self) -> list[str]:
+        """The overrides that make this cell of the recipe."""
         lag = [f"buffer.lag={self.lag}", f"training.max_staleness={self.lag}"]
         return [
             f"algorithm.estimator={self.estimator}",
@@ -76,7 +78,7 @@ class Comparison:
 
     @property
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that an early look at the results compares like with like."""
+        """The grid, seed by seed, so that an early look at the results compares like with like."""
         seeds = range(self.num_seeds)
         grid = itertools.product(seeds, self.estimators, self.corrections, self.lags)
         return [Cell(estimator, correction, lag, seed) for seed, estimator, correction, lag in grid]
@@ -93,7 +95,12 @@ class Comparison:
             *cell.overrides,
         ]
 
+    def folder(self, cell: Cell) -> RunFolder:
+        """Return the run folder of a cell, which may not be there yet."""
+        return RunFolder(self.out / cell.name)
+
     def resolved(self, cell: Cell) -> RunConfig:
+        """Return the configuration of a cell; raises `ConfigError`."""
         return load_config(self.config, self.cell_overrides(cell))
 
 
@@ -106,7 +113,7 @@ def compare(comparison: Comparison) -> int:
     interrupted = runner.run()
     done = [cell for cell in comparison.cells if runner.is_done(cell)]
     if done:
-        result = collect([(asdict(cell), comparison.out / cell.name) for cell in done])
+        result = collect([(asdict(cell), comparison.folder(cell)) for cell in done])
         path = comparison.out / "compare.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         print_comparison(result)
@@ -143,7 +150,7 @@ class _Runner:
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell's run is complete and of this configuration."""
         try:
-            config = load_config(self._comparison.out / cell.name / "config.toml")
+            config = self._comparison.folder(cell).read_config()
         except ConfigError:
             return False
         return self._is_complete(cell) and config == self._configs[cell]
@@ -159,9 +166,8 @@ class _Runner:
 
     def _is_complete(self, cell: Cell) -> bool:
         try:
-            text = (self._comparison.out / cell.name / "summary.json").read_text()
-            return bool(json.loads(text)["completed"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return self._comparison.folder(cell).read_summary().completed
+        except ConfigError:
             return False
 
     def run(self) -> bool:
@@ -217,7 +223,7 @@ class _Runner:
             try:
                 process.wait(1.0)
             except subprocess.TimeoutExpired:
-                progress.update(task, completed=_steps_done(out / cell.name))
+                progress.update(task, completed=self._comparison.folder(cell).num_steps)
         progress.remove_task(task)
         with self._lock:
             del self._running[cell]
@@ -237,11 +243,3 @@ class _Runner:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _steps_done(folder: Path) -> int:
-    try:
-        with (folder / "metrics.jsonl").open("rb") as lines:
-            return sum(1 for _ in lines)
-    except OSError:
-        return 0

@@ -15,12 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from learner.run_folder import RunFolder
 from protocol.errors import ConfigError
 
 WINDOW = 10
 """Steps over which a curve is averaged before it is said to have reached something."""
 REACHED = 0.9
-"""Of the way from the lowest to the highest level that any run of the comparison came to."""
+"""Share of the way from the lowest to the highest level that any run of the comparison came to."""
 
 RUN_KEYS = {"estimator", "correction", "lag", "seed", "before", "after", "curves", "ess"}
 
@@ -28,24 +29,24 @@ Run = dict[str, Any]
 Result = dict[str, list[Run]]
 
 
-def collect(runs: list[tuple[dict[str, Any], Path]]) -> Result:
-    """What (setting, run folder) came to: held-out means, training curves, ESS.
+def collect(runs: list[tuple[dict[str, Any], RunFolder]]) -> Result:
+    """Gather what (setting, run folder) came to: held-out means, training curves, ESS.
 
-    A setting has the keys of `deploy.results.compare.Cell`.
+    A setting has the keys of `deploy.results.compare.Cell`. Raises `ConfigError`.
     """
     result: Result = {"runs": []}
     for setting, folder in runs:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rewards = json.loads((folder / "summary.json").read_text())["rewards"]
+        steps, rewards = folder.read_steps(), folder.read_summary().rewards
         result["runs"].append(
             {
                 **setting,
-                "before": (rewards["before"] or {}).get("means", {}),
-                "after": (rewards["after"] or {}).get("means", {}),
+                "before": rewards.before.means if rewards.before else {},
+                "after": rewards.after.means if rewards.after else {},
                 "curves": {
-                    name: [line["rewards"][name] for line in lines] for name in lines[0]["rewards"]
+                    name: [step.rewards.get(name, math.nan) for step in steps]
+                    for name in steps[0].rewards
                 },
-                "ess": [line["ess"] for line in lines],
+                "ess": [step.metrics.get("ess", math.nan) for step in steps],
             }
         )
     return result
@@ -58,7 +59,7 @@ def read_result(folder: Path) -> Result:
         result: Result = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     runs = result.get("runs") if isinstance(result, dict) else None
     if not isinstance(runs, list) or not runs:
@@ -72,11 +73,12 @@ def read_result(folder: Path) -> Result:
 
 
 def reward_names(result: Result) -> list[str]:
+    """Return the names of the rewards, in the order of the configuration."""
     return list(result["runs"][0]["curves"])
 
 
 def lags(result: Result) -> list[int | None]:
-    """From the smallest on; [None] if staleness was not fixed."""
+    """Return the lags from the smallest on; [None] if staleness was not fixed."""
     return sorted({run["lag"] for run in result["runs"]}, key=lambda lag: lag or 0)
 
 
@@ -161,7 +163,7 @@ def half_width(values: list[float]) -> float | None:
 
 
 def _mean(values: list[float]) -> float:
-    """Of those that are not NaN: a reward may apply to nothing in a batch."""
+    """Mean of those that are not NaN: a reward may apply to nothing in a batch."""
     known = [value for value in values if not math.isnan(value)]
     return fmean(known) if known else math.nan
 

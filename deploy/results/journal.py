@@ -2,17 +2,15 @@
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from learner.config.file import load_config
+from learner.records import Step
 from learner.replay.journal_reader import JournalReader
 from learner.run_folder import RunFolder
-from protocol.errors import ConfigError, brief
 from protocol.messages import GroupHeader
 
 
@@ -39,7 +37,7 @@ def print_journal(run: Path) -> None:
 
 
 def replay_journal(run: Path) -> bool:
-    """Train again on what it holds and print each loss beside the one in metrics.jsonl.
+    """Train again on what it holds and print each loss beside the one that was recorded.
 
     Returns whether they all agree. Raises `ConfigError`.
     """
@@ -47,7 +45,7 @@ def replay_journal(run: Path) -> bool:
     from learner.training.trainer import StepResult
 
     folder = RunFolder(run)
-    losses = dict(_losses(run / "metrics.jsonl"))
+    losses = {step.step: step.metrics.get("loss") for step in _steps(folder)}
     differences: list[float] = []
     console = Console(highlight=False)
 
@@ -60,7 +58,7 @@ def replay_journal(run: Path) -> bool:
         verdict = "the same" if now == then else f"[bold]{now - then:+.2g}[/bold]"
         console.print(f"step {step.version}: loss {then:.6g} then, {now:.6g} now: {verdict}")
 
-    replay(folder, load_config(run / "config.toml"), show)
+    replay(folder, folder.read_config(), show)
     largest = max(differences, default=0.0)
     console.print(f"{len(differences)} steps trained again; largest difference {largest:.2g}")
     return largest == 0.0
@@ -87,10 +85,6 @@ def _scores(frame: memoryview, header: GroupHeader) -> Any:
     return np.frombuffer(frame, "<f4").reshape(-1, len(header.reward_names))
 
 
-def _losses(path: Path) -> Iterator[tuple[int, float]]:
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-            yield entry["step"], entry["loss"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is damaged: {brief(error)}") from error
+def _steps(folder: RunFolder) -> list[Step]:
+    """The steps with metrics; none if the run has not written any yet."""
+    return folder.read_steps() if folder.num_steps else []

@@ -3,16 +3,20 @@
 The run folder has the learner's address and a token that only its user can read.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from deploy.watch.display import add_row
 from deploy.watch.http import post_json
 from learner.config.file import parse_override
+from learner.records import RewardsFrom, first_problem
+from learner.run_folder import RunFolder
+from learner.status import label
 from protocol.errors import ConfigError, PeerLost, Refused
 
 TIMEOUT_S = 10.0
@@ -30,32 +34,28 @@ def set_rewards(run: Path, assignments: Sequence[str]) -> None:
         if len(parts) != 3 or parts[0] != "rewards":
             raise ConfigError(f"{assignment!r} cannot change in a run; what can: {EXAMPLE}")
         updates.setdefault(parts[1], {})[parts[2]] = value
-    answer = _post(run, "/rewards", updates)
-    table = Table(title=f"from step {answer['from_step']} on")
+    held = _command(run, updates)
+    table = Table(title=f"from step {held.from_step} on")
     for column in ("reward", "weight", "counts"):
         table.add_column(column, justify="right" if column == "weight" else "left")
-    for name, setting in answer["rewards"].items():
-        when = setting["when"]
-        counts = f"where {when['reward']} >= {when['at_least']:g}" if when else "always"
-        table.add_row(name, f"{setting['weight']:g}", counts)
+    for name, reward in held.rewards.items():
+        when = reward.when
+        counts = f"where {when.reward} >= {when.at_least:g}" if when else "always"
+        add_row(table, label(name), f"{reward.weight:g}", label(counts))
     Console(highlight=False).print(table)
 
 
-def _post(run: Path, path: str, body: Any) -> dict[str, Any]:
-    """Post to the learner of a run folder; raises `ConfigError` with its own words."""
-    file = run / "control.json"
+def _command(run: Path, updates: dict[str, dict[str, Any]]) -> RewardsFrom:
+    """Tell the learner of a run folder; raises `ConfigError` with its own words."""
+    control = RunFolder(run).read_control()
     try:
-        control = json.loads(file.read_text())
-        url, token = str(control["url"]), str(control["token"])
-    except OSError as error:
-        raise ConfigError(
-            f"no learner to command in {run}, or its run is over: {error.strerror} ({file})"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is damaged") from error
-    try:
-        return post_json(url + path, body, token=token, timeout_s=TIMEOUT_S)
+        answer = post_json(
+            f"{control.url}/rewards", updates, token=control.token, timeout_s=TIMEOUT_S
+        )
+        return RewardsFrom.model_validate(answer)
     except Refused as error:
         raise ConfigError(str(error)) from error
     except PeerLost as error:
         raise ConfigError(f"the learner of {run} is gone: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"no learner answers for {run}: {first_problem(error)}") from error

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deploy.watch.status import Status
+from learner.status import Status
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 5.0
@@ -63,7 +63,7 @@ class Display:
 
 
 def render_line(status: Status) -> str:
-    """The status as one plain line."""
+    """Return the status as one plain line."""
     parts = [status.phase, f"step {status.step}/{status.steps}"]
     if status.staleness_mean is not None:
         parts += [f"{name} {value:.3f}" for name, value in status.rewards.items()]
@@ -82,7 +82,7 @@ def render_line(status: Status) -> str:
 
 
 def render_panel(status: Status, width: int | None = 76) -> Panel:
-    """The status as a panel for a terminal; ``width`` None: as wide as that is."""
+    """Return the status as a panel for a terminal; ``width`` None: as wide as that is."""
     table = facts()
     steps = f"{status.step} of {status.steps}"
     if status.seconds_left is not None and status.phase == "training":
@@ -124,7 +124,7 @@ def render_panel(status: Status, width: int | None = 76) -> Panel:
 
 
 def facts() -> Table:
-    """An empty table of names and what is to be said about them."""
+    """Return an empty table of names and what is to be said about them."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
@@ -132,12 +132,12 @@ def facts() -> Table:
 
 
 def add_row(table: Table, *cells: str) -> None:
-    """As it is: not as the markup that a name from the network may hold."""
+    """Add a row of plain text, never of the markup that a name from the network may hold."""
     table.add_row(*map(Text, cells))
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Return a time in hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -15,12 +15,18 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get_json(url: str, timeout_s: float) -> dict[str, Any]:
-    """Raises `PeerLost` if nothing answers, or something else than one of our processes does."""
+    """Return what a page says.
+
+    Raises `PeerLost` if nothing answers, or something else than one of our processes does.
+    """
     return _open(urllib.request.Request(url), timeout_s)  # noqa: S310
 
 
 def post_json(url: str, body: Any, *, token: str, timeout_s: float) -> dict[str, Any]:
-    """Raises `Refused` with the other side's words, and what `get_json` does."""
+    """Post a command and return the answer.
+
+    Raises `Refused` with the other side's words, and what `get_json` does.
+    """
     request = urllib.request.Request(  # noqa: S310
         url,
         data=json.dumps(body, default=str).encode(),
@@ -47,7 +53,7 @@ def _open(request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
 
 
 def _decode(response: IO[bytes]) -> Any:
-    """Raises ``ValueError`` or ``RecursionError`` for what none of our processes would say."""
+    """Decode; raises ``ValueError`` or ``RecursionError`` for what we would never say."""
     body = response.read(MAX_ANSWER_BYTES + 1)
     if len(body) > MAX_ANSWER_BYTES:
         raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes")

@@ -4,7 +4,6 @@ A thread asks for its /status again and again, so that the picture goes on, and 
 there is no answer, whatever the other side does with a question.
 """
 
-import json
 import re
 import signal
 import sys
@@ -18,8 +17,10 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 
-from deploy.watch.status import TIMEOUT_S, Status, fetch_status, label
+from deploy.watch.status import TIMEOUT_S, fetch_status
 from deploy.watch.top_picture import Picture
+from learner.run_folder import RunFolder
+from learner.status import Status, label
 from protocol.errors import AsyncGdpoError, ConfigError, PeerLost, brief
 
 FIRST_ANSWER_S = 5.0
@@ -72,41 +73,42 @@ class Watched:
     """The learner at an address, or of a run folder, where a resumed one has another address."""
 
     def __init__(self, target: str) -> None:
-        """Raises `ConfigError`."""
-        self._address = self._folder = None
+        """Take a run folder or an address; raises `ConfigError`."""
+        self._address: str | None = None
+        self._folder: RunFolder | None = None
         if "://" in target:
             self._address = _address(target)
+        elif (path := Path(target)).is_dir():
+            self._folder = RunFolder(path)
         else:
-            self._folder = Path(target)
-            if not self._folder.is_dir():
-                raise ConfigError(
-                    f"there is no run folder {target}; write runs/NAME or http://HOST:PORT"
-                )
+            raise ConfigError(
+                f"there is no run folder {target}; write runs/NAME or http://HOST:PORT"
+            )
 
     def fetch(self) -> Status:
-        """Raises `AsyncGdpoError` if this learner does not answer, or says strange things."""
+        """Ask for the status; raises `AsyncGdpoError` if that is not the learner's answer."""
         address = self._address or self._address_in_folder()
         status = fetch_status(address)
-        if (folder := self._folder) is not None and status.run not in (
-            label(folder.name),
-            label(folder.resolve().name),
-        ):
+        if self._folder is not None and status.run not in _names(path := self._folder.path):
             raise PeerLost(
-                f"the learner of {folder} is gone; where it was is that of the run {status.run}, "
+                f"the learner of {path} is gone; where it was is that of the run {status.run}, "
                 f"see gdpo top {address}"
             )
         return status
 
     def explain(self, error: BaseException) -> BaseException:
-        """What to tell the user if already the first answer is an error."""
+        """Return what to tell the user if already the first answer is an error."""
         if not isinstance(error, AsyncGdpoError):
             return error
-        if ended := self._end_in_folder():
-            return ConfigError(f"the run in {self._folder} is over: {ended}")
+        if self._folder is not None and (ended := self._end_in_folder()):
+            return ConfigError(f"the run in {self._folder.path} is over: {ended}")
         return ConfigError(f"no learner to watch: {brief(error)}")
 
     def how_it_ended(self, last: Status) -> str:
-        """Why no learner will answer any more; empty if one may. ``last`` is what it said last."""
+        """Return why no learner will answer any more; empty if one may.
+
+        ``last`` is what it said last.
+        """
         if ended := self._end_in_folder():
             return f"The run is over: {ended}"
         if last.phase.startswith(("saving", "leaving")) or last.step >= last.steps:
@@ -115,24 +117,15 @@ class Watched:
 
     def _address_in_folder(self) -> str:
         assert self._folder is not None
-        file = self._folder / "endpoints.json"
-        try:
-            return _address(json.loads(file.read_text())["metrics"])
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read {file}: {error.strerror}; is it a run folder, and its learner up?"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} is damaged") from error
+        return _address(self._folder.read_endpoints().metrics)
 
     def _end_in_folder(self) -> str:
         """What the summary says; a resumed learner deletes it."""
         if self._folder is None:
             return ""
         try:
-            summary = json.loads((self._folder / "summary.json").read_text())
-            return label(str(summary["ended_because"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            return label(self._folder.read_summary().ended_because)
+        except ConfigError:
             return ""
 
 
@@ -157,7 +150,7 @@ class Questions:
         self._answers.put(KeyboardInterrupt())
 
     def next(self, timeout_s: float) -> Answer | None:
-        """The next answer, or what was raised instead; None if there is none in time."""
+        """Return the next answer, or what was raised instead; None if there is none in time."""
         try:
             return self._answers.get(timeout=timeout_s)
         except Empty:
@@ -187,7 +180,7 @@ class View:
         self._patience_s = interval_s + 2 * TIMEOUT_S
 
     def take(self, answer: Answer) -> None:
-        """Raises ``answer`` if it is an error of ours, or the user's wish to leave."""
+        """Remember an answer; raises it if it is an error of ours, or the user's wish to leave."""
         if isinstance(answer, Status):
             self.status, self.error = answer, ""
             self._heard_at = self._clock()
@@ -197,12 +190,17 @@ class View:
             raise answer
 
     def draw(self, height: int | None = None) -> Picture:
-        """Of now, ``height`` lines high."""
+        """Return the picture of now, ``height`` lines high."""
         silence_s = self._clock() - self._heard_at
         note = ""
         if self.error or silence_s > self._patience_s:
             note = f"no answer for {silence_s:.0f} s" + (f": {self.error}" if self.error else "")
         return Picture(self.status, note, height)
+
+
+def _names(folder: Path) -> tuple[str, str]:
+    """What a run in ``folder`` may be called, as a status says it."""
+    return label(folder.name), label(folder.resolve().name)
 
 
 def _address(text: str) -> str:

@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.watch.display import add_row, duration, facts, render_panel
-from deploy.watch.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
+from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
 
 MIN_ROWS = 2
-"""Of each table, on however low a terminal: what is below its edge cannot be seen."""
+"""Rows of each table on however low a terminal: what is below its edge cannot be seen."""
 MAX_PHASES = 6
 _FRAME_LINES = 3
-"""Of a table, besides its rows."""
+"""Lines of a table besides its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Picture:
 
 
 def _furthest_behind(actors: Sequence[ActorStatus], number: int) -> list[ActorStatus]:
-    """So many of them, in their order."""
+    """The ``number`` of actors with the oldest versions, in the order of ``actors``."""
     places = sorted(range(len(actors)), key=lambda place: actors[place].version)[:number]
     return [actors[place] for place in sorted(places)]
 
@@ -156,7 +156,7 @@ def _epochs(epochs: Sequence[EpochStatus]) -> Table:
 
 
 def _table(columns: Iterable[str], words: Container[str]) -> Table:
-    """Of numbers and ``words``; where it is too narrow for all, words are cut first."""
+    """An empty table of numbers and ``words``; where it is too narrow, words are cut first."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         is_word = name in words

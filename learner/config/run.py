@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from learner.config.algorithm import AlgorithmConfig
 from learner.pacing import Pacing, largest_group_bytes
 from protocol.config import ActorConfig, RewardConfig, SamplingConfig, StrictModel
 from protocol.errors import ConfigError
@@ -22,25 +23,6 @@ from protocol.keys import AllowList, KeyPair, load_key
 from protocol.messages import MAX_COLLECTIVE_S, MAX_TEMPERATURE
 from protocol.sockets import is_loopback, parse_tcp
 from protocol.weights import CHUNK_BYTES
-
-EstimatorName = Literal[
-    "gdpo", "grpo", "grpo_no_std", "grpo_batch_norm", "dvao", "corr_grpo", "gd2po"
-]
-CorrectionName = Literal[
-    "decoupled_ppo",
-    "ppo",
-    "tis",
-    "tis_sequence",
-    "icepop",
-    "dppo_tv",
-    "gspo",
-    "cispo",
-    "m2po",
-    "none",
-]
-KlName = Literal["k3", "mse"]
-AggregationName = Literal["token_mean", "sequence_mean", "constant"]
-
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -79,40 +61,6 @@ class EvalConfig(StrictModel):
     num_rollouts: PositiveInt = 4
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] = 1.0
     timeout_s: PositiveFloat = 600.0
-
-
-class AlgorithmConfig(StrictModel):
-    """Advantages and loss; see the package `gdpo`."""
-
-    estimator: EstimatorName = "gdpo"
-    advantage_eps: PositiveFloat = 1e-6
-    min_std: NonNegativeFloat = 0.0
-    """A reward whose standard deviation in a group is not above it counts as constant there."""
-    advantage_clamp: PositiveFloat | None = None
-    exclude_dead_from_batch_std: bool = False
-    """Leave groups without any signal out of the batch's standard deviation."""
-    batch_std_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the batches before in the batch's standard deviation."""
-
-    correction: CorrectionName = "icepop"
-    proximal: Literal["recomputed", "interpolated"] = "recomputed"
-    """``interpolated`` by the tokens' versions saves a forward pass over the batch."""
-    clip_low: PositiveFloat | None = None
-    """This limit and those below: None takes the correction's own default."""
-    clip_high: PositiveFloat | None = None
-    weight_floor: NonNegativeFloat | None = None
-    weight_cap: PositiveFloat | None = None
-    tv_limit: PositiveFloat | None = None
-    log_ratio_penalty: NonNegativeFloat | None = None
-    second_moment_limit: PositiveFloat | None = None
-    scale_lr_by_ess: bool = False
-    """Scale each optimiser step by the square root of the effective sample size (VCPO)."""
-
-    aggregation: AggregationName = "token_mean"
-    kl_coefficient: NonNegativeFloat = 0.0
-    """Of the KL divergence to the model that training began with; above 0 keeps a copy of it."""
-    kl_kind: KlName = "k3"
-    entropy_coefficient: float = 0.0
 
 
 class BufferConfig(StrictModel):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import gdpo
 from learner.config.run import RunConfig
-from learner.training.batch import Batch, collate
+from learner.training.collate import PaddedBatch, collate
 from learner.training.policy import Policy
 from learner.weights.snapshots import Snapshot
 from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
@@ -185,7 +185,7 @@ class Reference:
         }
 
     @torch.no_grad()
-    def logprobs(self, snapshot: Snapshot, batch: Batch, temperature: float) -> torch.Tensor:
+    def logprobs(self, snapshot: Snapshot, batch: PaddedBatch, temperature: float) -> torch.Tensor:
         """Log-probability [B, T] of every next token under the snapshot's policy."""
         weights = {
             spec.name: view(snapshot.packed, spec).to(self._model.dtype) for spec in self._specs

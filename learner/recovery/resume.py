@@ -18,7 +18,7 @@ from learner.replay.journal_reader import JournalReader, RecordedBatch
 from learner.run_folder import RunFolder
 from learner.state import OpenPrompts, RunState
 from learner.training.policy import Policy, load_model, load_policy
-from learner.training.reward_settings import RewardSetting, RewardSettings
+from learner.training.reward_settings import RewardSchedule, RewardSetting
 from learner.training.trainer import StepResult, Trainer
 from protocol.errors import BadMessage, ConfigError
 from protocol.groups import Group, GroupLimits
@@ -49,7 +49,7 @@ class Resumed:
     def replay(
         self,
         buffer: ReplayBuffer,
-        rewards: RewardSettings,
+        rewards: RewardSchedule,
         train: Callable[[TrainingBatch, RewardSetting], None],
         finished: Callable[[int, tuple[int, ...]], None] = lambda step, prompt_indices: None,
     ) -> None:
@@ -207,5 +207,5 @@ def replay(folder: RunFolder, config: RunConfig, on_step: Callable[[StepResult],
         on_step(trainer.step(cut.groups, setting))
 
     Resumed(config, checkpoint, journal, group_limits(config, policy.vocab_size)).replay(
-        ReplayBuffer.of(config), RewardSettings(config.rewards, config.training.steps), train
+        ReplayBuffer.of(config), RewardSchedule(config.rewards, config.training.steps), train
     )

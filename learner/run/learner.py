@@ -33,17 +33,26 @@ from learner.coordinator.self_check import SelfCheck
 from learner.prompts.rows import load_rows
 from learner.prompts.stream import PromptStream, check_work, evaluation_work
 from learner.prompts.work_queue import WorkQueue, group_limits
+from learner.records import Control, Endpoints, EvaluationResult, Summary
 from learner.recovery.checkpoints import Checkpoint, newest
 from learner.recovery.history import JOURNAL_TIMEOUT_S, History
 from learner.recovery.resume import Resumed, load_trainer
 from learner.replay.buffer import ReplayBuffer, TrainingBatch
 from learner.replay.journal import ReceivedGroup
 from learner.run.metrics import StateCollector, StepMetrics
-from learner.run.reports import evaluation_report, status_report, step_line, summary_report
-from learner.run.throughput import Progress
+from learner.run.progress import Progress
+from learner.run.reports import (
+    evaluation_report,
+    status_report,
+    step_report,
+    summary_report,
+    weights_report,
+)
+from learner.run.throughput import Progress as Throughput
 from learner.run_folder import RunFolder
 from learner.state import RunState
-from learner.training.reward_settings import RewardSetting, RewardSettings
+from learner.status import Status
+from learner.training.reward_settings import RewardSchedule, RewardSetting
 from learner.training.trainer import StepResult
 from learner.weights.chunks import Answer, ChunkSource
 from learner.weights.pack import MemoryPool, pack
@@ -74,18 +83,9 @@ class Learner:
         """``resume`` goes on where the learner before in this folder ended, or was killed."""
         self.config = config
         self.folder = folder
-        self.phase = "loading"
-        self.before: dict[str, Any] | None = None
-        """`evaluation_report` of the policy before the first step; likewise after the last."""
-        self.after: dict[str, Any] | None = None
-        self.last_step: StepResult | None = None
-        self.lag0_difference: float | None = None
-        self.training_seconds = 0.0
+        self.state = Progress()
         self.phase_seconds: dict[str, float] = {}
         """Mean duration of each phase of a group and of a weight push."""
-        self.interrupted = ""
-        """Why the run is to end early."""
-        self.completed = False
         if config.training.threads:
             torch.set_num_threads(config.training.threads)
         folder.take()
@@ -109,7 +109,7 @@ class Learner:
         self._heartbeat = Heartbeat("trainer", limit_s=120.0)
         self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
         self._topology = topology_of(config, next(self.policy.model.parameters()).device)
-        self.rewards = RewardSettings(config.rewards, config.training.steps)
+        self.rewards = RewardSchedule(config.rewards, config.training.steps)
         self.history = History(self.folder, config, self.policy)
         self.buffer = ReplayBuffer.of(config)
 
@@ -152,20 +152,20 @@ class Learner:
             self_check=self._self_check,
             checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
         )
-        self.progress = Progress(self.coordinator, config.training.batch_groups)
+        self.progress = Throughput(self.coordinator, config.training.batch_groups)
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         """Be as the learner before was after the last batch that it began, and go on from there."""
         limits = group_limits(self.config, self.policy.vocab_size)
         resumed = Resumed(self.config, checkpoint, self.history.journal, limits)
-        self.before = self.folder.read_evaluation()
+        self.state.before = self.folder.read_evaluation()
         self.history.checkpoints.put_aside_after(resumed.version)
         self.folder.forget_steps_after(resumed.version)
         log.info("resuming %s from step %d", self.folder.path, resumed.version)
         if checkpoint is not None:
             state = checkpoint.state
-            self.training_seconds = state.training_seconds
-            self.lag0_difference = state.lag0_difference
+            self.state.training_seconds = state.training_seconds
+            self.state.lag0_difference = state.lag0_difference
             self.progress.tokens_trained = state.tokens_trained
             self.progress.tokens_generated_before = state.tokens_generated
             self.coordinator.counters.restore(state.counters)
@@ -178,9 +178,9 @@ class Learner:
     def _train_again(self, cut: TrainingBatch, setting: RewardSetting) -> None:
         started = time.monotonic()
         step = self.trainer.step(cut.groups, setting)
-        self.training_seconds += time.monotonic() - started
+        self.state.training_seconds += time.monotonic() - started
         self._note(step)
-        self.folder.append_step(step_line(self, step, time.monotonic() - started))
+        self._append(step, time.monotonic() - started)
 
     def _connect(self) -> None:
         """Open the ports and start the threads; from here on actors may join."""
@@ -237,13 +237,13 @@ class Learner:
             host=config.endpoints.metrics_host,
             port=config.endpoints.metrics_port,
             heartbeats=(self._heartbeat, intake_heartbeat),
-            ready=lambda: self.phase != "loading",
-            routes={"/status": lambda: status_report(self), "/sd": self._service_discovery},
+            ready=lambda: self.state.phase != "loading",
+            routes={"/status": lambda: self.status().model_dump(), "/sd": self._service_discovery},
             commands={"/rewards": self._change_rewards},
         )
         self.metrics_url = f"http://{self._server.address}/metrics"
-        self.folder.write_control(self._server.command_url, self._server.token)
-        self.folder.write_endpoints(self.url, self.metrics_url)
+        self.folder.write_control(Control(url=self._server.command_url, token=self._server.token))
+        self.folder.write_endpoints(Endpoints(learner=self.url, metrics=self.metrics_url))
 
     def _reachable(self, bound: str, host_of_all: str) -> str:
         """``bound``, with a host that actors can connect to in the place of a wildcard."""
@@ -254,7 +254,7 @@ class Learner:
 
     # --- the run --------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Summary:
         """Evaluate, train, evaluate, save; returns the summary.
 
         A stop request ends training after the step at hand, skips the evaluation and still saves.
@@ -263,30 +263,30 @@ class Learner:
         """
         failure: Exception | None = None
         try:
-            if self.before is None and self.trainer.version == 0:
-                self.before = self._evaluate("evaluating before")
-                if self.before and not self.interrupted:
-                    self.folder.write_evaluation(self.before)
+            if self.state.before is None and self.trainer.version == 0:
+                self.state.before = self._evaluate("evaluating before")
+                if self.state.before and not self.state.interrupted:
+                    self.folder.write_evaluation(self.state.before)
             self._train()
             self._save()
-            self.after = self._evaluate("evaluating after")
-            self.completed = not self.interrupted
+            self.state.after = self._evaluate("evaluating after")
+            self.state.completed = not self.state.interrupted
         except Exception as error:
             failure = error
-            self.interrupted = brief(error)
+            self.state.interrupted = brief(error)
         try:
-            self.phase = "saving"
+            self.state.phase = "saving"
             self._save()
         except Exception as error:
             failure = failure or error
-            self.completed = False
-            self.interrupted = self.interrupted or brief(error)
+            self.state.completed = False
+            self.state.interrupted = self.state.interrupted or brief(error)
         self._leave()
         self._note_weights()
         # Nothing changes the books any more.
         self._intake.close()
         self.history.close()
-        summary = summary_report(self)
+        summary = self._summary()
         try:
             self.folder.write_summary(summary)
         except TrainingError as error:
@@ -297,7 +297,7 @@ class Learner:
 
     def stop(self, cause: str) -> None:
         """End after the step at hand; callable from a signal handler."""
-        self.interrupted = self.interrupted or cause
+        self.state.stop(cause)
 
     def close(self) -> None:
         """Threads and ports; after `run`."""
@@ -312,8 +312,8 @@ class Learner:
         self.folder.close()
 
     def _train(self) -> None:
-        self.phase = "training"
-        started = time.monotonic() - self.training_seconds
+        self.state.phase = "training"
+        started = time.monotonic() - self.state.training_seconds
         self.progress.restart()
         self.coordinator.open_training()
         while self.trainer.version < self.config.training.steps:
@@ -331,12 +331,12 @@ class Learner:
             if self._pacing.is_pushed(step.version):
                 self._publish()
             self._intake.wake()
-            self.training_seconds = time.monotonic() - started
+            self.state.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
             if self.history.is_due(step.version):
                 self._checkpoint_now()
             self._pause()
-        self.training_seconds = time.monotonic() - started
+        self.state.training_seconds = time.monotonic() - started
         self.coordinator.close_training()
 
     def _checkpoint_now(self) -> None:
@@ -376,8 +376,8 @@ class Learner:
             batch_std_setting=setting.as_json() if setting else None,
             tokens_trained=self.progress.tokens_trained,
             tokens_generated=self.progress.tokens_generated,
-            training_seconds=self.training_seconds,
-            lag0_difference=self.lag0_difference,
+            training_seconds=self.state.training_seconds,
+            lag0_difference=self.state.lag0_difference,
             counters=self.coordinator.counters.totals(),
         )
 
@@ -411,7 +411,7 @@ class Learner:
         config, deadlines = self.config.training, self.config.deadlines
         patience_s = deadlines.lease_timeout_s + deadlines.wait_for_actors_s
         with self.progress.waiting():
-            while not self.interrupted:
+            while not self.state.interrupted:
                 self.coordinator.raise_if_failed()
                 if self.buffer.books.accepted > accepted:
                     last_group_at, accepted = time.monotonic(), self.buffer.books.accepted
@@ -433,14 +433,14 @@ class Learner:
                     return cut
             return None
 
-    def _evaluate(self, phase: str) -> dict[str, Any] | None:
+    def _evaluate(self, phase: str) -> EvaluationResult | None:
         """Roll the held-out prompts out under the current version; None if stopped or no data.
 
         Actors get this version: it is the first one, the last one, or where a resume led to.
         """
-        if not self._heldout or self.interrupted:
+        if not self._heldout or self.state.interrupted:
             return None
-        self.phase = phase
+        self.state.phase = phase
         version = self.trainer.version
         works = evaluation_work(self._heldout, self.config, version)
         evaluation = self.coordinator.start_evaluation(works, version)
@@ -449,7 +449,7 @@ class Learner:
         while not evaluation.done.wait(STOP_CHECK_S):
             self.coordinator.raise_if_failed()
             self._heartbeat.beat()
-            if self.interrupted:
+            if self.state.interrupted:
                 return None
             # The time runs while there is somebody to evaluate.
             if not self.coordinator.offers.ready_actors():
@@ -472,7 +472,54 @@ class Learner:
         self.progress.sample()
         self._metrics.step(step, seconds)
         self._note_weights()
-        self.folder.append_step(step_line(self, step, seconds))
+        self._append(step, seconds)
+
+    def status(self) -> Status:
+        """The state of the run now; callable from any thread."""
+        return status_report(
+            self.config,
+            self.folder,
+            self.state,
+            version=self.trainer.version,
+            buffer=self.buffer,
+            coordinator=self.coordinator,
+            throughput=self.progress,
+            access=self.access,
+            weights=weights_report(
+                self.policy.specs,
+                self.config.weights.push_every,
+                self.publisher,
+                self.weights_stream,
+            ),
+        )
+
+    def _summary(self) -> Summary:
+        return summary_report(
+            self.config,
+            self.folder,
+            self.state,
+            version=self.trainer.version,
+            phase_seconds=self.phase_seconds,
+            rewards=self.rewards,
+            buffer=self.buffer,
+            coordinator=self.coordinator,
+            throughput=self.progress,
+            access=self.access,
+            publisher=self.publisher,
+            weights_stream=self.weights_stream,
+        )
+
+    def _append(self, step: StepResult, seconds: float) -> None:
+        self.folder.append_step(
+            step_report(
+                step,
+                seconds,
+                training_seconds=self.state.training_seconds,
+                rates=self.progress.rates,
+                buffer=self.buffer,
+                actors_live=self.coordinator.num_live,
+            )
+        )
 
     def _note_weights(self) -> None:
         """What pushes and actors have reported since this was last called."""
@@ -482,29 +529,27 @@ class Learner:
         self.phase_seconds = self._metrics.mean_seconds
 
     def _note(self, step: StepResult) -> None:
-        self.last_step = step
-        if step.lag0_difference is not None:
-            self.lag0_difference = max(self.lag0_difference or 0.0, step.lag0_difference)
+        self.state.note(step)
         self.progress.tokens_trained += step.num_tokens
         self.progress.steps = step.version
 
     def _pause(self) -> None:
         deadline = time.monotonic() + self.config.training.pause_per_step_s
-        while not self.interrupted and (left := deadline - time.monotonic()) > 0:
+        while not self.state.interrupted and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, STOP_CHECK_S))
 
     def _leave(self) -> None:
         """Let the actors go."""
-        self.phase = "leaving"
-        self.coordinator.drain(self.interrupted or "the run is complete")
+        self.state.phase = "leaving"
+        self.coordinator.drain(self.state.interrupted or "the run is complete")
         self._intake.wake()
         if not self.coordinator.wait_until_empty(DRAIN_TIMEOUT_S):
             log.warning("%d actors did not say goodbye", self.coordinator.num_live)
 
     def _change_rewards(self, updates: Any) -> dict[str, Any]:
         """A command from outside, on a thread of the server."""
-        if self.interrupted:
-            raise ConfigError(f"the run is ending: {self.interrupted}")
+        if self.state.interrupted:
+            raise ConfigError(f"the run is ending: {self.state.interrupted}")
         return self.rewards.command(updates)
 
     def _service_discovery(self) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from learner.config.run import RunConfig
+from learner.records import Summary
 from learner.run.learner import Learner
 from learner.run_folder import RunFolder
 from protocol.errors import ConfigError
@@ -21,7 +22,7 @@ def run_learner(
     *,
     resume: bool = False,
     on_start: Callable[[Learner], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train until done, or until SIGTERM or SIGINT; returns the summary.
 
     ``resume`` goes on with the run of ``folder``. ``on_start`` is called once, when actors can

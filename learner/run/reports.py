@@ -1,196 +1,259 @@
-"""What the learner tells people: the live status, the line per step, the summary at the end."""
+"""The records of a run, made of its parts as they are at the moment."""
 
 import time
 from dataclasses import asdict
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
 
+from learner.config.run import RunConfig
+from learner.coordinator.access import Access
+from learner.coordinator.coordinator import Coordinator
 from learner.prompts.evaluation import Evaluation
+from learner.records import (
+    Books,
+    EvaluationResult,
+    GroupBooks,
+    LeaseBooks,
+    RewardChangeRecord,
+    Step,
+    Summary,
+    SummaryRewards,
+    SummaryStaleness,
+    SummaryThroughput,
+    SummaryWeights,
+)
 from learner.registry import ActorState
+from learner.replay.buffer import ReplayBuffer
+from learner.run.progress import Progress
+from learner.run.throughput import Progress as Throughput
+from learner.run.throughput import Rates
+from learner.run_folder import RunFolder
+from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
+from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult
-from protocol.weights import total_bytes
+from learner.weights.publisher import Publisher, PushReport
+from learner.weights.stream import WeightsStream
+from protocol.weights import TensorSpec, total_bytes
 
-if TYPE_CHECKING:
-    from learner.run.learner import Learner
 
-
-def status_report(learner: "Learner") -> dict[str, Any]:
-    """The state of the run now, for displays."""
-    rates = learner.progress.sample()
-    step, done = learner.last_step, learner.trainer.version
-    total = learner.config.training.steps
-    live = learner.coordinator.num_live
+def status_report(
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    *,
+    version: int,
+    buffer: ReplayBuffer,
+    coordinator: Coordinator,
+    throughput: Throughput,
+    access: Access,
+    weights: WeightsStatus,
+) -> Status:
+    """The state of the run now, for displays; ``version`` is the trainer's."""
+    rates = throughput.sample()
+    step, live = progress.last_step, coordinator.num_live
+    total = config.training.steps
     # With a fixed lag they wait for each other by design.
-    free = learner.config.buffer.lag is None
-    return {
-        "run": learner.folder.path.name,
-        "phase": learner.phase if live else f"{learner.phase}, waiting for an actor",
-        "step": done,
-        "steps": total,
-        "seconds_left": _seconds_left(learner.training_seconds, done, total),
-        "rewards": step.rewards if step else {},
-        "tokens_generated_per_s": rates.tokens_generated_per_s,
-        "tokens_trained_per_s": rates.tokens_trained_per_s,
-        "staleness_mean": fmean(step.staleness) if step else None,
-        "staleness_max": max(step.staleness) if step else None,
-        "max_staleness": learner.config.training.max_staleness,
-        "buffer_groups": len(learner.buffer),
-        "buffer_bytes": learner.buffer.size_bytes,
-        "batch_groups": learner.config.training.batch_groups,
-        "actors_live": live,
-        "actors_wanted": rates.actors_wanted if free else None,
-        "actor_idle_share": rates.actor_idle_share,
-        "learner_wait_share": rates.learner_wait_share,
-        **_refused(learner),
-        "bottleneck": rates.bottleneck if done and live and free else None,
-        "weights": weights_report(learner),
-        "actors": [_actor(learner, actor) for actor in learner.coordinator.actors()],
-    }
+    free = config.buffer.lag is None
+    return Status(
+        run=folder.path.name,
+        phase=progress.phase if live else f"{progress.phase}, waiting for an actor",
+        step=version,
+        steps=total,
+        seconds_left=_seconds_left(progress.training_seconds, version, total),
+        rewards=step.rewards if step else {},
+        tokens_generated_per_s=rates.tokens_generated_per_s,
+        tokens_trained_per_s=rates.tokens_trained_per_s,
+        staleness_mean=fmean(step.staleness) if step else None,
+        staleness_max=max(step.staleness) if step else None,
+        max_staleness=config.training.max_staleness,
+        buffer_groups=len(buffer),
+        buffer_bytes=buffer.size_bytes,
+        batch_groups=config.training.batch_groups,
+        actors_live=live,
+        actors_wanted=rates.actors_wanted if free else None,
+        actor_idle_share=rates.actor_idle_share,
+        learner_wait_share=rates.learner_wait_share,
+        connections_refused=dict(access.connections_refused),
+        messages_refused=dict(access.messages_refused),
+        bottleneck=rates.bottleneck if version and live and free else None,
+        weights=weights,
+        actors=[_actor(actor, throughput) for actor in coordinator.actors()],
+    )
 
 
-def weights_report(learner: "Learner") -> dict[str, Any]:
+def weights_report(
+    specs: list[TensorSpec], push_every: int, publisher: Publisher, stream: WeightsStream
+) -> WeightsStatus:
     """Epochs, the last pushes, and what pulling costs."""
-    publisher, stream = learner.publisher, learner.weights_stream
-    return {
-        "backend": publisher.backend,
-        "push_every": learner.config.weights.push_every,
-        "pushes": publisher.pushes,
-        "num_bytes": total_bytes(learner.policy.specs),
-        "stream_share": stream.share,
-        "stream_bytes": stream.sent_bytes,
-        "stream_plain_bytes": stream.plain_bytes,
-        "epochs": [asdict(epoch) for epoch in publisher.epochs],
-        "last_pushes": [asdict(push) for push in tuple(publisher.history)],
-        "evictions": dict(publisher.evictions),
-    }
+    return WeightsStatus(
+        backend=publisher.backend,
+        push_every=push_every,
+        pushes=publisher.pushes,
+        num_bytes=total_bytes(specs),
+        stream_share=stream.share,
+        stream_bytes=stream.sent_bytes,
+        stream_plain_bytes=stream.plain_bytes,
+        epochs=[EpochStatus(**asdict(epoch)) for epoch in publisher.epochs],
+        last_pushes=[_push(report) for report in tuple(publisher.history)],
+        evictions=dict(publisher.evictions),
+    )
 
 
-def step_line(learner: "Learner", step: StepResult, seconds: float) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
-    rates = learner.progress.rates
-    return {
-        "step": step.version,
-        "seconds": learner.training_seconds,
-        "step_seconds": seconds,
-        "rewards": step.rewards,
-        "reward_settings": step.setting.as_json(),
-        "completion_tokens_mean": step.mean_tokens,
-        "staleness_mean": fmean(step.staleness),
-        "staleness_max": max(step.staleness),
-        "tokens_generated_per_s": rates.tokens_generated_per_s,
-        "tokens_trained_per_s": rates.tokens_trained_per_s,
-        "actor_idle_share": rates.actor_idle_share,
-        "learner_wait_share": rates.learner_wait_share,
-        "buffer_groups": len(learner.buffer),
-        "buffer_bytes": learner.buffer.size_bytes,
-        "actors_live": learner.coordinator.num_live,
-        "lag0_logprob_difference": step.lag0_difference,
-        **step.metrics,
-    }
+def step_report(
+    step: StepResult,
+    seconds: float,
+    *,
+    training_seconds: float,
+    rates: Rates,
+    buffer: ReplayBuffer,
+    actors_live: int,
+) -> Step:
+    """The line of a step that took ``seconds``, when training took ``training_seconds`` so far."""
+    return Step.model_validate(
+        {
+            "step": step.version,
+            "seconds": training_seconds,
+            "step_seconds": seconds,
+            "rewards": step.rewards,
+            "reward_settings": step.setting.as_json(),
+            "completion_tokens_mean": step.mean_tokens,
+            "staleness_mean": fmean(step.staleness),
+            "staleness_max": max(step.staleness),
+            "tokens_generated_per_s": rates.tokens_generated_per_s,
+            "tokens_trained_per_s": rates.tokens_trained_per_s,
+            "actor_idle_share": rates.actor_idle_share,
+            "learner_wait_share": rates.learner_wait_share,
+            "buffer_groups": len(buffer),
+            "buffer_bytes": buffer.size_bytes,
+            "actors_live": actors_live,
+            "lag0_logprob_difference": step.lag0_difference,
+            **step.metrics,
+        }
+    )
 
 
-def summary_report(learner: "Learner") -> dict[str, Any]:
-    """summary.json: what the run achieved, and its books."""
-    leases, books = learner.coordinator.leases.books, learner.buffer.books
-    seconds = learner.training_seconds
-    return {
-        "run": learner.folder.path.name,
-        "completed": learner.completed,
-        "ended_because": "all steps done" if learner.completed else learner.interrupted,
-        "steps": learner.trainer.version,
-        "seconds_training": seconds,
-        "rewards": {
-            "before": learner.before,
-            "after": learner.after,
-            "changes": [asdict(change) for change in learner.rewards.changes],
-            "failures": dict(learner.coordinator.counters.reward_failures),
+def summary_report(
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    *,
+    version: int,
+    phase_seconds: dict[str, float],
+    rewards: RewardSchedule,
+    buffer: ReplayBuffer,
+    coordinator: Coordinator,
+    throughput: Throughput,
+    access: Access,
+    publisher: Publisher,
+    weights_stream: WeightsStream,
+) -> Summary:
+    """What the run achieved, and its books; ``version`` is the trainer's."""
+    counters, seconds = coordinator.counters, progress.training_seconds
+    return Summary(
+        run=folder.path.name,
+        completed=progress.completed,
+        ended_because="all steps done" if progress.completed else progress.interrupted,
+        steps=version,
+        seconds_training=seconds,
+        rewards=SummaryRewards(
+            before=progress.before,
+            after=progress.after,
+            changes=[RewardChangeRecord.model_validate(asdict(c)) for c in rewards.changes],
+            failures=dict(counters.reward_failures),
+        ),
+        books=_books(coordinator, buffer),
+        throughput=SummaryThroughput(
+            tokens_trained=throughput.tokens_trained,
+            tokens_trained_per_s=throughput.tokens_trained / seconds if seconds else 0.0,
+            tokens_generated=throughput.tokens_generated,
+        ),
+        staleness=SummaryStaleness(
+            largest=buffer.largest_staleness, limit=config.training.max_staleness
+        ),
+        lag0_logprob_difference=progress.lag0_difference,
+        phase_seconds=phase_seconds,
+        actors_lost=counters.actors_lost,
+        bad_messages=counters.bad_messages,
+        connections_refused=dict(access.connections_refused),
+        messages_refused=dict(access.messages_refused),
+        weights=SummaryWeights(
+            version=version,
+            digest_mismatches=counters.digest_mismatches,
+            actors_stalled_share=throughput.stalled_share,
+            pushes=publisher.pushes,
+            evictions=dict(publisher.evictions),
+            stream_share=weights_stream.share,
+        ),
+        checkpoint=str(folder.checkpoint.resolve()) if folder.checkpoint.exists() else None,
+    )
+
+
+def evaluation_report(evaluation: Evaluation, names: tuple[str, ...]) -> EvaluationResult:
+    """What an evaluation found of the rewards with these names."""
+    return EvaluationResult(
+        version=evaluation.version,
+        prompts=evaluation.num_prompts,
+        failed_prompts=evaluation.num_failed,
+        completion_tokens_mean=evaluation.mean_tokens,
+        means=evaluation.means(names),
+    )
+
+
+def _books(coordinator: Coordinator, buffer: ReplayBuffer) -> Books:
+    groups = buffer.books
+    return Books(
+        leases={
+            purpose: LeaseBooks(
+                leased=leases.leased,
+                received=leases.received,
+                failed=dict(leases.failed),
+                outstanding=leases.outstanding,
+                balanced=leases.balanced,
+            )
+            for purpose, leases in coordinator.leases.books.items()
         },
-        "books": {
-            "leases": {
-                purpose: {
-                    "leased": b.leased,
-                    "received": b.received,
-                    "failed": dict(b.failed),
-                    "outstanding": b.outstanding,
-                    "balanced": b.balanced,
-                }
-                for purpose, b in leases.items()
-            },
-            "groups": {
-                "accepted": books.accepted,
-                "trained": books.trained,
-                "evicted": dict(books.evicted),
-                "evicted_tokens": dict(books.evicted_tokens),
-                "buffered": books.buffered,
-                "balanced": books.balanced,
-            },
-        },
-        "throughput": {
-            "tokens_trained": learner.progress.tokens_trained,
-            "tokens_trained_per_s": learner.progress.tokens_trained / seconds if seconds else 0.0,
-            "tokens_generated": learner.progress.tokens_generated,
-        },
-        "staleness": {
-            "largest": learner.buffer.largest_staleness,
-            "limit": learner.config.training.max_staleness,
-        },
-        "lag0_logprob_difference": learner.lag0_difference,
-        "phase_seconds": learner.phase_seconds,
-        "actors_lost": learner.coordinator.counters.actors_lost,
-        "bad_messages": learner.coordinator.counters.bad_messages,
-        **_refused(learner),
-        "weights": {
-            "version": learner.trainer.version,
-            "digest_mismatches": learner.coordinator.counters.digest_mismatches,
-            "actors_stalled_share": learner.progress.stalled_share,
-            "pushes": learner.publisher.pushes,
-            "evictions": dict(learner.publisher.evictions),
-            "stream_share": learner.weights_stream.share,
-        },
-        "checkpoint": str(learner.folder.checkpoint.resolve())
-        if learner.folder.checkpoint.exists()
-        else None,
-    }
+        groups=GroupBooks(
+            accepted=groups.accepted,
+            trained=groups.trained,
+            evicted=dict(groups.evicted),
+            evicted_tokens=dict(groups.evicted_tokens),
+            buffered=groups.buffered,
+            balanced=groups.balanced,
+        ),
+    )
 
 
-def _actor(learner: "Learner", actor: ActorState) -> dict[str, Any]:
-    idle, stalled = learner.progress.shares(actor.session) or (None, None)
-    return {
-        "number": actor.number,
-        "host": actor.hello.host,
-        "pid": actor.hello.pid,
-        "version": actor.version,
-        "route": actor.route,
-        "leases": actor.held,
-        "groups": actor.groups,
-        "check": actor.check,
-        "check_difference": actor.check_difference,
-        "idle_share": idle,
-        "stalled_share": stalled,
+def _actor(actor: ActorState, throughput: Throughput) -> ActorStatus:
+    idle, stalled = throughput.shares(actor.session) or (None, None)
+    return ActorStatus(
+        number=actor.number,
+        host=actor.hello.host,
+        pid=actor.hello.pid,
+        version=actor.version,
+        route=actor.route,
+        leases=actor.held,
+        groups=actor.groups,
+        check=actor.check,
+        check_difference=actor.check_difference,
+        idle_share=idle,
+        stalled_share=stalled,
         # By the coordinator's clock.
-        "silent_s": max(0.0, time.monotonic() - actor.last_heard),
-    }
+        silent_s=max(0.0, time.monotonic() - actor.last_heard),
+    )
 
 
-def _refused(learner: "Learner") -> dict[str, Any]:
-    """What did not get past the access, by cause."""
-    return {
-        "connections_refused": dict(learner.access.connections_refused),
-        "messages_refused": dict(learner.access.messages_refused),
-    }
+def _push(report: PushReport) -> PushStatus:
+    return PushStatus(
+        version=report.version,
+        epoch=report.epoch,
+        routes=dict(report.routes),
+        seconds=report.seconds,
+        phases=dict(report.phases),
+        # JSON's keys are words.
+        evicted={str(actor): cause for actor, cause in report.evicted.items()},
+        behind=list(report.behind),
+    )
 
 
 def _seconds_left(seconds: float, done: int, total: int) -> float | None:
     """At the mean pace so far; None while there is none."""
     return seconds / done * (total - done) if done and seconds > 0 else None
-
-
-def evaluation_report(evaluation: Evaluation, names: tuple[str, ...]) -> dict[str, Any]:
-    """What an evaluation found."""
-    return {
-        "version": evaluation.version,
-        "prompts": evaluation.num_prompts,
-        "failed_prompts": evaluation.num_failed,
-        "completion_tokens_mean": evaluation.mean_tokens,
-        "means": evaluation.means(names),
-    }

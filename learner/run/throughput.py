@@ -10,6 +10,7 @@ from threading import Lock
 from typing import NamedTuple
 
 from learner.coordinator.coordinator import Coordinator
+from learner.status import Bottleneck
 
 WINDOW_S = 15.0
 WINDOW_STEPS = 3
@@ -66,7 +67,7 @@ class Rates:
     """Actors that would keep the learner busy at its measured speed; None while unknown."""
 
     @property
-    def bottleneck(self) -> str:
+    def bottleneck(self) -> Bottleneck:
         """The side that the other one waits for."""
         if max(self.actor_idle_share, self.learner_wait_share) < 0.1:
             return "balanced"

@@ -1,0 +1,1 @@
+"""From a batch of groups to the next version of the policy."""

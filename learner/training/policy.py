@@ -39,10 +39,12 @@ class Policy:
 
     @property
     def manifest(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Name, type and shape of each packed tensor, in order."""
         return tuple((spec.name, spec.dtype, spec.shape) for spec in self.specs)
 
     @property
     def vocab_size(self) -> int:
+        """Rows of the embedding, which may be more than the tokenizer's tokens."""
         return int(self.model.get_input_embeddings().num_embeddings)
 
     def save(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -109,7 +111,7 @@ def check_model(config: RunConfig) -> None:
 
 
 def _names_folder(path: str) -> bool:
-    """Rather than a model of the hub."""
+    """Whether a path means a folder and not a model of the hub."""
     return path.startswith((".", "/", "~"))
 
 

@@ -26,23 +26,25 @@ log = logging.getLogger("learner")
 
 @dataclass(frozen=True, slots=True)
 class RewardSetting:
-    """What the rewards of one batch count."""
+    """What the rewards count in one batch: the values in force."""
 
     weights: Mapping[str, float]
-    """By name, in the order of the configuration."""
+    """Weight of each reward by its name, in the order of the configuration."""
     when: Mapping[str, When | None]
+    """Condition of each reward by its name, None without, in the same order."""
 
     @property
-    def conditions(self) -> list[gdpo.Condition]:
-        """By index, for `gdpo.compute_advantages`."""
+    def conditions(self) -> list[gdpo.RewardCondition]:
+        """The conditions by index, for `gdpo.compute_advantages`."""
         names = list(self.weights)
         return [
-            gdpo.Condition(names.index(name), names.index(when.reward), when.at_least)
+            gdpo.RewardCondition(names.index(name), names.index(when.reward), when.at_least)
             for name, when in self.when.items()
             if when
         ]
 
     def updated(self, name: str, update: RewardUpdate) -> "RewardSetting":
+        """The setting after a change to one reward."""
         weights, conditions = dict(self.weights), dict(self.when)
         if update.weight is not None:
             weights[name] = update.weight
@@ -60,7 +62,7 @@ class RewardSetting:
         )
 
     def as_json(self) -> dict[str, dict[str, Any]]:
-        """By reward: weight, and condition or None."""
+        """Weight and condition (or None) of each reward, by name."""
         return {
             name: {"weight": weight, "when": when.model_dump() if when else None}
             for (name, weight), when in zip(self.weights.items(), self.when.values(), strict=True)
@@ -77,11 +79,11 @@ class RewardChange:
     """The whole setting after it."""
 
 
-class RewardSettings:
-    """The setting of the next step; one thread trains, another may command changes."""
+class RewardSchedule:
+    """What changes the setting from step to step; one thread trains, another may command."""
 
     def __init__(self, rewards: Sequence[RewardConfig], steps: int) -> None:
-        """``steps`` is the number of the run's last one."""
+        """``steps`` is the number of the run's last step."""
         self._schedule = [(u.from_step, r.name, u) for r in rewards for u in r.schedule]
         self._schedule.sort(key=lambda entry: entry[0])
         self._last_step = steps
@@ -97,6 +99,7 @@ class RewardSettings:
         self.changes: list[RewardChange] = []
 
     def state(self) -> RewardState:
+        """What `restore` takes back."""
         with self._lock:
             changes = tuple(asdict(change) for change in self.changes)
             return RewardState(self._current.as_json(), self._followed, changes, self.num_commands)

@@ -22,7 +22,16 @@ from torch.distributed.checkpoint.state_dict import (
 
 import gdpo
 from learner.config.run import RunConfig
-from learner.training.batch import Batch, collate, scores
+from learner.training.collate import PaddedBatch, collate, scores
+from learner.training.forward import Forward
+from learner.training.microbatches import (
+    Microbatch,
+    add_metrics,
+    lag0_difference,
+    metrics_by_staleness,
+    over_minibatches,
+    whole_ess,
+)
 from learner.training.policy import Policy
 from learner.training.reward_settings import RewardSetting
 from protocol.errors import TrainingError
@@ -37,11 +46,11 @@ class StepResult:
     """What one step did."""
 
     version: int
-    """Of the policy after it."""
+    """Version of the policy after it."""
     num_tokens: int
     """Sampled tokens trained on."""
     staleness: list[int]
-    """Of each group, when the batch was cut."""
+    """Staleness of each group when the batch was cut, in training batches."""
     metrics: dict[str, float]
     rewards: dict[str, float]
     """Mean raw score of each reward."""
@@ -54,16 +63,8 @@ class StepResult:
     was sampled from exactly the trainer's version; None if there was no such token."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """What a microbatch leaves for the metrics."""
-
-    record: gdpo.TokenRecord
-    versions_BT: torch.Tensor
-
-
 class Trainer:
-    """Owns the optimiser and the policy version."""
+    """The owner of the optimiser and of the policy version."""
 
     def __init__(
         self,
@@ -74,7 +75,6 @@ class Trainer:
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """``reference`` is the model of the KL term, if not the policy as it is now."""
-        self._on_progress = on_progress
         self._model = policy.model
         self._config = config
         self._device = next(self._model.parameters()).device
@@ -85,7 +85,8 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
         )
         self._random = torch.Generator().manual_seed(config.seed)
-        self._needs_proximal = gdpo.CORRECTIONS[config.algorithm.correction].needs_proximal
+        self._forward = Forward(config.sampling.temperature, on_progress)
+        self._correction = config.algorithm.make_correction()
         self.batch_std: float | None = None
         """Scale of the batches before, which were weighed by ``batch_std_setting``."""
         self.batch_std_setting: RewardSetting | None = None
@@ -165,41 +166,36 @@ class Trainer:
         return advantages
 
     def _update(
-        self, batch: Batch, advantages_B: torch.Tensor
+        self, batch: PaddedBatch, advantages_B: torch.Tensor
     ) -> tuple[dict[str, float], float | None]:
         """All optimiser steps of one batch."""
         proximal_BT = None
-        if self._needs_proximal and self._config.algorithm.proximal == "recomputed":
-            proximal_BT = self._proximal_logprobs(batch)
+        if self._correction.needs_proximal and self._config.algorithm.proximal == "recomputed":
+            proximal_BT = self._forward.logprobs_in_parts(
+                self._model, batch, self._config.training.microbatch_sequences
+            )
         history: dict[str, list[float]] = defaultdict(list)
-        parts: list[_Part] = []
+        parts: list[Microbatch] = []
         order = torch.randperm(len(advantages_B), generator=self._random).to(self._device)
         for index, rows in enumerate(order.tensor_split(self._config.training.minibatches)):
             self._set_lr(index)
             new_parts, metrics = self._minibatch(batch, advantages_B, proximal_BT, rows)
             if index == 0:
                 # Only before the batch's first update is the trainer's policy its version.
-                difference = self._lag0_difference(new_parts)
+                difference = lag0_difference(new_parts, self.version)
             parts += new_parts
             for name, value in metrics.items():
                 history[name].append(value)
-        metrics = {
-            name: max(values) if name.endswith("_max") else sum(values) / len(values)
-            for name, values in history.items()
-        }
-        metrics |= gdpo.metrics_by_staleness(
-            [part.record for part in parts],
-            [self.version - part.versions_BT for part in parts],
-        )
+        metrics = over_minibatches(history) | metrics_by_staleness(parts, self.version)
         return metrics, difference
 
     def _minibatch(
         self,
-        batch: Batch,
+        batch: PaddedBatch,
         advantages_B: torch.Tensor,
         proximal_BT: torch.Tensor | None,
         rows: torch.Tensor,
-    ) -> tuple[list["_Part"], dict[str, float]]:
+    ) -> tuple[list[Microbatch], dict[str, float]]:
         """One optimiser step, its gradient summed over microbatches that fit into memory."""
         denominator = gdpo.loss_denominator(
             batch.mask_BT[rows],
@@ -208,7 +204,7 @@ class Trainer:
         )
         self._optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
-        parts: list[_Part] = []
+        parts: list[Microbatch] = []
         for micro_rows in rows.split(self._config.training.microbatch_sequences):
             part = batch.select(micro_rows)
             length = part.mask_BT.shape[1]
@@ -220,56 +216,46 @@ class Trainer:
             )
             loss.loss.backward()  # type: ignore[no-untyped-call]
             sums["loss"] += loss.loss.item()
-            _add_metrics(sums, loss.metrics, share=len(micro_rows) / len(rows))
-            parts.append(_Part(loss.record, part.versions_BT))
+            add_metrics(sums, loss.metrics, share=len(micro_rows) / len(rows))
+            parts.append(Microbatch(loss.record, part.versions_BT))
         if self._config.algorithm.scale_lr_by_ess:
-            self._scale_lr(math.sqrt(_whole_ess(parts)))
+            self._scale_lr(math.sqrt(whole_ess(parts)))
         sums["grad_norm"] = self._apply(sums["loss"])
         return parts, dict(sums)
 
     def _loss(
         self,
-        part: Batch,
+        part: PaddedBatch,
         advantages_B: torch.Tensor,
         proximal_BT: torch.Tensor | None,
         denominator: torch.Tensor,
     ) -> gdpo.PolicyLoss:
         """The loss of a microbatch, as the configuration says."""
         algorithm = self._config.algorithm
-        entropy_BT = None
+        entropy = None
         if algorithm.entropy_coefficient:
-            logprobs_BT, entropy_BT = self._logprobs_and_entropy(part)
+            logprobs_BT, entropy_BT = self._forward.logprobs_and_entropy(self._model, part)
+            entropy = algorithm.make_entropy_term(entropy_BT)
         else:
-            logprobs_BT = self._logprobs(part)
-        if self._needs_proximal and proximal_BT is None:
+            logprobs_BT = self._forward.logprobs(self._model, part)
+        if self._correction.needs_proximal and proximal_BT is None:
             proximal_BT = gdpo.interpolated_proximal(
                 part.behaviour_BT, logprobs_BT, part.versions_BT, self.version
             )
-        reference_BT = None
+        kl = None
         if self._reference is not None:
             with torch.no_grad():
-                reference_BT = self._logprobs(part, self._reference)
+                kl = algorithm.make_kl_term(self._forward.logprobs(self._reference, part))
         return gdpo.policy_loss(
             logprobs_BT,
             advantages_B,
             part.mask_BT,
             behaviour_logprobs=part.behaviour_BT,
             proximal_logprobs=proximal_BT,
-            correction=algorithm.correction,
+            correction=self._correction,
             aggregation=algorithm.aggregation,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            weight_floor=algorithm.weight_floor,
-            weight_cap=algorithm.weight_cap,
-            tv_limit=algorithm.tv_limit,
-            log_ratio_penalty=algorithm.log_ratio_penalty,
-            second_moment_limit=algorithm.second_moment_limit,
-            reference_logprobs=reference_BT,
-            kl_kind=algorithm.kl_kind,
-            kl_coefficient=algorithm.kl_coefficient,
-            entropy=entropy_BT,
-            entropy_coefficient=algorithm.entropy_coefficient,
-            max_length=self._config.sampling.max_tokens,
+            kl=kl,
+            entropy=entropy,
             denominator=denominator,
         )
 
@@ -285,49 +271,6 @@ class Trainer:
             )
         self._optimizer.step()
         return norm
-
-    @torch.no_grad()
-    def _proximal_logprobs(self, batch: Batch) -> torch.Tensor:
-        """Log-probabilities [B, T] under the policy at the start of the batch."""
-        result_BT = torch.zeros_like(batch.behaviour_BT)
-        # Sequences of similar length together: less padding to compute.
-        for rows in batch.lengths_B.argsort().split(self._config.training.microbatch_sequences):
-            logprobs_BT = self._logprobs(batch.select(rows))
-            result_BT[rows, : logprobs_BT.shape[1]] = logprobs_BT
-        return result_BT
-
-    def _logits(self, batch: Batch, model: Any) -> torch.Tensor:
-        """Logits [B, T, V] of every next token.
-
-        Padding is on the right, where causal attention cannot see it: no mask is needed.
-        """
-        self._on_progress()
-        logits_BTV: torch.Tensor = model(input_ids=batch.tokens_BL[:, :-1], use_cache=False).logits
-        return logits_BTV
-
-    def _logprobs(self, batch: Batch, model: Any = None) -> torch.Tensor:
-        """Log-probability [B, T] of every next token at the sampling temperature."""
-        return gdpo.token_logprobs(
-            self._logits(batch, model or self._model),
-            batch.tokens_BL[:, 1:],
-            temperature=self._config.sampling.temperature,
-        )
-
-    def _logprobs_and_entropy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return gdpo.token_logprobs_and_entropy(
-            self._logits(batch, self._model),
-            batch.tokens_BL[:, 1:],
-            temperature=self._config.sampling.temperature,
-        )
-
-    def _lag0_difference(self, parts: list["_Part"]) -> float | None:
-        """Largest |log rho| among tokens that were sampled from exactly this version."""
-        differences = [
-            part.record.log_rho_BT[fresh_BT].abs().max().item()
-            for part in parts
-            if (fresh_BT := part.record.mask_BT & (part.versions_BT == self.version)).any()
-        ]
-        return max(differences, default=None)
 
     def _scale_lr(self, factor: float) -> None:
         for group in self._optimizer.param_groups:
@@ -352,23 +295,3 @@ def lr_factor(update: int, *, warmup: int, total: int, schedule: str) -> float:
     if schedule == "constant":
         return 1.0
     return (total - update) / (total - warmup)
-
-
-def _whole_ess(parts: list[_Part]) -> float:
-    """Effective sample size of a minibatch: it does not add up over its microbatches."""
-    weights_N = torch.cat([part.record.weight_BT[part.record.mask_BT] for part in parts])
-    if len(weights_N) == 0:
-        return 1.0
-    weights_1N = weights_N[None]
-    return gdpo.effective_sample_size(weights_1N, torch.ones_like(weights_1N)).item()
-
-
-def _add_metrics(sums: dict[str, float], metrics: dict[str, torch.Tensor], *, share: float) -> None:
-    """Add a microbatch's metrics: means by its share of the sequences, maxima as maxima."""
-    for name, value in metrics.items():
-        if name.endswith("_max"):
-            sums[name] = max(sums[name], value.item())
-        elif name == "tokens":
-            sums[name] += value.item()
-        else:
-            sums[name] += share * value.item()

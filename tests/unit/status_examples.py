@@ -35,8 +35,8 @@ WEIGHTS: dict[str, Any] = {
             "version": 39,
             "epoch": 7,
             "routes": {"collective": 3, "stream": 1},
-            "seconds": 2.21,
             "phases": {"pack": 0.01, "join": 0.0, "broadcast": 2.1, "confirm": 0.1},
+            "seconds": 2.21,
             "evicted": {"4": "silent"},
             "behind": [6, 7],
         },
@@ -44,8 +44,8 @@ WEIGHTS: dict[str, Any] = {
             "version": 40,
             "epoch": 7,
             "routes": {"collective": 3, "stream": 0},
-            "seconds": 0.21,
             "phases": {"pack": 0.01, "broadcast": 0.1, "confirm": 0.1},
+            "seconds": 0.21,
             "evicted": {},
             "behind": [],
         },
@@ -72,9 +72,11 @@ EARLY: dict[str, Any] = {
     "actors_wanted": None,
     "actor_idle_share": 0.0,
     "learner_wait_share": 0.0,
+    "connections_refused": {},
+    "messages_refused": {},
     "bottleneck": None,
-    "actors": [],
     "weights": WEIGHTS,
+    "actors": [],
 }
 RUNNING: dict[str, Any] = EARLY | {
     "phase": "training",
@@ -108,6 +110,7 @@ ACTORS = [
         "idle_share": 0.05,
         "stalled_share": 0.012,
         "silent_s": 0.1,
+        "newer": "what a newer learner says besides",
     },
     {
         "number": 6,
@@ -122,6 +125,7 @@ ACTORS = [
         "idle_share": 0.5,
         "stalled_share": 0.25,
         "silent_s": 3.24,
+        "newer": "what a newer learner says besides",
     },
     {
         "number": 7,
@@ -136,6 +140,7 @@ ACTORS = [
         "idle_share": None,
         "stalled_share": None,
         "silent_s": 0.2,
+        "newer": "what a newer learner says besides",
     },
 ]
 WATCHED = RUNNING | {"actors": ACTORS, "actors_live": 3}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gdpo import ESTIMATORS, Condition, compute_advantages
+from gdpo import ESTIMATORS, RewardCondition, compute_advantages
 
 NAN = math.nan
 ALL = tuple(ESTIMATORS)
@@ -228,43 +228,43 @@ def test_blocks_of_groups_do_not_show_in_the_result(
 def test_a_condition_takes_the_easy_reward_away_where_the_hard_one_is_missed() -> None:
     # length counts only where correct: (1,1,1,0) becomes (1,1,0,0), equal to correct itself.
     rewards = group((1, 1), (1, 1), (0, 1), (0, 0))
-    conditioned = group_sum(rewards, conditions=[Condition(reward=1, on=0, at_least=1.0)])
+    conditioned = group_sum(rewards, conditions=[RewardCondition(reward=1, on=0, at_least=1.0)])
     assert conditioned == group_sum(group((1, 1), (1, 1), (0, 0), (0, 0)))
     assert conditioned != group_sum(rewards)
 
 
 def test_a_float32_reward_equal_to_the_threshold_meets_it() -> None:
     rewards = group((0.7, 1), (0.6, 1))  # as a float32, 0.7 is 0.69999999
-    result = compute_advantages(rewards, conditions=[Condition(1, on=0, at_least=0.7)])
+    result = compute_advantages(rewards, conditions=[RewardCondition(1, on=0, at_least=0.7)])
     assert result.per_reward[0, 0, 1] > 0 > result.per_reward[0, 1, 1]
 
 
 def test_an_unknown_condition_makes_the_reward_missing_and_not_zero() -> None:
-    condition = [Condition(reward=1, on=0, at_least=1.0)]
+    condition = [RewardCondition(reward=1, on=0, at_least=1.0)]
     unknown = group_sum(group((1, 3), (NAN, 5), (0, 4)), conditions=condition)
     assert unknown == group_sum(group((1, 3), (NAN, NAN), (0, 0)))
 
 
 def test_a_missing_reward_stays_missing_where_its_condition_fails() -> None:
-    condition = [Condition(reward=1, on=0, at_least=1.0)]
+    condition = [RewardCondition(reward=1, on=0, at_least=1.0)]
     missing = group_sum(group((0, NAN), (1, 3), (1, 4)), conditions=condition)
     assert missing == group_sum(group((0, NAN), (1, 3), (1, 4)))
 
 
 def test_conditions_look_at_raw_rewards_and_must_all_hold() -> None:
     rewards = group((1, 1, 1), (0, 1, 1), (1, 0, 1), (NAN, 0, 1))
-    both = [Condition(2, on=0, at_least=1.0), Condition(2, on=1, at_least=1.0)]
+    both = [RewardCondition(2, on=0, at_least=1.0), RewardCondition(2, on=1, at_least=1.0)]
     expected = group_sum(group((1, 1, 1), (0, 1, 0), (1, 0, 0), (NAN, 0, 0)))
     assert group_sum(rewards, conditions=both) == expected
     assert group_sum(rewards, conditions=both[::-1]) == expected
-    chain = [Condition(1, on=0, at_least=1.0), Condition(2, on=1, at_least=1.0)]
+    chain = [RewardCondition(1, on=0, at_least=1.0), RewardCondition(2, on=1, at_least=1.0)]
     raw_gate = group_sum(group((1, 1, 1), (0, 0, 1), (1, 0, 0)), estimator="grpo_no_std")
     assert group_sum(rewards[:, :3], conditions=chain, estimator="grpo_no_std") == raw_gate
 
 
 def test_conditions_do_not_change_the_callers_rewards() -> None:
     rewards = T3.clone()
-    compute_advantages(rewards, conditions=[Condition(1, on=0, at_least=1.0)])
+    compute_advantages(rewards, conditions=[RewardCondition(1, on=0, at_least=1.0)])
     assert torch.equal(rewards, T3)
 
 
@@ -524,9 +524,9 @@ def test_rewards_whose_squares_would_be_infinite_are_refused() -> None:
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"previous_batch_std": 0.0}, "previous_batch_std is 0.0"),
         ({"previous_batch_std": NAN}, "previous_batch_std is nan"),
-        ({"conditions": [Condition(0, on=2, at_least=1.0)]}, "condition.on is 2"),
-        ({"conditions": [Condition(-1, on=0, at_least=1.0)]}, "condition.reward is -1"),
-        ({"conditions": [Condition(0, on=1, at_least=NAN)]}, "at_least is NaN"),
+        ({"conditions": [RewardCondition(0, on=2, at_least=1.0)]}, "condition.on is 2"),
+        ({"conditions": [RewardCondition(-1, on=0, at_least=1.0)]}, "condition.reward is -1"),
+        ({"conditions": [RewardCondition(0, on=1, at_least=NAN)]}, "at_least is NaN"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(changed: dict[str, object], message: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gdpo import (
     CORRECTIONS,
+    M2po,
     PolicyLoss,
     interpolated_proximal,
     metrics_by_staleness,
@@ -32,34 +33,33 @@ ADVANTAGES = torch.tensor([2.0, -1.0])
 # min(r A, clip(r) A) with clip to [.8, 1.2] is 2.4, 1, -1.5, -.8.
 
 
-def loss_of(correction: str, policy: Tensor = POLICY, **settings_: Any) -> PolicyLoss:
+def loss_of(correction: str, policy: Tensor = POLICY, **limits: float) -> PolicyLoss:
     return policy_loss(
         policy,
         ADVANTAGES,
         torch.ones(2, 2),
         behaviour_logprobs=BEHAVIOUR,
         proximal_logprobs=PROXIMAL,
-        correction=correction,
-        **settings_,
+        correction=CORRECTIONS[correction](**limits),
     )
 
 
-def objective(correction: str, **settings_: Any) -> float:
+def objective(correction: str, **limits: float) -> float:
     """Sum of the objective over the four tokens."""
-    return -4 * float(loss_of(correction, **settings_).loss)
+    return -4 * float(loss_of(correction, **limits).loss)
 
 
-def gradient(correction: str, **settings_: Any) -> list[float]:
-    """Of the sum of the objective."""
+def gradient(correction: str, **limits: float) -> list[float]:
+    """Gradient of the sum of the objective, token by token."""
     leaf = POLICY.clone().requires_grad_()
-    loss_of(correction, leaf, **settings_).loss.backward()
+    loss_of(correction, leaf, **limits).loss.backward()
     assert leaf.grad is not None
     return (-4 * leaf.grad).flatten().tolist()
 
 
-def shares(correction: str, **settings_: Any) -> dict[str, float]:
+def shares(correction: str, **limits: float) -> dict[str, float]:
     """Shares of truncated, clipped and masked tokens that are not 0."""
-    found = loss_of(correction, **settings_).metrics
+    found = loss_of(correction, **limits).metrics
     return {name: float(x) for name, x in found.items() if name.endswith("share") and x > 0}
 
 
@@ -67,7 +67,7 @@ def shares(correction: str, **settings_: Any) -> dict[str, float]:
 
 
 def test_the_defaults_are_those_that_their_authors_use() -> None:
-    found = {name: correction.limits for name, correction in CORRECTIONS.items()}
+    found: dict[str, Any] = {name: correction() for name, correction in CORRECTIONS.items()}
     assert (found["decoupled_ppo"].clip_low, found["decoupled_ppo"].clip_high) == (0.2, 0.2)
     assert found["decoupled_ppo"].weight_cap == 5
     assert found["tis"].weight_cap == found["tis_sequence"].weight_cap == 2
@@ -175,8 +175,7 @@ def test_m2po_keeps_the_second_moment_of_the_rest_under_its_limit(
         torch.ones(1),
         torch.ones_like(behaviour),
         behaviour_logprobs=behaviour,
-        correction="m2po",
-        second_moment_limit=limit,
+        correction=M2po(second_moment_limit=limit),
     ).loss.backward()
     assert leaf.grad is not None
     kept = [x for x, g in zip(log_rho, leaf.grad[0].tolist(), strict=True) if g != 0]
@@ -207,7 +206,7 @@ def test_the_order_of_sequences_and_tokens_does_not_matter(correction: str) -> N
             mask,
             behaviour_logprobs=behaviour,
             proximal_logprobs=proximal,
-            correction=correction,
+            correction=CORRECTIONS[correction](),
         )
 
     tensors = policy, proximal, behaviour, mask

@@ -1,6 +1,8 @@
 """The policy loss: golden numbers, what masks hide, and gradients."""
 
 import math
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,7 +15,14 @@ from gdpo import (
     AGGREGATIONS,
     CORRECTIONS,
     KL_PENALTIES,
+    DecoupledPpo,
+    EntropyTerm,
+    EssScaling,
+    Icepop,
+    KlTerm,
     PolicyLoss,
+    Ppo,
+    Uncorrected,
     effective_sample_size,
     kl_penalty,
     loss_denominator,
@@ -78,14 +87,14 @@ def test_decoupled_ppo_weights_the_clipped_surrogate_by_the_truncated_weight() -
     #   A =  2: r = 1.5: min(3, 2.4) = 2.4;    r = .5: min(1, 1.6) = 1
     #   A = -1: r = 1.5: min(-1.5, -1.2) = -1.5;  r = .5: min(-.5, -.8) = -.8
     # times w' = 2, 1, min(10, 5), 1: 4.8 + 1 - 7.5 - .8 = -2.5, over 4 tokens.
-    result = loss_of(POLICY, (2.0, -1.0), correction="decoupled_ppo", **STALE)
+    result = loss_of(POLICY, (2.0, -1.0), correction=DecoupledPpo(), **STALE)
     assert float(result.loss) == pytest.approx(2.5 / 4)
     assert metrics(result)["weight_truncated_share"] == 0.25
 
 
 def test_decoupled_ppo_without_a_cap_keeps_the_whole_weight() -> None:
     # As above with w = 10 in the third place: 4.8 + 1 - 15 - .8 = -10.
-    result = loss_of(POLICY, (2.0, -1.0), weight_cap=math.inf, **STALE)
+    result = loss_of(POLICY, (2.0, -1.0), correction=Icepop(weight_cap=math.inf), **STALE)
     assert float(result.loss) == pytest.approx(10 / 4)
     assert metrics(result)["weight_truncated_share"] == 0
 
@@ -93,21 +102,21 @@ def test_decoupled_ppo_without_a_cap_keeps_the_whole_weight() -> None:
 def test_ppo_clips_against_the_behaviour_policy() -> None:
     # rho = 3, .5 (A = 2): min(6, 2.4) = 2.4, 1;  rho = 15, .5 (A = -1): -15, min(-.5, -.8) = -.8.
     # 2.4 + 1 - 15 - .8 = -12.4, over 4 tokens.
-    result = loss_of(POLICY, (2.0, -1.0), correction="ppo", **STALE)
+    result = loss_of(POLICY, (2.0, -1.0), correction=Ppo(), **STALE)
     assert float(result.loss) == pytest.approx(12.4 / 4)
     without_proximal = policy_loss(
         POLICY,
         torch.tensor([2.0, -1.0]),
         torch.ones(2, 2),
         behaviour_logprobs=BEHAVIOUR,
-        correction="ppo",
+        correction=Ppo(),
     )
     assert float(without_proximal.loss) == pytest.approx(12.4 / 4)
 
 
 def test_none_ignores_the_behaviour_policy() -> None:
     # The surrogate of decoupled_ppo with every weight 1: 2.4 + 1 - 1.5 - .8 = 1.1.
-    result = loss_of(POLICY, (2.0, -1.0), correction="none", **STALE)
+    result = loss_of(POLICY, (2.0, -1.0), correction=Uncorrected(), **STALE)
     assert float(result.loss) == pytest.approx(-1.1 / 4)
 
 
@@ -117,8 +126,7 @@ def test_clip_higher_lets_a_good_token_rise_further(correction: str) -> None:
     result = loss_of(
         logs((0.3,)),
         (2.0,),
-        correction=correction,
-        clip_high=0.28,
+        correction=CORRECTIONS[correction](clip_high=0.28),
         behaviour_logprobs=logs((0.2,)),
         proximal_logprobs=logs((0.2,)),
     )
@@ -131,9 +139,10 @@ def test_on_policy_all_corrections_are_the_plain_policy_gradient(correction: str
     policy = logs((0.3, 0.1), (0.5, 0.5))
     mask = torch.tensor([[1, 1], [1, 0]])
     if correction != "cispo":  # whose value is A log pi
-        assert float(loss_of(policy, (2.0, -1.0), mask, correction=correction).loss) == -1
+        result = loss_of(policy, (2.0, -1.0), mask, correction=CORRECTIONS[correction]())
+        assert float(result.loss) == -1
     expected = [[-2 / 3, -2 / 3], [1 / 3, 0]]
-    gradient = gradient_of(policy, (2.0, -1.0), mask, correction=correction)
+    gradient = gradient_of(policy, (2.0, -1.0), mask, correction=CORRECTIONS[correction]())
     assert gradient == [pytest.approx(row) for row in expected]
 
 
@@ -179,7 +188,7 @@ def test_losses_of_the_parts_add_up_to_the_loss_of_the_minibatch(aggregation: st
 def test_metrics_describe_weights_ratios_and_clipping() -> None:
     # w = 2, 1, 10, 1: mean 3.5, ESS 14^2 / (4 * 106) = .462264; r = 1.5, .5, 1.5, .5: mean 1.
     # rho = 3, .5, 15, .5: k3 = 2 - ln 3, -.5 + ln 2, 14 - ln 15, -.5 + ln 2.
-    found = metrics(loss_of(POLICY, (2.0, -1.0), correction="decoupled_ppo", **STALE))
+    found = metrics(loss_of(POLICY, (2.0, -1.0), correction=DecoupledPpo(), **STALE))
     k3 = [2 - math.log(3), -0.5 + math.log(2), 14 - math.log(15), -0.5 + math.log(2)]
     assert found == pytest.approx(
         {
@@ -208,7 +217,9 @@ def test_mismatch_kl_keeps_its_digits_where_the_policies_almost_agree() -> None:
 
 @pytest.mark.parametrize("correction", ALL)
 def test_metrics_carry_no_gradient(correction: str) -> None:
-    result = loss_of(POLICY.clone().requires_grad_(), (2.0, -1.0), correction=correction, **STALE)
+    result = loss_of(
+        POLICY.clone().requires_grad_(), (2.0, -1.0), correction=CORRECTIONS[correction](), **STALE
+    )
     assert result.loss.requires_grad
     assert not any(value.requires_grad for value in result.metrics.values())
     assert all(value.dim() == 0 for value in result.metrics.values())
@@ -220,7 +231,7 @@ def test_metrics_carry_no_gradient(correction: str) -> None:
 def test_gradient_vanishes_exactly_where_the_clip_is_active() -> None:
     # d (w' r A) / d log pi = w' r A where unclipped: token 2: .5 * 2 = 1; token 3: 5 * 1.5 * -1.
     # Tokens 1 (r too high, A > 0) and 4 (r too low, A < 0) are clipped. Loss: minus, over 4.
-    gradient = gradient_of(POLICY, (2.0, -1.0), correction="decoupled_ppo", **STALE)
+    gradient = gradient_of(POLICY, (2.0, -1.0), correction=DecoupledPpo(), **STALE)
     assert gradient == [pytest.approx([0, -1 / 4]), pytest.approx([7.5 / 4, 0])]
 
 
@@ -255,7 +266,7 @@ def test_gradient_is_that_of_finite_differences(correction: str, aggregation: st
             mask,
             behaviour_logprobs=behaviour,
             proximal_logprobs=proximal,
-            correction=correction,
+            correction=CORRECTIONS[correction](),
             aggregation=aggregation,
             max_length=4,
         ).loss
@@ -286,7 +297,7 @@ def test_garbage_under_the_mask_leaks_nowhere(correction: str, garbage: float) -
             mask,
             behaviour_logprobs=behaviour,
             proximal_logprobs=proximal,
-            correction=correction,
+            correction=CORRECTIONS[correction](),
         )
         result.loss.backward()
         results.append((result.loss.item(), metrics(result), policy.grad))
@@ -307,7 +318,7 @@ def test_a_fully_masked_minibatch_has_loss_zero_and_no_gradient(
         leaf,
         (1.0, math.nan),
         torch.zeros(2, 3),
-        correction=correction,
+        correction=CORRECTIONS[correction](),
         aggregation=aggregation,
         max_length=3,
     )
@@ -328,7 +339,7 @@ def test_policies_that_disagree_wildly_give_a_finite_loss(correction: str, sign:
         result = loss_of(
             policy,
             (advantage,),
-            correction=correction,
+            correction=CORRECTIONS[correction](),
             behaviour_logprobs=far,
             proximal_logprobs=-far,
         )
@@ -363,7 +374,7 @@ def test_loss_is_never_below_minus_the_clipped_gain(
     result = loss_of(
         policy,
         (advantage,),
-        correction=correction,
+        correction=CORRECTIONS[correction](),
         behaviour_logprobs=behaviour,
         proximal_logprobs=torch.zeros(1, 3),
     )
@@ -377,35 +388,79 @@ def test_loss_is_never_below_minus_the_clipped_gain(
 @pytest.mark.parametrize("correction", [n for n in ALL if CORRECTIONS[n].needs_proximal])
 def test_a_missing_proximal_policy_is_refused_with_the_remedy(correction: str) -> None:
     with pytest.raises(ValueError, match=r"needs proximal_logprobs: pass the log-prob"):
-        loss_of(POLICY, (2.0, -1.0), correction=correction, proximal_logprobs=None)
+        loss_of(POLICY, (2.0, -1.0), correction=CORRECTIONS[correction](), proximal_logprobs=None)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"correction": "ppoo"}, "use one of decoupled_ppo, ppo, tis"),
         ({"aggregation": "mean"}, "use one of token_mean, sequence_mean, constant"),
         ({"aggregation": "constant"}, "needs max_length"),
         ({"aggregation": "constant", "max_length": 0}, "needs max_length"),
         ({"mask": torch.ones(2)}, "mask has shape"),
         ({"behaviour_logprobs": POLICY[:1]}, "behaviour_logprobs has shape"),
         ({"proximal_logprobs": POLICY[:, :1]}, "proximal_logprobs has shape"),
-        ({"clip_low": 1.5}, "clip_low is 1.5"),
-        ({"clip_high": -0.1}, "clip_high is -0.1"),
-        ({"weight_cap": 0.0}, "weight_cap is 0.0"),
-        ({"weight_floor": math.nan}, "weight_floor is nan"),
-        ({"tv_limit": 2.0}, "tv_limit is 2.0"),
-        ({"kl_kind": "k4", "reference_logprobs": POLICY}, "use one of k3, mse"),
-        ({"kl_coefficient": 0.1}, "pass reference_logprobs"),
-        ({"kl_coefficient": -0.1}, "reference_logprobs is -0.1"),
-        ({"reference_logprobs": POLICY[:1]}, "reference_logprobs has shape"),
-        ({"entropy_coefficient": 0.1}, "pass entropy"),
-        ({"entropy": POLICY[0]}, "entropy has shape"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss_of(POLICY, (2.0, -1.0), **changed)
+
+
+@pytest.mark.parametrize(
+    ("correction", "limits", "message"),
+    [
+        ("icepop", {"clip_low": 1.5}, "clip_low is 1.5"),
+        ("icepop", {"clip_high": -0.1}, "clip_high is -0.1"),
+        ("icepop", {"weight_cap": 0.0}, "weight_cap is 0.0"),
+        ("icepop", {"weight_floor": math.nan}, "weight_floor is nan"),
+        ("dppo_tv", {"tv_limit": 2.0}, "tv_limit is 2.0"),
+    ],
+)
+def test_a_limit_out_of_range_is_refused_by_name(
+    correction: str, limits: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        CORRECTIONS[correction](**limits)
+
+
+@pytest.mark.parametrize("correction", ALL)
+def test_a_limit_that_a_correction_does_not_have_cannot_be_given(correction: str) -> None:
+    kind = CORRECTIONS[correction]
+    foreign = {"clip_low", "weight_floor", "weight_cap", "tv_limit", "second_moment_limit"}
+    foreign -= {field.name for field in fields(kind)}
+    assert foreign
+    for name in foreign:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            kind(**{name: 0.1})
+
+
+@pytest.mark.parametrize("correction", ["ppoo", "ppo", Ppo])
+def test_what_is_no_correction_is_refused_with_those_that_are(correction: object) -> None:
+    with pytest.raises(TypeError, match="use one of decoupled_ppo, ppo, tis"):
+        loss_of(POLICY, (2.0, -1.0), correction=correction)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KlTerm(POLICY, 0.1, "k4"), "use one of k3, mse"),
+        (lambda: KlTerm(POLICY, -0.1), "reference_logprobs is -0.1"),
+        (lambda: EntropyTerm(POLICY, -0.1), "entropy is -0.1"),
+        (lambda: loss_of(POLICY, (2.0, -1.0), kl=KlTerm(POLICY[:1])), "reference_logprobs has"),
+        (lambda: loss_of(POLICY, (2.0, -1.0), entropy=EntropyTerm(POLICY[0])), "entropy has"),
+    ],
+)
+def test_a_wrong_term_is_refused_by_name(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_term_without_its_input_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="reference_logprobs"):
+        KlTerm(coefficient=0.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="entropy"):
+        EntropyTerm(coefficient=0.1)  # type: ignore[call-arg]
 
 
 def test_a_wrong_shape_of_logprobs_or_advantages_is_refused() -> None:
@@ -436,10 +491,9 @@ def test_kl_penalty_is_added_to_the_loss(
 ) -> None:
     leaf = POLICY.clone().requires_grad_()
     assert kl_penalty(leaf, REFERENCE, kind).flatten().tolist() == pytest.approx(expected, abs=1e-6)
-    kl: dict[str, Any] = {"reference_logprobs": REFERENCE, "kl_kind": kind}
     plain = loss_of(POLICY, (2.0, -1.0), **STALE)
-    measured = loss_of(POLICY, (2.0, -1.0), **kl, **STALE)
-    penalised = loss_of(leaf, (0.0, 0.0), kl_coefficient=0.5, **kl, **STALE)
+    measured = loss_of(POLICY, (2.0, -1.0), kl=KlTerm(REFERENCE, kind=kind), **STALE)
+    penalised = loss_of(leaf, (0.0, 0.0), kl=KlTerm(REFERENCE, 0.5, kind), **STALE)
     assert float(measured.loss) == float(plain.loss)
     assert metrics(measured)["reference_kl"] == pytest.approx(sum(expected) / 4, abs=1e-6)
     assert penalised.loss.item() == pytest.approx(0.5 * sum(expected) / 4, abs=1e-6)
@@ -459,8 +513,7 @@ def test_kl_penalty_of_models_that_disagree_wildly_is_finite() -> None:
 def test_entropy_is_rewarded() -> None:
     entropy = torch.tensor([[1.0, 2.0], [3.0, math.nan]], requires_grad=True)
     mask = torch.tensor([[1, 1], [1, 0]])
-    common: dict[str, Any] = {"mask": mask, "entropy": entropy, **STALE}
-    result = loss_of(POLICY, (0.0, 0.0), entropy_coefficient=0.1, **common)
+    result = loss_of(POLICY, (0.0, 0.0), mask, entropy=EntropyTerm(entropy, 0.1), **STALE)
     assert result.loss.item() == pytest.approx(-0.1 * 6 / 3)
     assert metrics(result)["entropy"] == pytest.approx(2)
     result.loss.backward()
@@ -471,9 +524,9 @@ def test_entropy_is_rewarded() -> None:
 def test_the_step_is_scaled_by_the_root_of_the_effective_sample_size() -> None:
     # w = 2, 1, 10, 1: ESS 196 / 424.
     plain = float(loss_of(POLICY, (2.0, -1.0), **STALE).loss)
-    scaled = loss_of(POLICY, (2.0, -1.0), scale_by_ess=True, **STALE)
+    scaled = loss_of(POLICY, (2.0, -1.0), ess_scaling=EssScaling(), **STALE)
     assert float(scaled.loss) == pytest.approx(plain * math.sqrt(196 / 424))
-    of_the_whole = loss_of(POLICY, (2.0, -1.0), scale_by_ess=True, ess=0.25, **STALE)
+    of_the_whole = loss_of(POLICY, (2.0, -1.0), ess_scaling=EssScaling(0.25), **STALE)
     assert float(of_the_whole.loss) == pytest.approx(plain / 2)
 
 

@@ -1,23 +1,35 @@
 """Run folders: new for every run, never half a file."""
 
 import json
+import math
 import os
+import re
 import resource
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from learner.config.file import load_config
+from learner.records import Control, Endpoints
 from learner.run_folder import RunFolder
 from protocol.errors import ConfigError, TrainingError
+from tests.unit.record_examples import STEP, SUMMARY, make_evaluation, make_step, make_summary
+
+ENDPOINTS = Endpoints(learner="tcp://127.0.0.1:1", metrics="http://127.0.0.1:2/metrics")
+CONTROL = Control(url="http://127.0.0.1:2", token="secret")
 
 
 def test_an_earlier_run_of_the_same_name_is_never_touched(recipe, tmp_path):
     config = load_config(recipe, [f"runs_folder={tmp_path}", "name=demo"])
     first = RunFolder.create(config)
-    first.write_summary({"step": 1})
+    first.write_summary(make_summary(steps=1))
     assert RunFolder.create(config).path == tmp_path / "demo-2"
     assert RunFolder.create(config).path == tmp_path / "demo-3"
-    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == {"step": 1}
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == SUMMARY | {"steps": 1}
 
 
 def test_the_resolved_configuration_is_in_the_folder(recipe, tmp_path):
@@ -29,7 +41,7 @@ def test_the_resolved_configuration_is_in_the_folder(recipe, tmp_path):
 def test_a_line_of_metrics_is_on_disk_at_once(recipe, tmp_path):
     folder = RunFolder.create(load_config(recipe, [f"runs_folder={tmp_path}"]))
     for step in (1, 2):
-        folder.append_step({"step": step})
+        folder.append_step(make_step(step))
         lines = (folder.path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
     folder.close()
@@ -104,7 +116,7 @@ def test_one_learner_works_in_a_folder_at_a_time(recipe, tmp_path):
 
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(recipe, tmp_path):
     folder = make_folder(recipe, tmp_path)
-    folder.write_summary({"step": 1})
+    folder.write_summary(make_summary())
     before = (folder.path / "config.toml").read_bytes()
     folder.take()
     folder.close()
@@ -114,12 +126,12 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(recipe, tmp_path):
 
 def test_a_run_that_is_complete_goes_on_only_with_more_steps(recipe, tmp_path):
     folder = make_folder(recipe, tmp_path, "training.steps=5")
-    folder.write_summary({"steps": 5, "completed": True})
+    folder.write_summary(make_summary(steps=5))
     with pytest.raises(ConfigError, match=r"is complete, with 5 steps; .* training\.steps=N"):
         RunFolder.resume(folder.path, [])
     RunFolder.resume(folder.path, ["training.steps=6"])
     # One that was stopped while it was evaluated.
-    folder.write_summary({"steps": 5, "completed": False})
+    folder.write_summary(make_summary(steps=5, completed=False))
     RunFolder.resume(folder.path, [])
     (folder.path / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match=r"summary\.json is damaged"):
@@ -142,21 +154,21 @@ def test_a_folder_of_no_run_cannot_be_resumed(tmp_path):
 def test_steps_that_are_trained_again_are_forgotten_and_half_a_line_too(recipe, tmp_path):
     folder = make_folder(recipe, tmp_path)
     for step in (1, 2, 3):
-        folder.append_step({"step": step})
+        folder.append_step(make_step(step))
     folder.close()
     path = folder.path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "lo')
     again = RunFolder(folder.path)
     again.forget_steps_after(2)
-    again.append_step({"step": 3, "again": True})
+    again.append_step(make_step(3, again=1.0))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert lines == [STEP, STEP | {"step": 2}, STEP | {"step": 3, "again": 1.0}]
     again.close()
 
 
 def test_half_a_line_does_not_stay_when_the_disk_is_full(recipe, tmp_path):
     folder = make_folder(recipe, tmp_path)
-    folder.append_step({"step": 1})
+    folder.append_step(make_step(1))
     path = folder.path / "metrics.jsonl"
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -164,7 +176,7 @@ def test_half_a_line_does_not_stay_when_the_disk_is_full(recipe, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
     try:
         with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: File too large"):
-            folder.append_step({"step": 2, "text": "x" * 100})
+            folder.append_step(make_step(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
@@ -181,12 +193,143 @@ def test_what_cannot_be_written_is_an_error_that_says_how_to_go_on(recipe, tmp_p
     monkeypatch.setattr(os, "fsync", full)
     expected = rf"cannot write .*: No space left on device; .*gdpo learner --resume {folder.path}"
     for write in (
-        lambda: folder.write_summary({}),
-        lambda: folder.write_endpoints("a", "b"),
-        lambda: folder.write_control("a", "b"),
-        lambda: folder.write_evaluation({}),
+        lambda: folder.write_summary(make_summary()),
+        lambda: folder.write_endpoints(ENDPOINTS),
+        lambda: folder.write_control(CONTROL),
+        lambda: folder.write_evaluation(make_evaluation()),
         lambda: folder.go_on(load_config(recipe)),
     ):
         with pytest.raises(TrainingError, match=expected):
             write()
     assert (folder.path / "config.toml").read_bytes() == before
+
+
+# ---- Reading what was written ------------------------------------------------------------------
+
+
+def full_folder(recipe, tmp_path) -> RunFolder:
+    """One that holds everything."""
+    folder = make_folder(recipe, tmp_path)
+    folder.write_endpoints(ENDPOINTS)
+    folder.write_control(CONTROL)
+    folder.write_evaluation(make_evaluation())
+    folder.write_summary(make_summary())
+    for step in (1, 2):
+        folder.append_step(make_step(step))
+    return folder
+
+
+READERS: dict[str, Callable[[RunFolder], object]] = {
+    "run.json": lambda folder: folder.run_id,
+    "config.toml": RunFolder.read_config,
+    "endpoints.json": RunFolder.read_endpoints,
+    "control.json": RunFolder.read_control,
+    "evaluation_before.json": RunFolder.read_evaluation,
+    "summary.json": RunFolder.read_summary,
+    "metrics.jsonl": RunFolder.read_steps,
+}
+
+
+def test_what_was_written_is_read_back_equal(recipe, tmp_path):
+    folder = full_folder(recipe, tmp_path)
+    again = RunFolder(folder.path)
+    assert again.read_config() == load_config(folder.path / "config.toml")
+    assert again.read_endpoints() == ENDPOINTS
+    assert again.read_control() == CONTROL
+    assert again.read_evaluation() == make_evaluation()
+    assert again.read_summary() == make_summary()
+    assert again.read_steps() == [make_step(1), make_step(2)]
+    assert again.num_steps == 2
+    assert again.run_id == folder.run_id
+    folder.close()
+
+
+NUMBERS = st.floats(allow_nan=False)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(
+    metrics=st.dictionaries(NAMES.filter(lambda name: name not in STEP), NUMBERS, max_size=4),
+    rewards=st.dictionaries(NAMES, NUMBERS, max_size=4),
+    seconds=NUMBERS,
+    difference=st.none() | NUMBERS,
+)
+def test_a_step_of_any_figures_is_read_back_equal(metrics, rewards, seconds, difference):
+    step = make_step(
+        rewards=rewards, seconds=seconds, lag0_logprob_difference=difference, **metrics
+    )
+    with TemporaryDirectory() as path:
+        folder = RunFolder(Path(path))
+        folder.append_step(step)
+        folder.close()
+        assert folder.read_steps() == [step]
+        [line] = (Path(path) / "metrics.jsonl").read_text().splitlines()
+    # The metrics of the loss stand beside the other keys, as they always have.
+    assert json.loads(line) == STEP | {
+        "rewards": rewards,
+        "seconds": seconds,
+        "lag0_logprob_difference": difference,
+        **metrics,
+    }
+    assert step.metrics == {"loss": 0.125, "ess": 0.5, **metrics}
+
+
+def test_a_reward_that_applied_to_nothing_is_read_back_as_that(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_step(make_step(rewards={"format": math.nan}, loss=math.inf))
+    folder.close()
+    [step] = folder.read_steps()
+    assert math.isnan(step.rewards["format"])
+    assert step.metrics["loss"] == math.inf
+
+
+DAMAGES = {
+    "nothing": b"",
+    "half": b'{"step": 1, "lo',
+    "another type": b"[]\n",
+    "another value": b'{"run_id": 1, "steps": "many", "metrics": [], "url": {}}\n',
+    "no text": b'{"step": "\xff\xfe"}\n',
+    "nested": b"[" * 100_000,
+    "a huge number": b'{"step": ' + b"9" * 10_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_one_clear_line(recipe, tmp_path, name, damage):
+    folder = full_folder(recipe, tmp_path)
+    (folder.path / name).write_bytes(DAMAGES[damage])
+    with pytest.raises(ConfigError) as caught:
+        READERS[name](RunFolder(folder.path))
+    text = str(caught.value)
+    assert name in text
+    assert text.isprintable()
+    assert len(text) < 1000
+    folder.close()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_missing_file_is_one_clear_line(tmp_path, name):
+    folder = RunFolder(tmp_path)
+    if name == "evaluation_before.json":
+        assert folder.read_evaluation() is None
+        return
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        READERS[name](folder)
+
+
+def test_a_damaged_line_of_metrics_is_named(recipe, tmp_path):
+    folder = full_folder(recipe, tmp_path)
+    folder.close()
+    with (folder.path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"line 3 of .*metrics\.jsonl is damaged: seconds: Field"):
+        folder.read_steps()
+
+
+def test_a_learner_before_is_forgotten(recipe, tmp_path):
+    folder = full_folder(recipe, tmp_path)
+    folder.close()
+    folder.forget_last_learner()
+    assert not folder.has_endpoints
+    assert not folder.has_summary

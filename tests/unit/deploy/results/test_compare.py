@@ -22,7 +22,9 @@ from deploy.results.compare_report import (
     print_comparison,
     steps_to,
 )
+from learner.run_folder import RunFolder
 from protocol.errors import ConfigError
+from tests.unit.record_examples import make_evaluation, make_step, make_summary
 
 
 def make_run(
@@ -155,18 +157,20 @@ def test_a_reward_that_applied_to_nothing_in_a_batch_leaves_the_other_batches():
     assert steps_to(run["curves"]["format"], 0.5) == 16
 
 
-def write_run(folder, curve: list[float], after: float) -> None:
-    folder.mkdir()
-    lines = [{"rewards": {"format": value}, "ess": 0.5} for value in curve]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    rewards = {"before": None, "after": {"means": {"format": after}}}
-    (folder / "summary.json").write_text(json.dumps({"rewards": rewards}))
+def write_run(folder: RunFolder, curve: list[float], after: float) -> None:
+    folder.path.mkdir()
+    for step, value in enumerate(curve, start=1):
+        folder.append_step(make_step(step, rewards={"format": value}, ess=0.5))
+    evaluation = make_evaluation(means={"format": after})
+    rewards = {"before": None, "after": evaluation, "changes": [], "failures": {}}
+    folder.write_summary(make_summary(rewards=rewards))
+    folder.close()
 
 
 def collect_to_json(tmp_path, settings: list[dict]) -> dict:
     runs = []
     for index, setting in enumerate(settings):
-        folder = tmp_path / f"run{index}"
+        folder = RunFolder(tmp_path / f"run{index}")
         write_run(folder, rising(5 + 5 * index), after=0.25 + 0.5 * setting["seed"])
         runs.append((setting, folder))
     result = collect(runs)

@@ -7,7 +7,9 @@ from rich.console import Console
 
 from deploy.results.summary import print_summary
 from deploy.watch.display import Display, render_line, render_panel
-from deploy.watch.status import Status, read_status
+from deploy.watch.status import read_status
+from learner.status import Status
+from tests.unit.record_examples import make_summary
 from tests.unit.status_examples import EARLY, RUNNING
 
 
@@ -88,36 +90,9 @@ def test_the_display_ends_at_once_though_there_was_nothing_to_show():
 
 # ---- The summary -------------------------------------------------------------------------------
 
-BOOKS = {"leased": 9, "received": 7, "outstanding": 0, "balanced": True}
-SUMMARY = {
-    "completed": True,
-    "ended_because": "all steps done",
-    "steps": 10,
-    "seconds_training": 12.3,
-    "rewards": {
-        "before": {"prompts": 8, "completion_tokens_mean": 9.0, "means": {"a": 0.25, "b": None}},
-        "after": {"prompts": 8, "completion_tokens_mean": 8.5, "means": {"a": 0.75, "b": 1.0}},
-        "failures": {},
-    },
-    "books": {
-        "leases": {"train": BOOKS | {"failed": {"actor_lost": 2}}},
-        "groups": {
-            "accepted": 7,
-            "trained": 4,
-            "evicted": {},
-            "buffered": 2,
-            "balanced": False,
-        },
-    },
-    "throughput": {"tokens_trained_per_s": 1234.5},
-    "staleness": {"largest": 2, "limit": 2},
-    "lag0_logprob_difference": 1.23e-6,
-    "checkpoint": "runs/tiny/checkpoint",
-}
-
 
 def test_the_summary_shows_rewards_books_and_where_things_are(capsys):
-    print_summary(SUMMARY, plot=None)
+    print_summary(make_summary(), plot=None)
     text = capsys.readouterr().out
     for part in (
         "mean reward on 8 held-out prompts",
@@ -133,13 +108,13 @@ def test_the_summary_shows_rewards_books_and_where_things_are(capsys):
 
 
 def test_the_summary_of_a_run_that_was_stopped_says_why(capsys):
-    summary = SUMMARY | {
-        "completed": False,
-        "ended_because": "SIGINT",
-        "rewards": {"before": None, "after": None, "failures": {"a": 3, "b": 1}},
-        "lag0_logprob_difference": None,
-        "checkpoint": None,
-    }
+    summary = make_summary(
+        completed=False,
+        ended_because="SIGINT",
+        rewards={"before": None, "after": None, "changes": [], "failures": {"a": 3, "b": 1}},
+        lag0_logprob_difference=None,
+        checkpoint=None,
+    )
     print_summary(summary, plot=None)
     text = capsys.readouterr().out
     assert "The run ended early after 10 steps: SIGINT" in text
@@ -148,5 +123,5 @@ def test_the_summary_of_a_run_that_was_stopped_says_why(capsys):
 
 def test_a_cause_is_printed_as_it_is_whatever_brackets_it_holds(capsys):
     cause = "3 groups failed in a row because: KeyError: '[/INST]' [bold] [Errno 2]"
-    print_summary(SUMMARY | {"completed": False, "ended_because": cause}, plot=None)
+    print_summary(make_summary(completed=False, ended_because=cause), plot=None)
     assert cause in " ".join(capsys.readouterr().out.split())

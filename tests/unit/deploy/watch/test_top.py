@@ -28,6 +28,7 @@ from deploy.watch.status import TIMEOUT_S, read_status
 from deploy.watch.top import Answer, View, Watched, watch
 from deploy.watch.top_picture import Picture
 from protocol.errors import BadMessage, ConfigError, PeerLost
+from tests.unit.record_examples import SUMMARY
 from tests.unit.status_examples import ACTORS, EARLY, WATCHED, WEIGHTS
 
 ROOT = Path(__file__).parents[4]
@@ -228,7 +229,7 @@ def test_an_odd_value_anywhere_is_refused_or_shown_and_never_obeyed(odd):
         text = console.file.getvalue()
         assert all(line.isprintable() for line in text.splitlines()), path
         shown += 1
-    # Those that nobody looks at, if none else: process ids.
+    # Those that nobody reads, if none else.
     assert shown >= len(ACTORS)
 
 
@@ -387,7 +388,9 @@ def test_a_folder_of_a_run_that_is_over_says_how_it_ended(start, tmp_path, capsy
     learner = start()
     learner.close()
     folder = make_folder(tmp_path, learner.address)
-    (folder / "summary.json").write_text(json.dumps({"ended_because": "all steps done\x1b"}))
+    (folder / "summary.json").write_text(
+        json.dumps(SUMMARY | {"ended_because": "all steps done\x1b"})
+    )
     assert main(["top", str(folder)]) == 2
     assert capsys.readouterr().err == (
         f"gdpo: error: the run in {folder} is over: all steps done\\x1b\n"
@@ -401,13 +404,14 @@ def test_a_folder_of_a_run_that_is_over_says_how_it_ended(start, tmp_path, capsy
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ("{}", "is damaged"),
-        ('{"metrics": 1}', "is damaged"),
-        ('{"metrics": "file:///etc/passwd"}', "is damaged"),
+        ('{"learner": "tcp://h:1", "metrics": 1}', "is damaged"),
+        ('{"learner": "tcp://h:1", "metrics": "file:///etc/passwd"}', "is damaged"),
+        ('{"learner": "tcp://h:1", "metrics": "\xff"}', "is damaged"),
     ],
 )
 def test_a_folder_without_an_address_is_an_error_of_the_user(tmp_path, capsys, endpoints, problem):
     if endpoints is not None:
-        (tmp_path / "endpoints.json").write_text(endpoints)
+        (tmp_path / "endpoints.json").write_bytes(endpoints.encode("latin-1"))
     assert main(["top", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert problem in line
@@ -520,7 +524,7 @@ def test_a_learner_that_is_leaving_is_shown_as_long_as_it_answers():
 
 
 def test_a_run_whose_folder_has_a_summary_is_over(tmp_path):
-    (tmp_path / "summary.json").write_text(json.dumps({"ended_because": "SIGTERM"}))
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY | {"ended_because": "SIGTERM"}))
     assert play(GONE, target=str(tmp_path))[0] == "The run is over: SIGTERM"
 
 
@@ -532,7 +536,8 @@ def test_a_run_that_is_resumed_at_another_address_is_found_again(start, tmp_path
     with pytest.raises(ConfigError):
         target.fetch()
     resumed = start(WATCHED | {"step": 50})
-    (folder / "endpoints.json").write_text(json.dumps({"metrics": f"{resumed.address}/metrics"}))
+    endpoints = {"learner": "tcp://127.0.0.1:5556", "metrics": f"{resumed.address}/metrics"}
+    (folder / "endpoints.json").write_text(json.dumps(endpoints))
     assert target.fetch().step == 50
 
 

@@ -1,14 +1,24 @@
 """The configuration: what is read, what is refused and how, and that it can be written again."""
 
 import shutil
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 import gdpo
+from learner.config.algorithm import (
+    LIMITS,
+    AggregationName,
+    CorrectionName,
+    EstimatorName,
+    KlName,
+)
 from learner.config.file import load_config
-from learner.config.run import AggregationName, CorrectionName, EstimatorName, RunConfig
+from learner.config.run import RunConfig
 from protocol.errors import ConfigError
 
 MINIMAL = """
@@ -100,6 +110,34 @@ def test_the_names_of_algorithms_are_those_that_gdpo_has():
     assert get_args(EstimatorName) == tuple(gdpo.ESTIMATORS)
     assert {*get_args(CorrectionName)} == {*gdpo.CORRECTIONS}
     assert {*get_args(AggregationName)} == {*gdpo.AGGREGATIONS}
+    assert {*get_args(KlName)} == {*gdpo.KL_PENALTIES}
+
+
+@pytest.mark.parametrize("correction", get_args(CorrectionName))
+def test_the_limits_of_a_correction_are_those_that_its_class_has(correction):
+    assert [*LIMITS[correction]] == [f.name for f in fields(gdpo.CORRECTIONS[correction])]
+
+
+def test_the_algorithm_builds_the_correction_with_the_limits_that_are_set(tmp_path):
+    plain = load(tmp_path, "algorithm.correction=gspo").algorithm.make_correction()
+    assert plain == gdpo.Gspo()
+    capped = load(tmp_path, "algorithm.weight_cap=3", "algorithm.clip_high=0.28")
+    assert capped.algorithm.make_correction() == gdpo.Icepop(weight_cap=3.0, clip_high=0.28)
+
+
+def test_a_limit_that_the_correction_does_not_have_is_refused_with_those_it_has(tmp_path):
+    message = refusal(tmp_path, "algorithm.correction=ppo", "algorithm.weight_cap=3")
+    assert "algorithm: the correction ppo has no weight_cap; " in message
+    assert "its limits are clip_low and clip_high" in message
+
+
+def test_reading_a_configuration_does_not_import_torch(recipe):
+    code = (
+        "import sys; from pathlib import Path; from learner.config.file import load_config; "
+        f"load_config(Path({str(recipe)!r}), ['algorithm.weight_cap=3']); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- Overrides ---------------------------------------------------------------------------------
@@ -193,6 +231,8 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("optimizer.lr=inf", "optimizer.lr: "),
         ("training.steps=1.5", "training.steps: "),
         ("algorithm.estimator=gdp", "algorithm.estimator: "),
+        ("algorithm.clip_low=1.5", "algorithm.clip_low: "),
+        ("algorithm.tv_limit=2", "algorithm.tv_limit: "),
         ("name=../other", "name: "),
         ("name=''", "name: "),
         ("rewards.format.name=Format", "rewards.0.name: "),

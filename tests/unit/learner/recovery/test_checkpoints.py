@@ -26,7 +26,7 @@ from learner.recovery.checkpoints import Checkpoints, load_tensors, newest, olde
 from learner.recovery.resume import load_trainer
 from learner.state import GroupState, LeaseState, OpenPrompts, RewardState, RunState
 from learner.training.policy import Policy, load_policy
-from learner.training.reward_settings import RewardSettings
+from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import Trainer
 from protocol.errors import ConfigError, TrainingError
 from tests.unit.learner.training.test_trainer import make_groups, train
@@ -413,10 +413,10 @@ def test_rewards_come_back_with_a_command_that_follows_a_schedule(config):
         Path(config.data.train).parent.parent / "tool_calling_tiny.toml",
         [*QUICK, "rewards.format.schedule=[{from_step=3, weight=9.0}]"],
     )
-    rewards = RewardSettings(changed.rewards, 9)
+    rewards = RewardSchedule(changed.rewards, 9)
     rewards.begin(2)
     rewards.command({"format": {"weight": 0.25}})
-    again = RewardSettings(changed.rewards, 9)
+    again = RewardSchedule(changed.rewards, 9)
     again.restore(rewards.state(), 2)
     assert rewards.begin(3) == again.begin(3)
     assert again.begin(3).weights["format"] == 0.25

@@ -30,7 +30,7 @@ from learner.replay.journal import Journal
 from learner.run.learner import Learner
 from learner.run_folder import RunFolder
 from learner.state import RunState
-from learner.training.reward_settings import RewardSetting, RewardSettings
+from learner.training.reward_settings import RewardSchedule, RewardSetting
 from protocol.config import RewardConfig
 from protocol.errors import ConfigError, TrainingError
 from protocol.messages import Ack, Failed, Lease
@@ -81,7 +81,7 @@ class Life:
         self.journal: SteppedJournal | None = self.history.journal
         self.cluster = Cluster(run.config, num_rows=7, journal=self.journal)
         self.coordinator, self.buffer = self.cluster.coordinator, self.cluster.buffer
-        self.rewards = RewardSettings(run.config.rewards, run.config.training.steps)
+        self.rewards = RewardSchedule(run.config.rewards, run.config.training.steps)
         self.cut: TrainingBatch | None = None
         self.unwritten: RunState | None = None
         self.replayed: list[Step] = []

@@ -8,15 +8,15 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import gdpo
-from learner.training.reward_settings import RewardSettings
+from learner.training.reward_settings import RewardSchedule
 from protocol.config import RewardConfig
 from protocol.errors import ConfigError
 
 WHEN = {"reward": "right", "at_least": 1.0}
 
 
-def make_rewards(right: dict | None = None, short: dict | None = None) -> RewardSettings:
-    return RewardSettings(
+def make_rewards(right: dict | None = None, short: dict | None = None) -> RewardSchedule:
+    return RewardSchedule(
         [
             RewardConfig.model_validate({"name": "right", "function": "tasks:f", **(right or {})}),
             RewardConfig.model_validate({"name": "short", "function": "tasks:f", **(short or {})}),
@@ -29,7 +29,7 @@ def test_without_changes_every_step_has_what_the_configuration_says():
     rewards = make_rewards({"weight": 2.0}, {"when": WHEN})
     setting = rewards.begin(1)
     assert setting.weights == {"right": 2.0, "short": 1.0}
-    assert setting.conditions == [gdpo.Condition(reward=1, on=0, at_least=1.0)]
+    assert setting.conditions == [gdpo.RewardCondition(reward=1, on=0, at_least=1.0)]
     assert rewards.begin(2) == setting
     assert rewards.changes == []
 

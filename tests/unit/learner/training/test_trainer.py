@@ -12,7 +12,8 @@ from actors.engines.batch_generator import BatchGenerator
 from actors.engines.engine import Request
 from learner.config.file import load_config
 from learner.config.run import RunConfig
-from learner.training.batch import collate
+from learner.training.collate import collate
+from learner.training.forward import Forward
 from learner.training.policy import load_policy
 from learner.training.reward_settings import RewardSetting
 from learner.training.trainer import StepResult, Trainer, lr_factor
@@ -112,10 +113,12 @@ def test_a_step_makes_better_rollouts_more_likely(config):
     policy = load_policy(config)
     trainer = Trainer(policy, config)
     batch = collate(groups, torch.device("cpu"))
-    before = trainer._proximal_logprobs(batch)
+    forward = Forward(config.sampling.temperature, lambda: None)
+    before = forward.logprobs_in_parts(policy.model, batch, 8)
     for _ in range(3):
         train(trainer, groups)
-    change = ((trainer._proximal_logprobs(batch) - before) * batch.mask_BT).sum(1)
+    after = forward.logprobs_in_parts(policy.model, batch, 8)
+    change = ((after - before) * batch.mask_BT).sum(1)
     totals = torch.tensor(np.stack([g.scores.sum(1) for g in groups]))
     best = totals.argmax(1) + torch.arange(NUM_PROMPTS) * NUM_ROLLOUTS
     worst = totals.argmin(1) + torch.arange(NUM_PROMPTS) * NUM_ROLLOUTS

@@ -1,4 +1,4 @@
-"""From groups to tensors.
+"""From the groups of a training batch to padded tensors.
 
 Shapes: P groups, G rollouts each, K rewards; B = P*G sequences, T predicted positions. Column t
 of every [B, T] tensor belongs to the prediction of ``tokens_BL[:, t + 1]``.
@@ -14,7 +14,7 @@ from protocol.groups import Group, Rollout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class PaddedBatch:
     """Sequences of a training batch, padded on the right."""
 
     tokens_BL: torch.Tensor
@@ -41,8 +41,8 @@ class Batch:
         )
 
 
-def collate(groups: list[Group], device: torch.device) -> Batch:
-    """Tensors of all sequences, group by group."""
+def collate(groups: list[Group], device: torch.device) -> PaddedBatch:
+    """Lay out all sequences as tensors, group by group."""
     sequences = [(group.prompt_tokens, rollout) for group in groups for rollout in group.rollouts]
     lengths = np.array([len(prompt) + len(rollout.tokens) for prompt, rollout in sequences])
     shape = (len(sequences), int(lengths.max()))
@@ -57,7 +57,7 @@ def collate(groups: list[Group], device: torch.device) -> Batch:
         mask[row, start:stop] = True
         behaviour[row, start:stop] = rollout.logprobs
         versions[row, start:stop] = _token_versions(rollout)
-    return Batch(
+    return PaddedBatch(
         tokens_BL=torch.from_numpy(tokens).to(device),
         mask_BT=torch.from_numpy(mask[:, 1:].copy()).to(device),
         behaviour_BT=torch.from_numpy(behaviour[:, 1:].copy()).to(device),

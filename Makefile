@@ -76,6 +76,7 @@ lint: install docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.reference --check
 
 # Into site/; strictly, so that a broken link or anchor is an error. Nothing is fetched.
 docs: install

@@ -1,65 +1,65 @@
 """The actor process: joins a learner, rolls out leases, follows its weights.
 
-| loop      | consumes        | waits for           | unblocked by      | produces         |
-|-----------|-----------------|---------------------|-------------------|------------------|
-| receive   | messages        | the learner         | the learner       | tasks, events    |
-| roll out  | one lease each  | engine, rewards     | finished requests | one group each   |
-| weights   | announcements   | a newer version     | the learner       | `WeightsReady`   |
-| heartbeat | -               | its interval        | the clock         | `Status`         |
-| watch     | handshakes      | a reconnection      | the learner       | -, or it refuses |
+Loops and tasks, all on the main thread's event loop:
 
-A lease ends in exactly one `GroupHeader` or `Failed`. Groups are kept until they are acknowledged
-and sent again if that takes too long; the learner knows a group that it already has.
+| task      | consumes         | waits for           | unblocked by      | produces         |
+|-----------|------------------|---------------------|-------------------|------------------|
+| build     | the welcome      | rewards, the engine | their start       | `Parts`          |
+| receive   | messages         | the learner         | the learner       | tasks, events    |
+| roll out  | one lease each   | engine, rewards     | finished requests | one group each   |
+| weights   | announcements    | a newer version     | the learner       | updates          |
+| update    | one announcement | bytes, the engine   | the learner       | `WeightsReady`   |
+| pull, 16  | missing chunks   | answers             | the learner       | `WeightsPull`    |
+| heartbeat | -                | its interval        | the clock         | `Status`, groups |
+| watch     | handshakes       | a reconnection      | the learner       | -, or it refuses |
+| end       | a reward process | its end             | the kernel        | room for another |
+
+Threads, all daemons:
+
+| thread          | does                                                   | until              |
+|-----------------|--------------------------------------------------------|--------------------|
+| http            | serves metrics; each request on a thread of its own    | the actor leaves   |
+| engine          | decodes and loads weights (transformers)               | the engine closes  |
+| start-vllm      | starts vLLM                                            | it has started     |
+| close-engine    | waits for the engine's end                             | it has ended       |
+| broadcast       | receives weights in a collective                       | they arrived       |
+| collective      | one call of torch that cannot be interrupted           | it returns         |
+| nccl-abort      | aborts a communicator                                  | its kernels ended  |
+| shared-memory   | reads the learner's memory                             | it is read         |
+| digests         | hashes weights that arrived, or that the engine holds  | they are hashed    |
+| asyncio-waitpid | waits for a reward process, one each (Python's own)    | the process ended  |
+| hang-up         | in the guard of a reward process: watches the actor    | the actor hangs up |
+| exit-with-actor | in vLLM's engine process: watches the actor            | the actor ended    |
+
+A lease ends in exactly one `GroupHeader` or `Failed`.
 """
 
 import asyncio
 import logging
-import math
-import os
 import signal
-import socket
-import tempfile
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
-import msgspec
 import torch
 from prometheus_client import CollectorRegistry
-from pydantic import ValidationError
-from transformers import AutoTokenizer
 
-from actors.engines.choice import start_engine
-from actors.engines.engine import Engine, UnusableRow
-from actors.engines.model_files import write_model_files
-from actors.link import HELLO_RETRY_S, LearnerLink
+from actors.build import Builder, Parts
+from actors.leases import Leases
+from actors.link import LearnerLink
 from actors.metrics import StatusCollector
 from actors.rewards.functions import DEFAULT_MODULES
-from actors.rewards.pool import RewardFailure
-from actors.rewards.scorer import RewardScorer
-from actors.rollouts.single_turn import RolloutWorker
-from actors.weights.receiver import WeightsReceiver
-from protocol.config import ActorConfig
-from protocol.errors import BadMessage, EngineError, PeerLost, Refused, brief, one_line
-from protocol.framing import Buffer
-from protocol.groups import pack_group
+from actors.session import Session, make_hello
+from protocol.errors import EngineError, PeerLost, Refused, brief, one_line
 from protocol.keys import ActorKeys
-from protocol.machine import machine_id
 from protocol.messages import (
     MAX_LEASES,
-    PROTOCOL_VERSION,
     Ack,
     Drain,
     Error,
-    Failed,
-    Goodbye,
-    Header,
-    Hello,
     Lease,
     Pong,
     Status,
@@ -68,22 +68,17 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.observability import Heartbeat, ObservabilityServer
-from protocol.weights import layout
-from transfer.collective import gpu_identity, nccl_available
 
 log = logging.getLogger("actor")
 
 DRAIN_TIMEOUT_S = 5.0
-"""With the engine's end and the last messages it makes less than the ten seconds that whoever
-stops a process waits before it kills."""
-RESEND_AFTER_S = 10.0
-MAX_CAUSE = 1000
-"""Characters of why a lease failed: a longer message would be refused."""
+"""Together with the engine's end and the last messages this is less than the ten seconds that
+whoever stops a process waits before killing it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActorOptions:
-    """What the command line of an actor says; the rest is in the welcome."""
+    """An actor's command line; the rest is in the welcome."""
 
     learner: str
     metrics_port: int = 0
@@ -96,35 +91,22 @@ class ActorOptions:
     """Reward modules that lie here may be imported too."""
 
 
-@dataclass(slots=True)
-class _Unacknowledged:
-    header: Header
-    payloads: list[Buffer]
-    sent_at: float
-
-
 class Actor:
     """One inference actor; `run` returns when the run is over or the actor is told to stop."""
 
     def __init__(self, options: ActorOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._options = options
-        self._clock = clock
-        self._session = uuid.uuid4().hex
         self._started = time.monotonic()
-        self._link = LearnerLink(options.learner, self._session, options.keys)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._stopping = asyncio.Event()
         self._stop_cause = ""
-        self._rollouts: dict[int, asyncio.Task[None]] = {}
-        self._unacknowledged: dict[int, _Unacknowledged] = {}
-        self._groups_generated = 0
-        self._failed: Counter[str] = Counter()
+        # ZeroMQ silently ignores the second of two peers with one id: it is random.
+        self._link = LearnerLink(options.learner, uuid.uuid4().hex, options.keys)
+        self._session = Session(self._link, clock)
+        self._leases = Leases(self._link, self._session, self._stopping)
+        self._parts: Parts | None = None
         self._sequence = 0
-        self._heard = -1
         self._heartbeat = Heartbeat("loop", limit_s=30.0)
-        self._engine: Engine | None = None
-        self._scorer: RewardScorer | None = None
-        self._rejoining_since = -math.inf
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def stop(self, cause: str) -> None:
         """Finish the leases at hand, say goodbye and return from `run`. Call it on the loop."""
@@ -133,298 +115,179 @@ class Actor:
 
     async def run(self) -> None:
         """Join, work, leave. Raises the errors of `protocol.errors`."""
-        registry = CollectorRegistry()
-        registry.register(
-            StatusCollector(
-                self._status,
-                self._failed,
-                lambda: dict(self._scorer.failures) if self._scorer else {},
-                lambda: self._link.dropped_messages,
-            )
-        )
-        server = ObservabilityServer(
-            registry,
-            host=self._options.metrics_host,
-            port=self._options.metrics_port,
-            heartbeats=(self._heartbeat,),
-            ready=lambda: self._engine is not None and self._engine.version >= 0,
-        )
-        self._hello = Hello(
-            protocol=PROTOCOL_VERSION,
-            session=self._session,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            metrics_host=self._options.metrics_host,
-            metrics_port=server.port,
-            machine=machine_id(),
-            gpu=gpu_identity(self._device) if nccl_available() else "",
-        )
+        server = self._serve_metrics()
         try:
-            welcome, files = await self._link.join(self._hello, self._options.connect_timeout_s)
+            hello = make_hello(
+                self._link.session,
+                metrics_host=self._options.metrics_host,
+                metrics_port=server.port,
+                device=self._device,
+            )
+            welcome, files = await self._session.join(hello, self._options.connect_timeout_s)
             log.info("joined run %s; metrics on %s", welcome.run_id, server.address)
-            await self._work(welcome, files)
+            await self._work_and_leave(welcome, files)
         finally:
             self._link.close()
             server.close()
 
-    async def _work(self, welcome: Welcome, files: list[memoryview]) -> None:
+    async def _work_and_leave(self, welcome: Welcome, files: list[memoryview]) -> None:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self.stop, signal.Signals(signum).name)
         goodbye = "error"
-        try:
-            if not await self._built(welcome, files):
+        async with AsyncExitStack() as closing:
+            try:
+                self._parts = await self._build(welcome, files, closing)
+                if self._parts is not None:
+                    await self._work(self._parts)
                 goodbye = self._stop_cause
-                return
-            async with asyncio.TaskGroup() as self._tasks:
-                loops = [
-                    self._tasks.create_task(self._receive()),
-                    self._tasks.create_task(self._weights.run()),
-                    self._tasks.create_task(self._send_status()),
-                    self._tasks.create_task(self._link.watch()),
-                ]
-                await self._stopping.wait()
-                await self._drain()
-                for loop_task in loops:
-                    loop_task.cancel()
-            goodbye = self._stop_cause
-        except BaseExceptionGroup as errors:
-            # The loops fail one at a time; the first failure cancels the others.
-            error = _first(errors)
-            goodbye = f"error: {brief(error)}"
-            raise error from None
-        except Exception as error:
-            goodbye = f"error: {brief(error)}"
-            raise
-        finally:
-            log.info("leaving: %s", goodbye)
-            await self._link.send(Goodbye(cause=goodbye))
-            if self._scorer is not None:
-                await self._scorer.close()
-            if self._engine is not None:
-                await self._engine.close()
+            except BaseExceptionGroup as errors:
+                # The loops fail one at a time; the first failure cancels the others.
+                error = _first(errors)
+                goodbye = f"error: {brief(error)}"
+                raise error from None
+            except Exception as error:
+                goodbye = f"error: {brief(error)}"
+                raise
+            finally:
+                await self._session.leave(goodbye)
 
-    async def _built(self, welcome: Welcome, files: list[memoryview]) -> bool:
-        """Build all parts; False if told to stop meanwhile: engines take up to minutes."""
-        # Only while they are read, so that a killed actor leaves no copy behind.
-        with tempfile.TemporaryDirectory(prefix="gdpo-actor-") as folder:
-            write_model_files(Path(folder), welcome.files, files)
-            build = asyncio.create_task(self._build(welcome, Path(folder)))
-            stop = asyncio.create_task(self._stopping.wait())
-            await asyncio.wait({build, stop}, return_when=asyncio.FIRST_COMPLETED)
-            stop.cancel()
-            if not build.done():
-                build.cancel()
-                return False
-            build.result()
-            return True
-
-    async def _build(self, welcome: Welcome, folder: Path) -> None:
-        """Rewards, tokenizer, engine and weights receiver, as the welcome says."""
-        try:
-            config = ActorConfig.model_validate(welcome.actor)
-        except ValidationError as error:
-            raise BadMessage(f"the welcome's configuration is invalid: {error}") from error
-        try:
-            specs = layout(welcome.manifest)
-        except ValueError as error:
-            raise BadMessage(f"the welcome's weights are invalid: {brief(error)}") from error
-        self._config = config
-        self._welcome = welcome
-        self._scorer = RewardScorer(
-            config.rewards,
+    async def _build(
+        self, welcome: Welcome, files: list[memoryview], closing: AsyncExitStack
+    ) -> Parts | None:
+        """Build all parts; None if told to stop meanwhile: engines take up to minutes."""
+        builder = Builder(
+            link=self._link,
+            device=self._device,
             allowed_modules=self._options.allowed_modules,
             folder=self._options.folder,
-            timeout_s=config.reward_timeout_s,
-            processes=config.reward_processes,
+            closing=closing,
         )
-        await self._scorer.start()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:
-            # Whatever its parsers raise: the files came from the learner.
-            raise BadMessage(f"the welcome brings no tokenizer: {brief(error)}") from error
-        engine = await start_engine(folder, config)
-        self._worker = RolloutWorker(
-            engine,
-            tokenizer,
-            self._scorer,
-            max_prompt_tokens=config.sampling.max_prompt_tokens,
-            max_tokens=config.sampling.max_tokens,
-        )
-        self._weights = WeightsReceiver(
-            self._link, engine, specs, config.learner_timeout_s, self._device
-        )
-        self._engine = engine
+        build = asyncio.create_task(builder.build(welcome, files))
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({build, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not build.done():
+            build.cancel()
+            await asyncio.wait({build})
+            return None
+        return build.result()
+
+    async def _work(self, parts: Parts) -> None:
+        """Roll out leases until told to stop, then finish those at hand."""
+        async with asyncio.TaskGroup() as tasks:
+            loops = [
+                tasks.create_task(self._receive(parts, tasks)),
+                tasks.create_task(parts.weights.run()),
+                tasks.create_task(self._send_status(parts)),
+                tasks.create_task(self._link.watch()),
+            ]
+            await self._stopping.wait()
+            await self._link.send(self._status())
+            await self._leases.finish(DRAIN_TIMEOUT_S)
+            for loop in loops:
+                loop.cancel()
 
     # --- loops ----------------------------------------------------------------------------------
 
-    async def _receive(self) -> None:
+    async def _receive(self, parts: Parts, tasks: asyncio.TaskGroup) -> None:
         """Dispatch the learner's messages; nothing here waits for work to be done."""
         while True:
             message, payloads = await self._link.receive()
             match message:
                 case Lease():
-                    self._begin(message)
+                    self._leases.begin(message, parts.worker, tasks)
                 case Pong():
-                    self._heard = message.sequence
+                    self._session.answered(message)
                 case Ack():
-                    self._unacknowledged.pop(message.lease, None)
-                    if message.verdict == "rejected":
-                        log.info("lease %d rejected: %s", message.lease, one_line(message.cause))
+                    self._session.acknowledged(message)
                 case Weights():
-                    self._weights.announce(message, payloads)
+                    parts.weights.announce(message, payloads)
                 case WeightsChunk():
-                    self._weights.chunk(message, payloads)
+                    parts.weights.chunk(message, payloads)
                 case Welcome():
-                    self._welcome_back(message)
-                    self._weights.start_over()
+                    self._session.joined_again(message)
+                    self._leases.cancel()
+                    parts.weights.start_over()
                 case Drain():
-                    self._cancel_rollouts()
+                    self._leases.cancel()
                     self.stop(one_line(message.cause))
                 case Error(code="unknown_session"):
-                    await self._join_again()
+                    await self._session.join_again(drop_leases=self._leases.cancel)
                 case Error(code="refused"):
                     raise Refused(f"the learner refuses this actor: {one_line(message.message)}")
                 case Error():
                     log.warning("the learner: %s", one_line(message.message))
 
-    def _begin(self, lease: Lease) -> None:
-        """Roll out a lease beside the others, unless it is no lease that a learner would issue."""
-        if lease.lease in self._rollouts or len(self._rollouts) >= MAX_LEASES:
-            log.warning("lease %d is one too many; not taken", lease.lease)
-            return
-        task = self._tasks.create_task(self._roll_out(lease))
-        self._rollouts[lease.lease] = task
-        task.add_done_callback(partial(self._forget, lease.lease))
-
-    async def _roll_out(self, lease: Lease) -> None:
-        """Generate and score one lease; ends in a group or a failure, never in neither."""
-        try:
-            async with asyncio.timeout(lease.deadline_s):
-                group = await self._worker.roll_out(lease)
-        except RewardFailure as error:
-            cause = one_line(str(error), MAX_CAUSE)
-            await self._give_up(lease, "reward", cause, error.reward)
-            return
-        except UnusableRow as error:
-            await self._give_up(lease, "prompt", one_line(str(error), MAX_CAUSE))
-            return
-        except EngineError:
-            # Engines may get the signal that stops this actor too.
-            if self._stopping.is_set():
-                return
-            raise
-        except TimeoutError:
-            await self._give_up(lease, "deadline", f"it took longer than {lease.deadline_s:g} s")
-            return
-        self._groups_generated += 1
-        header, payloads = pack_group(group)
-        self._unacknowledged[lease.lease] = _Unacknowledged(header, payloads, time.monotonic())
-        await self._link.send(header, payloads)
-
-    async def _give_up(
-        self,
-        lease: Lease,
-        kind: Literal["reward", "prompt", "deadline"],
-        cause: str,
-        reward: str = "",
-    ) -> None:
-        self._failed[kind] += 1
-        log.warning("lease %d (%s) failed: %s", lease.lease, lease.prompt_id, cause)
-        await self._link.send(Failed(lease=lease.lease, kind=kind, cause=cause, reward=reward))
-
-    async def _send_status(self) -> None:
+    async def _send_status(self, parts: Parts) -> None:
         """Heartbeat; also sends groups again whose acknowledgement is overdue."""
         while True:
-            if self._link.silence_s > self._config.learner_timeout_s:
-                raise PeerLost(
-                    f"the learner at {self._options.learner} has been silent for "
-                    f"{self._link.silence_s:.0f} s; this actor stops"
-                )
-            if self._engine:
-                self._engine.raise_if_dead()
-            if self._engine and self._engine.stalled_s > self._config.engine_timeout_s:
-                raise EngineError(
-                    f"the engine has made no progress for {self._engine.stalled_s:.0f} s"
-                )
+            self._raise_if_hopeless(parts)
             self._sequence += 1
             await self._link.send(self._status())
-            now = time.monotonic()
-            for message in self._unacknowledged.values():
-                if now - message.sent_at > RESEND_AFTER_S:
-                    message.sent_at = now
-                    await self._link.send(message.header, message.payloads)
+            await self._session.send_overdue_groups()
             self._heartbeat.beat()
-            await asyncio.sleep(self._config.status_interval_s)
-
-    async def _drain(self) -> None:
-        """Finish the leases at hand, within `DRAIN_TIMEOUT_S`; the learner reissues the rest."""
-        await self._link.send(self._status())
-        if self._rollouts:
-            log.info("finishing %d leases", len(self._rollouts))
-            await asyncio.wait(list(self._rollouts.values()), timeout=DRAIN_TIMEOUT_S)
-        self._cancel_rollouts()
-
-    def _cancel_rollouts(self) -> None:
-        for task in list(self._rollouts.values()):
-            task.cancel()
-
-    def _forget(self, lease: int, _: asyncio.Task[None]) -> None:
-        del self._rollouts[lease]
+            await asyncio.sleep(parts.config.status_interval_s)
 
     # --- details --------------------------------------------------------------------------------
 
+    def _raise_if_hopeless(self, parts: Parts) -> None:
+        """Raise `PeerLost` or `EngineError` when the learner or the engine is silent too long."""
+        if self._link.silence_s > parts.config.learner_timeout_s:
+            raise PeerLost(
+                f"the learner at {self._options.learner} has been silent for "
+                f"{self._link.silence_s:.0f} s; this actor stops"
+            )
+        parts.engine.raise_if_dead()
+        if parts.engine.stalled_s > parts.config.engine_timeout_s:
+            raise EngineError(f"the engine has made no progress for {parts.engine.stalled_s:.0f} s")
+
     def _status(self) -> Status:
-        engine = self._engine
-        ready = engine if engine and engine.version >= 0 and not self._stopping.is_set() else None
+        engine = self._parts.engine if self._parts else None
         return Status(
             sequence=self._sequence,
-            capacity=self._capacity(ready) if ready else 0,
+            capacity=self._capacity(),
             version=engine.version if engine else -1,
-            leases=(*self._rollouts, *self._unacknowledged),
-            heard=self._heard,
+            leases=(*self._leases.at_hand, *self._session.unacknowledged),
+            heard=self._session.heard,
             tokens_generated=engine.stats.tokens_generated if engine else 0,
-            groups_generated=self._groups_generated,
+            groups_generated=self._session.groups_generated,
             idle_seconds=engine.stats.idle_seconds if engine else 0.0,
             stall_seconds=engine.stats.stall_seconds if engine else 0.0,
             uptime_seconds=time.monotonic() - self._started,
         )
 
-    def _capacity(self, engine: Engine) -> int:
-        wanted = engine.capacity(len(self._rollouts), self._config.sampling.num_rollouts)
-        return min(wanted, self._config.max_leases or MAX_LEASES)
+    def _capacity(self) -> int:
+        """Leases that can be held at once; 0 before there are weights, and while stopping."""
+        if not self._ready or self._parts is None or self._stopping.is_set():
+            return 0
+        config = self._parts.config
+        wanted = self._parts.engine.capacity(
+            len(self._leases.at_hand), config.sampling.num_rollouts
+        )
+        return min(wanted, config.max_leases or MAX_LEASES)
 
-    async def _join_again(self) -> None:
-        """The learner gave us up during a silence: our leases are with others, so drop them."""
-        if self._clock() - self._rejoining_since < HELLO_RETRY_S:
-            # It answers so to each of the messages that were on their way.
-            return
-        self._rejoining_since = self._clock()
-        self._let_go()
-        await self._link.send(
-            msgspec.structs.replace(
-                self._hello,
-                run_id=self._welcome.run_id,
-                model_digest=self._welcome.model_digest,
+    @property
+    def _ready(self) -> bool:
+        return self._parts is not None and self._parts.engine.version >= 0
+
+    def _serve_metrics(self) -> ObservabilityServer:
+        registry = CollectorRegistry()
+        registry.register(
+            StatusCollector(
+                self._status,
+                self._leases.failed,
+                lambda: dict(self._parts.scorer.failures) if self._parts else {},
+                lambda: self._link.dropped_messages,
             )
         )
-
-    def _let_go(self) -> None:
-        """Of what belongs to the session before."""
-        self._cancel_rollouts()
-        self._unacknowledged.clear()
-        self._heard = -1
-
-    def _welcome_back(self, welcome: Welcome) -> None:
-        if welcome.run_id != self._welcome.run_id:
-            raise Refused(
-                f"the learner now runs {welcome.run_id}, this actor was built for "
-                f"{self._welcome.run_id}; start it again"
-            )
-        self._rejoining_since = -math.inf
-        self._let_go()
-        log.info("joined again after a silence")
+        return ObservabilityServer(
+            registry,
+            host=self._options.metrics_host,
+            port=self._options.metrics_port,
+            heartbeats=(self._heartbeat,),
+            ready=lambda: self._ready,
+        )
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -36,6 +36,7 @@ class LearnerLink:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url = url
+        self.session = session
         self._keys = keys
         self._clock = clock
         self._context = zmq.asyncio.Context()
@@ -123,15 +124,17 @@ class LearnerLink:
         )
 
     async def send(self, header: Header, payloads: Sequence[Buffer] = ()) -> None:
-        """Queue a message. When the queue is full it is dropped and counted: heartbeats come
-        again by themselves, groups are sent again until they are acknowledged."""
+        """Queue a message, or drop and count it when the queue is full.
+
+        Heartbeats come again by themselves, groups are sent again until they are acknowledged.
+        """
         try:
             await self._socket.send_multipart(encode(header, payloads), copy=False)
         except zmq.Again:
             self.dropped_messages += 1
 
     async def receive(self) -> tuple[ToActor, list[memoryview]]:
-        """The next message that is valid."""
+        """Wait for the next valid message; others are dropped and counted."""
         while True:
             frames = await self._socket.recv_multipart(copy=False)
             try:

@@ -1,4 +1,4 @@
-"""What an actor exports to Prometheus; read off its counters at every scrape."""
+"""An actor's metrics for Prometheus, read off its counters at every scrape."""
 
 from collections.abc import Callable, Iterator
 
@@ -36,6 +36,7 @@ class StatusCollector(Collector):
         self._dropped = dropped
 
     def collect(self) -> Iterator[Metric]:
+        """All metrics, as of now."""
         status = self._status()
         for name, (field, text) in _COUNTERS.items():
             yield CounterMetricFamily(name, text, value=getattr(status, field))

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 ResultT = TypeVar("ResultT")
 
 
-async def in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
-    """Like asyncio.to_thread, on a thread of its own that does not hold up the exit of the process.
+async def in_daemon_thread(name: str, function: Callable[[], ResultT]) -> ResultT:
+    """Call a function on a thread of its own, which does not hold up the exit of the process.
 
-    A collective cannot be interrupted and lasts until its deadline; asyncio's own executor would
-    wait for it.
+    A collective cannot be interrupted and lasts until its deadline; the executor of
+    asyncio.to_thread would wait for it. ``name`` is the thread's.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -43,6 +43,6 @@ async def in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, error)
 
-    Thread(target=run, name="blocking-call", daemon=True).start()
+    Thread(target=run, name=name, daemon=True).start()
     outcome: ResultT = await future
     return outcome

@@ -14,7 +14,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Condition, Event, Thread
@@ -24,14 +23,17 @@ import lmdb
 import msgspec
 import numpy as np
 import torch
+from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 
 from learner.config.run import RunConfig
+from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
+from learner.phases import Phases
 from learner.prompts.stream import PromptStream
 from learner.prompts.work_queue import WorkQueue
-from learner.registry import Outgoing
+from learner.registry import Outbox, Outgoing
 from learner.replay.buffer import ReplayBuffer
 from learner.replay.journal import Journal, ReceivedGroup
 from learner.weights.pack import MemoryPool, pack
@@ -125,17 +127,17 @@ class _Window:
         return max(0, self._outstanding - outstanding)
 
 
-class _Outbox(deque[Outgoing]):
+class _Outbox(Outbox):
     """Measures when an acknowledgement is made, not when the benchmark comes to look for it."""
 
     def __init__(self, arrived: dict[int, float], waits: list[float]) -> None:
         super().__init__()
         self._arrived, self._waits = arrived, waits
 
-    def append(self, message: Outgoing) -> None:
+    def put(self, message: Outgoing) -> None:
         if isinstance(message.header, Ack):
             self._waits.append(time.perf_counter() - self._arrived.pop(message.header.lease))
-        super().append(message)
+        super().put(message)
 
 
 class Bench:
@@ -151,14 +153,16 @@ class Bench:
         self._buffer = ReplayBuffer.of(config)
         self._coordinator = Coordinator(
             config,
-            welcome=Welcome(run_id="bench", actor={}, model_digest="", files=(), manifest=()),
-            files=(),
+            greeting=Greeting(
+                Welcome(run_id="bench", actor={}, model_digest="", files=(), manifest=()), ()
+            ),
             work=WorkQueue(PromptStream([{"prompt": "p"}] * 100, config)),
             buffer=self._buffer,
             pacing=_Window(outstanding),
             snapshots=snapshots,
             vocab_size=VOCAB,
             journal=store,
+            phases=Phases(CollectorRegistry()),
             clock=time.monotonic,
             on_pull=lambda session, pull: None,
         )
@@ -166,7 +170,7 @@ class Bench:
         self.waits: list[float] = []
         """Seconds from arrival to acknowledgement."""
         self._arrived: dict[int, float] = {}
-        self._coordinator.registry.outbox = self._outbox = _Outbox(self._arrived, self.waits)
+        self._coordinator._registry.outbox = self._outbox = _Outbox(self._arrived, self.waits)
         self._acknowledged = Event()
         if isinstance(store, Journal):
             store.start(self._stored, self._coordinator.fail)
@@ -207,7 +211,7 @@ class Bench:
     def _take_messages(self) -> list[int]:
         leases = []
         while self._outbox:
-            message = self._outbox.popleft().header
+            message = self._outbox.pop().header
             if isinstance(message, Lease):
                 leases.append(message.lease)
         return leases

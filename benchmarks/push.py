@@ -50,7 +50,7 @@ from learner.config.run import RunConfig
 from learner.run.learner import Learner
 from learner.run_folder import RunFolder
 from learner.weights.pack import MemoryPool, pack
-from learner.weights.publisher import PushReport
+from learner.weights.push import PushReport
 from learner.weights.snapshots import STILL_PULLED_S
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +170,10 @@ class Cluster:
         stack.callback(self._drain)
         self._actors: list[Process] = []
         self._version = 0
+        self._phases: dict[str, float] = {}
+        """The longest of each phase since the last push began, as actors reported."""
+        # Histograms and means do not keep it.
+        learner.phases.actor = self._note_phase  # type: ignore[method-assign]
         self._model, self._specs = learner.policy.model, learner.policy.specs
         self.num_bytes = sum(spec.num_bytes for spec in self._specs)
         self._pool = MemoryPool(self.num_bytes)
@@ -188,7 +192,7 @@ class Cluster:
         self._wait_until(
             lambda: (
                 coordinator.num_live == count
-                and len(coordinator.offers.ready_actors(self._version)) == count
+                and len(coordinator.ready_actors(self._version)) == count
             ),
             f"{count} actors",
         )
@@ -226,29 +230,27 @@ class Cluster:
         learner = self._learner
         for parameter in self._model.parameters():
             parameter.data.view(torch.int16).view(-1)[self._version % 10 :: 10] ^= 1
-        learner.coordinator.timings.clear()
+        self._phases.clear()
         started = time.monotonic()
         snapshot = pack(self._version, self._model, self._specs, self._pool)
         pack_seconds = time.monotonic() - started
         learner.coordinator.advance(self._version)
         learner.publisher.publish(snapshot, pack_seconds)
-        reports: list[PushReport] = []
-
-        def reported() -> bool:
-            reports.extend(learner.publisher.take_reports())
-            return bool(reports)
-
-        self._wait_until(reported, "the report of a push")
-        [report] = reports
+        history = learner.publisher.history
+        self._wait_until(
+            lambda: bool(history) and history[-1].version == self._version, "the report of a push"
+        )
+        report = history[-1]
         if report.behind or sum(report.routes.values()) != len(self._actors):
             raise RuntimeError(f"a push did not reach everybody: {report}")
-        phases: dict[str, float] = {}
-        for phase, seconds in learner.coordinator.timings:
-            phases[phase] = max(phases.get(phase, 0.0), seconds)
+        phases = dict(self._phases)
         started = time.monotonic()
         self._copy.copy_(snapshot.packed)
         phases["copy"] = time.monotonic() - started
         return report, phases
+
+    def _note_phase(self, phase: str, seconds: float) -> None:
+        self._phases[phase] = max(self._phases.get(phase, 0.0), seconds)
 
     def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

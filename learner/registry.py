@@ -1,21 +1,18 @@
 """The actors that are there, and what else all parts of the coordinator share.
 
-One lock covers it all: whoever uses a registry, or a part that shares it, holds
-`Registry.lock`, unless a method says otherwise.
+There is no lock in here, nor in any other part: `learner.coordinator.coordinator` holds its own
+whenever it calls one.
 """
 
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from threading import Condition, RLock
 from typing import Literal
 
-from learner.prompts.work_queue import WorkQueue
-from learner.weights.snapshots import Snapshot
-from protocol.errors import AsyncGdpoError
+from learner.phases import Phases
+from protocol.errors import AsyncGdpoError, TrainingError
 from protocol.framing import Buffer
-from protocol.leases import LeaseBook
 from protocol.messages import Error, Header, Hello, Status
 
 log = logging.getLogger("learner")
@@ -31,11 +28,11 @@ class ActorState:
     hello: Hello
     first_heard: float
     joined_at: float
-    """Also set back when its weights were wrong: the time that it has for them begins anew."""
+    """Set anew when its weights were wrong: then the time that it has for them begins again."""
     last_heard: float
     number: int
     key: str = ""
-    """Public key that it joined with; empty without keys."""
+    """The public key that it joined with; empty without keys."""
     version: int = -1
     route: str = ""
     offered: int = -1
@@ -46,7 +43,7 @@ class ActorState:
     failures: int = 0
     """Rows in a row that failed when they were tried first."""
     wrong_digests: int = 0
-    """In a row."""
+    """How many in a row."""
     held: int = 0
     """Outstanding leases."""
     overrun: set[int] = field(default_factory=set)
@@ -56,13 +53,12 @@ class ActorState:
     groups: int = 0
     check: Literal["off", "due", "out", "scoring", "passed"] = "off"
     """See `learner.coordinator.self_check`; off where nobody is checked."""
-    check_snapshot: Snapshot | None = None
-    """Of the version that it is going to be checked with."""
     check_difference: float | None = None
-    """Of log-probabilities, largest; None before the check."""
+    """The largest of log-probabilities; None before the check."""
 
     @property
     def ready(self) -> bool:
+        """Whether it samples from some version of the weights."""
         return self.version >= 0
 
     @property
@@ -91,11 +87,12 @@ class WireCounters:
     """Groups that a reward function failed on, by reward."""
 
     def totals(self) -> dict[str, int]:
-        """Those that are numbers, for a checkpoint."""
+        """Return the counters that are numbers, for a checkpoint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, int)}
 
     def restore(self, totals: Mapping[str, int]) -> None:
+        """Carry on from the `totals` of the learner before."""
         for name, value in totals.items():
             if name in self.totals():
                 setattr(self, name, value)
@@ -110,38 +107,66 @@ class Outgoing:
     payloads: tuple[Buffer, ...] = ()
 
 
+class Outbox:
+    """Messages on their way to the actors: any thread puts one in, intake alone takes them out."""
+
+    def __init__(self) -> None:
+        self._messages: deque[Outgoing] = deque()
+        self._wake: Callable[[], None] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def wakes(self, wake: Callable[[], None]) -> None:
+        """Call ``wake`` after every message from now on, on the thread that put it in."""
+        self._wake = wake
+
+    def put(self, message: Outgoing) -> None:
+        """Have a message sent."""
+        self._messages.append(message)
+        self._wake()
+
+    def pop(self) -> Outgoing:
+        """Take the oldest message out; raises IndexError if there is none."""
+        return self._messages.popleft()
+
+
 class Registry:
     """Who is there, what they are told, and what is wrong."""
 
     def __init__(
         self,
-        leases: LeaseBook,
-        work: WorkQueue,
         clock: Callable[[], float],
+        phases: Phases,
+        *,
+        on_leave: Callable[[ActorState], int],
+        on_change: Callable[[], None],
         on_failure: Callable[[], None],
     ) -> None:
-        """Whoever leaves gives its ``leases`` back to ``work``."""
-        self._leases = leases
-        self._work = work
+        """Start with nobody there; ``phases`` counts what actors report.
+
+        ``on_leave`` takes back what an actor holds, and returns how many leases those were.
+        ``on_change`` is called when an actor joins, leaves or has other weights; ``on_failure``
+        when the run cannot continue.
+        """
+        self._phases = phases
+        self._on_leave = on_leave
         self._on_failure = on_failure
         self._num_joined = 0
         self.clock = clock
-        self.lock = RLock()
-        self.changed = Condition(self.lock)
-        """Notified when an actor joins, leaves or has other weights, and when the run ends."""
+        self.changed = on_change
         self.live: dict[str, ActorState] = {}
-        """By session, in the order in which they joined."""
+        """The actors by session, in the order in which they joined."""
         self.last_actor_at = clock()
         """When any actor was heard, or left."""
         self.draining = False
         """Whether the run is over."""
         self.failure: AsyncGdpoError | None = None
         self.counters = WireCounters()
-        self.outbox: deque[Outgoing] = deque()
-        self.timings: deque[tuple[str, float]] = deque(maxlen=10_000)
+        self.outbox = Outbox()
 
     def join(self, session: str, hello: Hello, now: float, key: str) -> ActorState:
-        """A new actor; one that had the same session before makes room for it."""
+        """Register a new actor; one that had the same session before makes room for it."""
         if old := self.live.get(session):
             self.forget(old, "said hello again", lost=False)
         self._num_joined += 1
@@ -149,36 +174,79 @@ class Registry:
         actor = ActorState(session, hello, now, now, now, self._num_joined, key)
         self.live[session] = actor
         log.info("actor %d joined: %s, pid %d", actor.number, hello.host, hello.pid)
-        self.changed.notify_all()
+        self.changed()
         return actor
 
     def refuse(self, actor: ActorState, problem: str) -> None:
-        """An actor that can be of no use leaves."""
+        """Forget an actor that can be of no use, and tell it why."""
         self.send(actor.session, Error(code="refused", message=problem))
         self.forget(actor, problem, lost=True)
 
     def forget(self, actor: ActorState, cause: str, *, lost: bool) -> None:
-        """The actor is gone; what it held is issued again."""
+        """Forget an actor that is gone; what it held is issued again."""
         del self.live[actor.session]
-        unfinished = self._leases.held_by(actor.session)
-        for held in unfinished:
-            self._leases.fail(held, "actor_lost")
-            self._work.again(held.work)
+        num_leases = self._on_leave(actor)
         self.last_actor_at = self.clock()
         self.counters.actors_lost += lost
-        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, len(unfinished))
-        self.changed.notify_all()
+        log.info("actor %d left: %s; %d leases issued again", actor.number, cause, num_leases)
+        self.changed()
 
     def send(self, session: str, header: Header, payloads: tuple[Buffer, ...] = ()) -> None:
         """Put a message for one actor, or for who only thinks it is one, into the outbox."""
-        self.outbox.append(Outgoing(session, header, payloads))
+        self.outbox.put(Outgoing(session, header, payloads))
 
     def record_phase(self, actor: ActorState, phase: str, seconds: float) -> None:
-        """Note a duration that an actor reports: not longer than it has been here."""
-        self.timings.append((phase, min(seconds, self.clock() - actor.first_heard)))
+        """Count a duration that an actor reports: not longer than it has been here."""
+        self._phases.actor(phase, min(seconds, self.clock() - actor.first_heard))
 
     def fail(self, error: AsyncGdpoError) -> None:
-        """Going on is impossible, because of the first such error. Takes the lock itself."""
-        with self.lock:
-            self.failure = self.failure or error
+        """Note that the run cannot continue; the first such error is the one that is raised."""
+        self.failure = self.failure or error
         self._on_failure()
+
+    def raise_if_failed(self, wait_for_actors_s: float) -> None:
+        """Raise what made it impossible to continue, or that nobody was there for too long."""
+        if self.failure is not None:
+            raise self.failure
+        waited = self.clock() - self.last_actor_at
+        if not self.live and waited > wait_for_actors_s:
+            raise TrainingError(
+                f"no actor for {waited:.0f} s; start one with: gdpo actor --learner ADDRESS"
+            )
+
+    def forget_silent(self, now: float, actor_timeout_s: float, join_timeout_s: float) -> None:
+        """Forget the actors that are silent, and those that have not got weights in time."""
+        for actor in list(self.live.values()):
+            silence, age = now - actor.last_heard, now - actor.joined_at
+            if actor.ready and silence > actor_timeout_s:
+                self.forget(actor, f"silent for {silence:.1f} s", lost=True)
+            elif not actor.ready and age > join_timeout_s:
+                self.forget(actor, f"without weights {age:.0f} s after it joined", lost=True)
+
+    # --- who has which weights ------------------------------------------------------------------
+
+    def ready_actors(self, version: int) -> list[ActorState]:
+        """Return the actors that may get work and sample from ``version`` or later.
+
+        One that is being checked keeps the version that it is checked with.
+        """
+        return [a for a in self.live.values() if a.version >= version and a.is_checked]
+
+    def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
+        """Return those of the actors, numbers by session, that live without ``version`` yet."""
+        return {
+            session: number
+            for session, number in actors.items()
+            if self._lives(session, number) and self.live[session].version < version
+        }
+
+    def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
+        """Return those of the actors, numbers by session, that do not live any more.
+
+        Nor does one that said hello again, under the same session: it has let go of everything.
+        """
+        return tuple(s for s, number in actors.items() if not self._lives(s, number))
+
+    def _lives(self, session: str, number: int) -> bool:
+        actor = self.live.get(session)
+        return actor is not None and actor.number == number

@@ -66,7 +66,7 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups: GroupState
     rewards: RewardState
     batch_std: float | None
-    """Of `learner.training.trainer.Trainer`, and the setting that it belongs to."""
+    """That of `learner.training.trainer.Trainer`, and the setting that it belongs to."""
     batch_std_setting: dict[str, dict[str, Any]] | None
     tokens_trained: int
     tokens_generated: int

@@ -1,0 +1,1 @@
+"""What learner and actors say to each other, without any model library."""

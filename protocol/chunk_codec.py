@@ -46,7 +46,7 @@ from protocol.errors import BadMessage, brief, one_line
 from protocol.framing import Buffer
 
 Encoding = Literal["raw", "zstd"]
-"""Of a whole chunk."""
+"""Encoding of a whole chunk."""
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -55,7 +55,7 @@ _WORDS = {1: "<u1", 2: "<u2", 4: "<u4"}
 
 
 class _Workspace(threading.local):
-    """Of one thread: fresh memory for every chunk costs as much time as the encoding itself.
+    """Memory of one thread: new memory for every chunk costs as much time as the encoding itself.
 
     (Freed megabytes go back to the system, and the next ones are mapped page by page.)
     """
@@ -66,11 +66,13 @@ class _Workspace(threading.local):
         self._difference = self._planes = np.empty(0, dtype=np.uint8)
 
     def difference(self, length: int) -> _Bytes:
+        """Memory for a difference of that length."""
         if len(self._difference) < length:
             self._difference = np.empty(length, dtype=np.uint8)
         return self._difference[:length]
 
     def planes(self, length: int) -> _Bytes:
+        """Memory for planes of that length."""
         if len(self._planes) < length:
             self._planes = np.empty(length, dtype=np.uint8)
         return self._planes[:length]
@@ -80,7 +82,7 @@ _workspace = _Workspace()
 
 
 def checksum(data: Buffer) -> str:
-    """XXH3-64 of the plain bytes of a chunk, in hex (16 digits): against mistakes, not malice."""
+    """XXH3-64 of a chunk's plain bytes, in hex (16 digits): against mistakes, not malice."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
@@ -115,7 +117,7 @@ def decode_full(encoding: str, payload: Buffer, target: Buffer, width: int) -> N
 
 
 def encode_patch(base: Buffer, data: Buffer, width: int) -> bytes:
-    """What turns ``base`` into ``data``, of the same length.
+    """The patch that turns ``base`` into ``data``, of the same length.
 
     A chunk that did not change takes some fifty bytes; one that changed beyond recognition takes
     as many as ``data``, and a few more: then send it whole.
@@ -131,7 +133,7 @@ def encode_patch(base: Buffer, data: Buffer, width: int) -> bytes:
 def apply_patches(target: Buffer, patches: Sequence[Buffer], width: int) -> None:
     """Bring ``target`` forward, in place, by patches that follow each other.
 
-    Whether it then is what it ought to be, only its `checksum` tells. Raises `BadMessage`, with
+    Only its `checksum` tells whether it then is what it ought to be. Raises `BadMessage`, with
     ``target`` as it was, if any of them is no patch of its length. Takes memory for three times
     that length at most, whatever the patches claim and however many there are.
     """
@@ -165,7 +167,7 @@ def _compress(data: _Bytes, width: int) -> bytes:
 
 
 def _from_planes(planes: _Bytes, data: _Bytes, width: int) -> None:
-    """Write into ``data`` the words whose planes these are."""
+    """Write the words that have these planes into ``data``."""
     whole, words, rows = _words_and_rows(data, planes, width)
     words[:] = rows[-1]
     for row in rows[-2::-1]:
@@ -194,7 +196,7 @@ def _decompress(payload: Buffer, length: int) -> _Bytes:
         raise BadMessage(f"{size} compressed bytes for a chunk of {length}")
     try:
         frame = zstandard.get_frame_parameters(payload)
-        # Memory is taken as these two say. Who knows the content needs no larger window.
+        # zstd takes memory as these two say; a window larger than the content serves nothing.
         if frame.content_size != length or frame.window_size > length:
             raise BadMessage(
                 f"compressed chunk of {frame.content_size} bytes with a window of "

@@ -1,4 +1,4 @@
-"""The part of the configuration that an actor gets in its welcome."""
+"""The configuration that an actor gets in its welcome, and the sections that it comes from."""
 
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -17,9 +17,14 @@ from protocol.messages import MAX_LEASES, MAX_TEMPERATURE
 
 
 class StrictModel(BaseModel):
-    """Unknown keys are errors; values do not change after validation."""
+    """Base of every section: unknown keys are errors, and values do not change after validation.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    The docstring under a field is its description in the schema.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _is_import_path(value: str) -> str:
@@ -33,7 +38,9 @@ class When(StrictModel):
     """Condition of a reward (GDPO paper, eq. 8): it counts only where another one is reached."""
 
     reward: str
+    """Name of the other reward."""
     at_least: float
+    """Score of the other reward from which this one counts."""
 
 
 # Advantages are float32, and so is what is multiplied with them.
@@ -44,7 +51,9 @@ class RewardUpdate(StrictModel):
     """A change to a reward's weight, condition, or both; what is not given stays as it is."""
 
     weight: Weight | None = None
+    """New weight; None: as before."""
     when: When | None = None
+    """New condition; None: as before."""
     always: bool = False
     """End the condition."""
 
@@ -69,19 +78,21 @@ class ScheduledUpdate(RewardUpdate):
 
 
 class RewardConfig(StrictModel):
-    """One reward."""
+    """One reward: its function, and how much its score counts."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """Name of the reward in metrics, overrides and conditions."""
     function: Annotated[str, AfterValidator(_is_import_path)]
-    """``package.module:function`` with TRL's signature."""
+    """Reward function, ``package.module:function`` with TRL's signature."""
     weight: Weight = 1.0
     """Multiplies the reward's normalised advantage (GDPO) or its raw score (GRPO)."""
     when: When | None = None
+    """Condition under which it counts; None: always."""
     schedule: tuple[ScheduledUpdate, ...] = ()
     """Changes to weight and condition while training runs."""
     on_failure: Literal["drop_group", "missing", "error"] = "drop_group"
-    """When the function raises, hangs, ends its process or returns no scores: lease the prompt
-    again, have the reward not apply to the group, or end the run."""
+    """What happens when the function raises, hangs, ends its process or returns no scores: the
+    prompt is leased again, the reward does not apply to the group, or the run ends."""
 
     @model_validator(mode="after")
     def _schedule_is_in_order(self) -> Self:
@@ -107,9 +118,11 @@ class SamplingConfig(StrictModel):
     num_rollouts: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Rollouts per prompt: the group size G."""
     temperature: Annotated[float, Field(gt=0, le=MAX_TEMPERATURE)] = 1.0
+    """Sampling temperature; the learner divides its logits by it too."""
     max_tokens: PositiveInt = 1024
     """Longest completion in tokens."""
     max_prompt_tokens: PositiveInt = 4096
+    """Longest prompt in tokens; a longer one is not generated from."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,33 +142,43 @@ class VllmConfig(StrictModel):
     tensor_parallel: PositiveInt = 1
     """GPUs that one actor's model is spread over."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Of a GPU's memory, for weights and key-value cache."""
+    """Share of a GPU's memory for weights and key-value cache."""
     kv_cache_bytes: PositiveInt | None = None
-    """None: on a GPU what ``gpu_memory_share`` leaves, on a CPU 1 GiB."""
+    """Bytes of the key-value cache; None: on a GPU what ``gpu_memory_share`` leaves, on a CPU
+    1 GiB."""
 
 
-class ActorConfig(StrictModel):
-    """What an actor needs to generate; resolved by the learner and sent in the welcome."""
+class ActorSection(StrictModel):
+    """How every actor generates and scores."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """``auto``: vLLM where it is installed, there is a GPU and ``device`` is ``auto``."""
+    """Engine that generates; ``auto``: vLLM where it is installed, there is a GPU and ``device``
+    is ``auto``."""
     vllm: VllmConfig = VllmConfig()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: the learner's; weights are sent in this type."""
+    """Type of the weights that actors generate with, in which they are sent; ``auto``: the
+    learner's."""
     device: str = "auto"
-    """``auto``: a GPU where there is one."""
+    """Device of an actor as torch names it; ``auto``: a GPU where there is one."""
     max_leases: Annotated[int, Field(ge=1, le=MAX_LEASES)] | None = None
     """Groups that one actor generates at once. None: with vLLM as many as its cache holds, with
     transformers 16."""
     reward_timeout_s: PositiveFloat = 60.0
-    """Longest time for one reward function on one group; then its process is killed."""
+    """Longest time in seconds for one reward function on one group; then its process is killed."""
     reward_processes: Annotated[int, Field(ge=1, le=1024)] = 8
     """Reward functions that one actor runs at once, each in a process of its own. Functions that
-    wait, for the answer of a judge say, need as many as calls are to be out at once."""
+    wait, say for the answer of a judge, need as many as calls are to be out at once."""
     status_interval_s: PositiveFloat = 0.5
+    """Seconds between two messages in which an actor reports its state."""
     engine_timeout_s: PositiveFloat = 120.0
-    """An actor whose engine needs so long for one token or one load of weights gives up."""
+    """Seconds after which an actor gives up whose engine has not finished one token or one load of
+    weights."""
     learner_timeout_s: PositiveFloat = 60.0
-    """An actor that hears nothing from the learner for so long gives up."""
+    """Seconds without a word from the learner after which an actor gives up."""
+
+
+class ActorConfig(ActorSection):
+    """What the welcome tells an actor: ``[actor]``, resolved, and how to sample and score."""
+
     sampling: SamplingConfig = SamplingConfig()
     rewards: tuple[RewardConfig, ...] = ()

@@ -1,4 +1,4 @@
-"""Every error of the system that is not a plain ``ValueError`` of a pure function.
+"""The errors of the system, except plain ``ValueError`` from pure functions.
 
 AsyncGdpoError
 ├── ConfigError          what the user wrote (configuration, command line, data)
@@ -6,13 +6,13 @@ AsyncGdpoError
 │   ├── BadMessage       a peer sent bytes that are no valid message
 │   ├── CollectiveError  a broadcast between several processes did not come about, or broke off
 │   └── Refused          the other side refused us, and says why
-├── PeerLost             the other side is unreachable or silent for too long
+├── PeerLost             the other side is unreachable, or silent for too long
 ├── EngineError          the inference engine failed
 ├── RewardError          a reward function raised, hung or returned nonsense
-└── TrainingError        training cannot go on (non-finite loss, nothing left to train on)
+└── TrainingError        training cannot continue (non-finite loss, nothing left to train on)
 
 The command line prints the message of any of these as one line and exits non-zero; every other
-exception is a bug of ours and keeps its stack trace.
+exception is a bug and keeps its stack trace.
 """
 
 
@@ -33,10 +33,10 @@ class BadMessage(ProtocolError):
 
 
 class CollectiveError(ProtocolError):
-    """A member of a collective is gone or late, so that it is over for all of them."""
+    """A member of a collective is gone or late, which ends it for all members."""
 
     def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
-        """``missing`` are the ranks that did not come to it, where it was a matter of that."""
+        """``missing`` are the ranks that did not come, if that is what went wrong."""
         super().__init__(message)
         self.missing = missing
 
@@ -68,7 +68,7 @@ def brief(error: BaseException, limit: int = 300) -> str:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """A text that a peer wrote, fit for a log: short, and whatever does not print is escaped."""
+    """A peer's text made fit for a log: short, with whatever does not print escaped."""
     shown = text if len(text) <= limit else text[: limit - 3] + "..."
     if shown.isprintable():
         return shown

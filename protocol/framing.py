@@ -18,10 +18,10 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MAX_FRAMES = 1 + MAX_PAYLOADS
 MAX_HEADER_BYTES = 4 << 20
-"""Of a message to an actor; a lease carries a data row."""
+"""Largest header of a message to an actor; a lease carries a data row."""
 MAX_HEADER_BYTES_TO_LEARNER = 128 << 10
 MAX_PAYLOAD_BYTES = 256 << 20
-"""One payload frame; weights travel in chunks far below it."""
+"""Largest payload frame; weights travel in chunks far below it."""
 
 
 def encode(header: Header, payloads: Sequence[Buffer] = ()) -> list[Buffer]:
@@ -59,10 +59,10 @@ def _decode_header(frame: Buffer, types: Any, max_bytes: int) -> Any:
     if memoryview(frame).nbytes > max_bytes:
         raise BadMessage(f"header frame exceeds {max_bytes} bytes")
     try:
-        # Stops at the first wrong value, before a header of empty lists becomes fifty times its
-        # size in memory. But it takes the second of two fields of one name, and any depth.
+        # This stops at the first wrong value, before a header of empty lists becomes fifty times
+        # its size in memory. But it accepts a field given twice, and any depth.
         msgspec.msgpack.decode(frame, type=types)
-        # Its limits on lengths default to the size of the frame, its depth is bounded too.
+        # This limits lengths to the size of the frame, and bounds the depth.
         untyped = msgpack.unpackb(
             frame, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys
         )
@@ -74,7 +74,7 @@ def _decode_header(frame: Buffer, types: Any, max_bytes: int) -> Any:
         OverflowError,
         RecursionError,
     ) as error:
-        # It quotes the message: names of unknown fields, for example.
+        # The error quotes the message: names of unknown fields, for example.
         raise BadMessage(f"not a valid message: {brief(error)}") from error
 
 

@@ -65,7 +65,7 @@ class Group:
 
     @property
     def oldest_version(self) -> int:
-        """Policy version of the group's oldest token: what its staleness is measured from."""
+        """Policy version of the group's oldest token, from which its staleness is measured."""
         return min(self.versions)
 
     @property
@@ -82,7 +82,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GroupLimits:
-    """What a valid group must agree with; known to the learner from its configuration."""
+    """Limits of a valid group, which the learner knows from its configuration."""
 
     num_rollouts: int
     reward_names: tuple[str, ...]

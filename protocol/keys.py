@@ -44,7 +44,7 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class ActorKeys:
-    """What an actor connects with: its own key, and the public one that the learner must have."""
+    """An actor's own key, and the public key that the learner must have."""
 
     own: KeyPair
     learner: str
@@ -53,8 +53,8 @@ class ActorKeys:
 def create_key(path: Path) -> tuple[Path, Path]:
     """Write a new key as ``PATH.key`` and ``PATH.key_secret``; returns these two.
 
-    The secret file is nobody else's to read from its first moment on. Raises `ConfigError` if one
-    of them exists or cannot be written.
+    Nobody else can read the secret file, from its first moment on. Raises `ConfigError` if either
+    exists or cannot be written.
     """
     public_file = path.with_name(path.name + PUBLIC_SUFFIX)
     secret_file = path.with_name(path.name + SECRET_SUFFIX)
@@ -69,7 +69,7 @@ def create_key(path: Path) -> tuple[Path, Path]:
 
 
 def public_key_text(public: str) -> str:
-    """What is in a ``.key`` file."""
+    """Content of a ``.key`` file."""
     return f'curve\n    public-key = "{public}"\n'
 
 
@@ -116,10 +116,10 @@ def load_actor_keys(key: Path | None, learner_key: Path | None) -> ActorKeys | N
 
 
 class AllowList:
-    """The public keys in a folder's ``.key`` files, as they are now: files may come and go.
+    """The public keys in a folder's ``.key`` files, which may come and go.
 
     A change counts within `CHECK_INTERVAL_S`. It fails closed: a file that cannot be read allows
-    nobody, nor does a folder that cannot be listed.
+    nobody, and neither does a folder that cannot be listed.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:

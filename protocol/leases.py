@@ -1,9 +1,9 @@
-"""The lease book: who rolls out which prompt, and that the books balance. No sockets, no clock.
+"""The lease book: who rolls out which prompt, in books that balance. No sockets, no clock.
 
 A lease is one prompt row to be rolled out G times. It has exactly one end:
 
     issue ──► held ──► arrived ──► received   a valid group came from its holder, and is stored
-               └─────► failed                 the actor said so, was lost, or overran the deadline
+               └─────► failed                 the actor said so, was lost, or missed the deadline
 
     invariant, per purpose:   leased = received + failed + outstanding (held or arrived)
 
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class OutstandingLease:
-    """An outstanding lease."""
+    """A lease that has no end yet."""
 
     lease: int
     work: Work
@@ -50,18 +50,17 @@ class OutstandingLease:
 
 @dataclass(slots=True)
 class LeaseCounts:
-    """Counts of leases of one purpose since the start of the run, of the learners before a resume
-    too."""
+    """Counts of leases of one purpose, since the start of the run and across resumes."""
 
     leased: int = 0
     received: int = 0
     failed: Counter[str] = field(default_factory=Counter)
-    """By cause."""
+    """Failures by cause."""
     outstanding: int = 0
 
     @classmethod
     def after_loss(cls, received: int, failed: Mapping[str, int], gone: int) -> Self:
-        """Of a learner that took over from one that was lost, with ``gone`` leases out."""
+        """Counts for a learner that took over from a lost one, with ``gone`` leases out."""
         causes = Counter(failed)
         if gone:
             causes["learner_lost"] += gone
@@ -69,6 +68,7 @@ class LeaseCounts:
 
     @property
     def balanced(self) -> bool:
+        """Whether every lease has an end or is outstanding."""
         return self.leased == self.received + self.failed.total() + self.outstanding
 
 
@@ -114,13 +114,15 @@ class LeaseBook:
         return [held for held in self._held.values() if held.holder == holder]
 
     def find(self, lease: int, holder: str) -> OutstandingLease | None:
-        """The lease, if ``holder`` is the one who has yet to fulfil it."""
+        """The lease, if ``holder`` has yet to fulfil it."""
         held = self._held.get(lease)
         return held if held is not None and held.holder == holder else None
 
     def why_not(self, lease: int) -> tuple[Verdict, str] | None:
-        """Why a group for ``lease`` is not accepted now; None while it has arrived before, but is
-        not stored yet: then the answer is still to come."""
+        """Why a group for ``lease`` is not accepted now.
+
+        None while the lease's group has arrived but is not stored yet: the answer is still to come.
+        """
         if lease in self._arrived:
             return None
         if lease in self._failed:
@@ -132,18 +134,18 @@ class LeaseBook:
         return "rejected", f"lease {lease} was never issued"
 
     def arrive(self, held: OutstandingLease) -> None:
-        """A valid group came from the holder; it is to be stored."""
+        """Note that a valid group came from the holder, and is to be stored."""
         del self._held[held.lease]
         self._arrived[held.lease] = held
 
     def receive(self, held: OutstandingLease) -> None:
-        """The group that arrived is stored."""
+        """Note that the group that arrived is stored."""
         del self._arrived[held.lease]
         self._books(held).outstanding -= 1
         self._books(held).received += 1
 
     def fail(self, held: OutstandingLease, cause: str) -> None:
-        """The holder will not fulfil the lease."""
+        """Note that the holder will not fulfil the lease."""
         del self._held[held.lease]
         self._books(held).outstanding -= 1
         self._books(held).failed[cause] += 1
@@ -156,11 +158,12 @@ class LeaseBook:
         return [held for held in self._held.values() if held.expires_at <= now]
 
     def open_works(self, purpose: Purpose) -> list[Work]:
-        """Of all outstanding leases."""
+        """Work of all outstanding leases of a purpose."""
         everything = (*self._held.values(), *self._arrived.values())
         return [held.work for held in everything if held.work.purpose == purpose]
 
     def outstanding(self, purpose: Purpose) -> int:
+        """Number of leases that have no end yet."""
         return self.books[purpose].outstanding
 
     def _books(self, held: OutstandingLease) -> LeaseCounts:

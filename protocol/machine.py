@@ -1,4 +1,4 @@
-"""Which machine a process is on, in the sense that matters here: whose memory it can map."""
+"""The machine that a process is on, in the sense that matters here: whose memory it can map."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,10 @@ _PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def machine_id() -> str:
-    """Different for two processes if one cannot open the other's ``/proc/PID/fd``.
+    """An id that differs for two processes if one cannot open the other's ``/proc/PID/fd``.
 
-    It takes the same boot of the same kernel, the same user, and one PID namespace: containers on
-    one machine have several. (A security module may forbid it nevertheless.) Empty where the kernel
+    That takes the same boot of the same kernel, the same user, and the same PID namespace, of which
+    containers have one each. (A security module may forbid it nevertheless.) Empty where the kernel
     does not tell.
     """
     try:

@@ -17,14 +17,14 @@ PROTOCOL_VERSION = 3
 """Raised whenever a peer of the old version could misread a message of the new one."""
 
 MAX_LEASES = 8192
-"""That one actor may hold at once."""
+"""Leases that one actor may hold at once."""
 
 Purpose = Literal["check", "train", "eval"]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """A duration: neither negative nor NaN nor infinite."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Version = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-"""Of the policy: one step each, from 0. An int32 in the version spans of a group."""
+"""Version of the policy: one for each step, from 0. An int32 in the version spans of a group."""
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Label = Annotated[
     str,
@@ -43,13 +43,14 @@ MAX_PAYLOADS = 63
 Verdict = Literal["accepted", "duplicate", "rejected"]
 FinishReason = Literal["stop", "length"]
 Route = Literal["collective", "shared", "stream"]
-"""By which weights reach an actor: broadcast, the memory of the same machine, or pulled chunks."""
+"""Route of weights to an actor: broadcast, the memory of the same machine, or pulled chunks."""
 
 
 MAX_TEMPERATURE = 1e6
 MAX_WORLD_SIZE = 65_536
 MAX_COLLECTIVE_S = 86_400.0
-"""The learner's configuration keeps to these; an actor believes nothing beyond them."""
+"""Longest deadline of a collective. The learner's configuration keeps to these limits; an actor
+believes nothing beyond them."""
 
 MODEL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """Configuration and tokenizer files that a welcome may bring: data, never code."""
@@ -68,11 +69,18 @@ class Header(
 
 
 class Hello(Header, tag="hello", frozen=True):
-    """First message of a session; answered by `Welcome` or `Error`."""
+    """First message of a session; answered by `Welcome` or `Error`.
+
+    Example:
+        An actor on the learner's machine, before it has joined::
+
+            Hello(protocol=3, session="5f0c...", host="gpu-7", pid=4711, metrics_port=40123,
+                  machine="1b2e.../4026531836/1000", gpu="GPU-8f5c...")
+    """
 
     protocol: Count
     session: Session
-    """Random per process start: ZeroMQ silently ignores the second of two peers with one id."""
+    """Random in every process: ZeroMQ silently ignores the second of two peers with one id."""
     run_id: Label | None = None
     """The run that the actor was built for, when it says hello again after a silence."""
     model_digest: Label | None = None
@@ -83,13 +91,21 @@ class Hello(Header, tag="hello", frozen=True):
     """Not believed: the learner puts the address that the message came from in its place."""
     metrics_port: Port = 0
     machine: Label = ""
-    """`protocol.machine.machine_id`: on the learner's own, its memory can be read."""
+    """`protocol.machine.machine_id`: an actor on the learner's machine can read its memory."""
     gpu: Label = ""
     """UUID of the GPU that it receives weights on; empty if it has none, or cannot use NCCL."""
 
 
 class GroupHeader(Header, tag="group", frozen=True):
-    """A finished group; the arrays are the payload frames that `protocol.groups` lists."""
+    """A finished group; the arrays are the payload frames that `protocol.groups` lists.
+
+    Example:
+        Two rollouts of 3 and 5 tokens for a prompt of 4, scored by two rewards::
+
+            GroupHeader(lease=17, reward_names=("format", "correctness"),
+                        finish=("stop", "length"), generation_seconds=1.5, reward_seconds=0.02,
+                        sizes=(16, 8, 32, 32, 24, 16))
+    """
 
     lease: Count
     reward_names: tuple[str, ...]
@@ -102,18 +118,31 @@ class GroupHeader(Header, tag="group", frozen=True):
 
 
 class Failed(Header, tag="failed", frozen=True):
-    """The lease will not be fulfilled. A failed rollout is never a zero reward."""
+    """The lease will not be fulfilled. A failed rollout is never a zero reward.
+
+    Example:
+        ``Failed(lease=17, kind="reward", cause="reward 'judge' took longer than 60 s ...",
+        reward="judge")``
+    """
 
     lease: Count
     kind: Literal["reward", "prompt", "deadline"]
-    """What is at fault: a reward function, the data row, or the time that it took."""
+    """Cause of the failure: a reward function, the data row, or the time that it took."""
     cause: str
     reward: str = ""
     """Name of the reward that failed, where one did."""
 
 
 class Status(Header, tag="status", frozen=True):
-    """Heartbeat, sent while the engine makes progress or has nothing to do; see `Pong`."""
+    """Heartbeat, sent while the engine makes progress or has nothing to do; see `Pong`.
+
+    Example:
+        An actor that could hold 16 leases and holds two::
+
+            Status(sequence=120, capacity=16, version=9, leases=(17, 18), heard=119,
+                   tokens_generated=81_920, groups_generated=40, idle_seconds=2.5,
+                   stall_seconds=0.4, uptime_seconds=61.0)
+    """
 
     sequence: Count
     capacity: Annotated[int, msgspec.Meta(ge=0, le=MAX_LEASES)]
@@ -123,8 +152,10 @@ class Status(Header, tag="status", frozen=True):
     leases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_LEASES)]
     """Leases that it works on, or whose group is not acknowledged yet."""
     heard: Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
-    """Sequence of the last `Pong` that it got; -1 before the first. Messages keep their order, so a
-    lease that was sent before that answer and is not listed was lost on the way."""
+    """Sequence of the last `Pong` that it got; -1 before the first.
+
+    Messages keep their order, so a lease that was sent before that answer and is not listed was
+    lost on the way."""
     tokens_generated: Count
     """Since the start of the process, like the four below."""
     groups_generated: Count
@@ -136,12 +167,16 @@ class Status(Header, tag="status", frozen=True):
 
 
 class WeightsPull(Header, tag="weights_pull", frozen=True):
-    """Ask for chunk number ``chunk`` of the packed weights of ``version``."""
+    """Ask for chunk number ``chunk`` of the packed weights of ``version``.
+
+    Example:
+        ``WeightsPull(version=9, chunk=2, base=8)``: the third MiB, as its difference to version 8.
+    """
 
     version: Version
     chunk: Count
     base: Version | None = None
-    """Of the bytes that the actor has there: the difference to them will do."""
+    """Version of the bytes that the actor has there: the difference to them will do."""
 
 
 class WeightsReady(Header, tag="weights_ready", frozen=True):
@@ -167,7 +202,12 @@ class Goodbye(Header, tag="goodbye", frozen=True):
 
 
 class Welcome(Header, tag="welcome", frozen=True):
-    """Everything an actor needs. Payload frames: the files of the model folder, in order."""
+    """Everything an actor needs. Payload frames: the files of the model folder, in order.
+
+    Example:
+        ``files=("config.json", "tokenizer.json")`` with two payload frames, and
+        ``manifest=(("embed.weight", "bfloat16", (55, 64)), ...)``.
+    """
 
     run_id: Label
     actor: dict[str, Any]
@@ -180,7 +220,15 @@ class Welcome(Header, tag="welcome", frozen=True):
 
 
 class Lease(Header, tag="lease", frozen=True):
-    """One prompt row to be rolled out ``num_rollouts`` times."""
+    """One prompt row to be rolled out ``num_rollouts`` times.
+
+    Example:
+        Eight rollouts for a row of the training data::
+
+            Lease(lease=17, row={"prompt": "2 + 2 =", "answer": "4"}, prompt_id="train/0/5",
+                  seed=9001, num_rollouts=8, temperature=1.0, max_tokens=1024, purpose="train",
+                  deadline_s=600.0)
+    """
 
     lease: Count
     row: dict[str, Any]
@@ -196,7 +244,11 @@ class Lease(Header, tag="lease", frozen=True):
 
 
 class Ack(Header, tag="ack", frozen=True):
-    """The terminal answer to a group."""
+    """The final answer to a group.
+
+    Example:
+        ``Ack(lease=17, verdict="duplicate", cause="lease 17 is settled")``
+    """
 
     lease: Count
     verdict: Verdict
@@ -206,8 +258,15 @@ class Ack(Header, tag="ack", frozen=True):
 class Weights(Header, tag="weights", frozen=True):
     """A new version exists. Payload frame: the digests of its tensors (see `protocol.weights`).
 
-    With an ``epoch`` it is broadcast, with ``shared`` it lies in this machine's memory; without
-    them, and whatever fails, it is pulled.
+    With an ``epoch`` it is broadcast, with ``shared`` it lies in this machine's memory. Without
+    them, or if these fail, it is pulled.
+
+    Example:
+        A broadcast to two actors, of which this one has rank 2, in three buckets::
+
+            Weights(version=9, num_bytes=40_000_000, digest="c0ffee...", epoch=4, backend="nccl",
+                    rank=2, world_size=3, store_port=40321, bucket_bytes=16_777_216,
+                    timeout_s=60.0)
     """
 
     version: Version
@@ -226,36 +285,45 @@ class Weights(Header, tag="weights", frozen=True):
 
 
 class WeightsChunk(Header, tag="weights_chunk", frozen=True):
-    """Answer to `WeightsPull`. No payload frame: the version is gone.
+    """Answer to `WeightsPull`. Without a payload frame the version is gone.
 
-    Otherwise one frame, the chunk, or with a ``base`` its differences from that version on, to be
-    applied in order (see `protocol.chunk_codec`).
+    Otherwise there is one frame, the chunk, or with a ``base`` its differences from that version
+    on, to be applied in order (see `protocol.chunk_codec`).
+
+    Example:
+        ``WeightsChunk(version=9, chunk=2, base=7, checksum="9f3a...", sizes=(52_100, 49_800))``:
+        the differences from 7 to 8 and from 8 to 9.
     """
 
     version: Version
     chunk: Count
     base: Version | None = None
     encoding: Literal["raw", "zstd"] = "raw"
-    """Of a whole chunk."""
+    """Encoding of a whole chunk."""
     checksum: Label = ""
-    """Of the chunk's bytes in ``version``."""
+    """Checksum of the chunk's bytes in ``version``."""
 
 
 class Pong(Header, tag="pong", frozen=True):
-    """Answer to `Status`: the learner lives."""
+    """Answer to `Status`: the learner is alive."""
 
     sequence: Count
     version: Version
 
 
 class Drain(Header, tag="drain", frozen=True):
-    """Finish nothing more: the run is over. The actor says `Goodbye` and exits 0."""
+    """The run is over: finish nothing more. The actor says `Goodbye` and exits with 0."""
 
     cause: str
 
 
 class Error(Header, tag="error", frozen=True):
-    """What the peer sent was refused."""
+    """Refusal of what the peer sent.
+
+    Example:
+        ``Error(code="unknown_session", message="...")`` to an actor that was given up; it says
+        `Hello` again.
+    """
 
     code: Literal["unknown_session", "refused", "bad_message"]
     message: str

@@ -1,4 +1,4 @@
-"""How a process of the system ends."""
+"""The end of a process of the system."""
 
 import atexit
 import contextlib
@@ -11,8 +11,8 @@ def leave(code: int) -> NoReturn:
     """End this process now, with everything written that it has printed.
 
     A collective cannot be interrupted, so a thread may still be in one. On the usual way out the
-    interpreter is gone when that thread comes back, in the middle of C++, which then aborts the
-    whole process ("terminate called without an active exception") and spoils its exit code.
+    interpreter is gone when that thread returns from C++, which then aborts the whole process
+    ("terminate called without an active exception") and spoils its exit code.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -31,7 +31,7 @@ HANDSHAKE_EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 # Intervals between an actor's attempts to connect: each actor draws its own. They grow from the
-# first to the longest while nobody listens; where something accepts and hangs up (a proxy, say),
+# first to the longest while nobody listens; where something (such as a proxy) accepts and hangs up,
 # they stay at the first, which is why that is not shorter.
 RECONNECT_FIRST_MS = (500, 1500)
 RECONNECT_LONGEST_MS = (3000, 6000)
@@ -44,20 +44,21 @@ _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
 @dataclass(frozen=True, slots=True)
 class LearnerSockets:
-    """What the learner listens with; all of one thread."""
+    """The learner's sockets, all used by one thread."""
 
     router: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
-    """Events of connections and handshakes. To be drained: a full one stops all traffic."""
+    """Events of connections and handshakes; it must be drained, since a full one stops traffic."""
     authenticator: zmq.Socket[bytes] | None
     """Asks, by ZAP, whether a key may connect; None without keys."""
 
     @property
     def url(self) -> str:
-        """Where the router is bound, with its real port."""
+        """Address of the router, with its real port."""
         return self.router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def close(self) -> None:
+        """Close them all."""
         self.router.disable_monitor()
         for socket in (self.monitor, self.router, self.authenticator):
             if socket is not None:
@@ -72,7 +73,7 @@ def bind_learner(
 ) -> LearnerSockets:
     """The learner's ROUTER socket, bound to ``tcp://HOST:PORT``; port 0 takes any free one.
 
-    With ``keys`` nobody connects whom the authenticator does not let in. A peer that sends a frame
+    With ``keys`` only those connect whom the authenticator lets in. A peer that sends a frame
     over ``max_frame_bytes`` is disconnected. Raises `ConfigError`.
     """
     if keys is None:
@@ -175,7 +176,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether it stands for all addresses of a machine."""
+    """Whether ``host`` stands for all addresses of a machine."""
     return host in ("*", "0.0.0.0")  # noqa: S104
 
 
@@ -204,7 +205,7 @@ def _limit(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
     socket.setsockopt(zmq.IMMEDIATE, 0)
-    # Who vanishes is noticed by TCP. ZeroMQ's own heartbeats, of either side, abort the process if
+    # TCP notices who vanishes. ZeroMQ's own heartbeats, of either side, abort the process if
     # a peer goes away whose queue is full (libzmq issue 4364, open in 4.3.5).
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)

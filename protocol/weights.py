@@ -25,15 +25,15 @@ MAX_TOTAL_BYTES = 1 << 44
 """16 TiB: a manifest that asks for more memory is no model's."""
 
 DIGEST_BYTES = 16
-"""Of one parameter."""
+"""Size of one parameter's digest."""
 
 CHUNK_BYTES = 1 << 20
-"""What is pulled at once: so little that other messages are not held up behind it."""
+"""Size of what is pulled at once: so small that other messages do not wait long behind it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one parameter lies in the packed weights."""
+    """The place of one parameter in the packed weights."""
 
     name: str
     dtype: str
@@ -67,6 +67,7 @@ def layout(manifest: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[TensorS
 
 
 def total_bytes(specs: list[TensorSpec]) -> int:
+    """Size of the packed weights."""
     return specs[-1].offset + specs[-1].num_bytes if specs else 0
 
 
@@ -76,8 +77,10 @@ def tensor_digest(data: Buffer) -> bytes:
 
 
 def whole_digest(digests: bytes, specs: Sequence[TensorSpec]) -> str:
-    """A version's digest: BLAKE2b (16 bytes, hex) over each parameter's name, a zero byte, and
-    its digest; raises ValueError if there are not as many digests as parameters.
+    """A version's digest, in hex.
+
+    It is BLAKE2b (16 bytes) over each parameter's name, a zero byte, and its digest. Raises
+    ValueError if there are not as many digests as parameters.
     """
     whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for spec, digest in zip(specs, _each(digests, len(specs)), strict=True):
@@ -106,5 +109,5 @@ def num_chunks(num_bytes: int) -> int:
 
 
 def item_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Size of one number, for differences: that of the smallest type among the parameters."""
+    """Size of one number, for differences: the smallest type's among the parameters."""
     return min((DTYPE_BYTES[spec.dtype] for spec in specs), default=1)

@@ -24,14 +24,8 @@ import torch
 from torch.distributed import TCPStore
 
 from protocol.errors import CollectiveError
-from transfer.collective import (
-    GRACE_S,
-    BackendName,
-    Group,
-    create_backend,
-    host_store,
-    join_store,
-)
+from transfer.backends import create_backend
+from transfer.collective import GRACE_S, BackendName, BroadcastGroup, host_store, join_store
 
 PATIENCE_S = 20.0
 """Deadline of what is to succeed."""
@@ -82,7 +76,7 @@ class Served:
             setting.backend, own_address=setting.address, device=torch.device(device)
         )
         self._store: TCPStore
-        self._group: Group
+        self._group: BroadcastGroup
         self._rank = 0
         self._abort_seconds = -1.0
 
@@ -99,7 +93,7 @@ class Served:
 
     def broadcast(self, seed: int, num_bytes: int) -> str:
         """The digest of the bucket afterwards; rank 0 fills it from the seed before."""
-        with self._backend.stream():
+        with self._backend.copy_context():
             if self._rank == 0:
                 bucket = make_bucket(seed, num_bytes).to(self._backend.device)
             else:

@@ -36,8 +36,10 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class SharedMemory:
-    """Pages without a name in any file system: nothing is left of them however the process ends,
-    and the small /dev/shm of a container is no limit.
+    """Pages without a name in any file system.
+
+    Nothing is left of them however the process ends, and the small /dev/shm of a container is no
+    limit.
     """
 
     def __init__(self, num_bytes: int, *, pinned: bool = False) -> None:
@@ -51,7 +53,7 @@ class SharedMemory:
         when_gone(self, os.close, self.descriptor)
         os.truncate(self.descriptor, num_bytes)
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
-        """To map the same pages from another process of this user, while this object lives."""
+        """File by which processes of this user map the same pages, while this object lives."""
         self.tensor = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
         """uint8 [num_bytes]; it keeps the pages even when this object is gone."""
         if pinned:
@@ -72,10 +74,10 @@ class DetachableView:
         self.tensor = torch.from_file(
             memory.path, shared=True, size=len(memory.tensor), dtype=torch.uint8
         )
-        """uint8 [num_bytes]: for as long as somebody has it, or a part of it."""
+        """uint8 [num_bytes]; it stays mapped for as long as somebody has it, or a part of it."""
 
     def detach(self, offset: int, num_bytes: int) -> None:
-        """What is written here from now on does not reach the shared memory.
+        """Keep what is written here from now on out of the shared memory.
 
         What was there can still be read: the writer may be passing it on. ``offset`` is a multiple
         of the page size; raises `EngineError` if the system refuses.
@@ -90,8 +92,8 @@ class DetachableView:
         if mapped == _FAILED:
             problem = os.strerror(ctypes.get_errno())
             raise EngineError(f"memory cannot be taken from a broadcast: {problem}")
-        # All are copied now. An older kernel does it as they are written: until then, whoever gets
-        # them from here may get what others have written, and finds by its digests that it did.
+        # This copies all pages now. An older kernel copies each when it is written: until then,
+        # whoever is sent them may get what others have written, and its digests tell.
         _libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE)
 
 

@@ -28,7 +28,7 @@ from protocol.messages import FinishReason
 
 @dataclass(slots=True)
 class _Pending:
-    """A group on its way."""
+    """A group that is waiting or being generated."""
 
     key: int
     request: Request
@@ -48,15 +48,18 @@ class _Row:
 
     @property
     def sequence(self) -> list[int]:
+        """Token ids of prompt and completion."""
         return [*self.group.request.prompt_tokens, *self.tokens]
 
-    def take(self, token: int, logprob: float, version: int) -> None:
+    def append(self, token: int, logprob: float, version: int) -> None:
+        """Add a token that was sampled under the weights of ``version``."""
         if not self.spans or self.spans[-1][1] != version:
             self.spans.append((len(self.tokens), version))
         self.tokens.append(token)
         self.logprobs.append(logprob)
 
     def finish(self, reason: FinishReason) -> Rollout:
+        """The rollout, ended for ``reason``."""
         return Rollout(
             tokens=np.array(self.tokens, dtype=np.int32),
             logprobs=np.array(self.logprobs, dtype=np.float32),
@@ -84,6 +87,7 @@ class BatchGenerator:
 
     @property
     def busy(self) -> bool:
+        """Whether anything is waiting or being generated."""
         return bool(self._rows or self._waiting)
 
     def add(self, key: int, request: Request) -> None:
@@ -92,7 +96,7 @@ class BatchGenerator:
 
     @torch.inference_mode()
     def abort(self, key: int) -> None:
-        """Forget a group, wherever it is."""
+        """Forget a group, waiting or not."""
         self._waiting = deque(group for group in self._waiting if group.key != key)
         keep = [index for index, row in enumerate(self._rows) if row.group.key != key]
         if len(keep) < len(self._rows):
@@ -172,8 +176,8 @@ class BatchGenerator:
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=True,
-            # By its index, which gathers the last position of all rows. Of a slice (what 1 means)
-            # torch makes a product for each row, with a copy of the whole output matrix each.
+            # An index, which gathers the last position of all rows. For a slice (which 1 means)
+            # torch makes a product for each row, each with a copy of the whole output matrix.
             logits_to_keep=self._last,
         )
         logits_BV: torch.Tensor = output.logits[:, -1].float()
@@ -207,7 +211,7 @@ class BatchGenerator:
         for index, (row, token, logprob) in enumerate(
             zip(self._rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
         ):
-            row.take(token, logprob, self._version)
+            row.append(token, logprob, self._version)
             if token in self._eos_ids:
                 finished += _complete(row, "stop")
             elif len(row.tokens) == row.group.request.max_tokens:
@@ -226,7 +230,7 @@ class BatchGenerator:
             return
         indices = torch.tensor(keep, device=self._mask_BL.device)
         self._mask_BL = self._mask_BL[indices]
-        # Columns that are padding in every remaining row are only ballast.
+        # Columns that are padding in every remaining row serve nothing.
         start = int(self._mask_BL.any(dim=0).nonzero()[0])
         self._mask_BL = self._mask_BL[:, start:]
         for layer in _layers(self._cache):
@@ -246,10 +250,10 @@ class BatchGenerator:
 def sample_tokens(
     logits_BV: torch.Tensor, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] by inversion of the distribution at each row's own uniform draw, and their
-    log-probabilities [B] under that distribution.
+    """Draw a token for each row: tokens [B] and their log-probabilities [B].
 
-    One draw a row makes a rollout independent of the batch that it happens to be in. The
+    Each row's distribution is inverted at the row's own uniform draw, which makes a rollout
+    independent of the batch that it happens to be in. The
     cumulative sum is in float64: in float32 it would misplace tokens of a large vocabulary.
     Temperature 0 takes the most likely token and gives its log-probability at temperature 1.
     """

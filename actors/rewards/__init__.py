@@ -1,0 +1,1 @@
+"""Reward functions, called in processes of their own."""

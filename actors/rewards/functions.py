@@ -1,4 +1,4 @@
-"""Finding reward functions. Imports nothing heavy: every reward process begins with it.
+"""The search for reward functions. Imports nothing heavy: every reward process begins with it.
 
     f(prompts, completions, completion_ids, **columns) -> list[float | None]
 

@@ -1,4 +1,4 @@
-"""The process that an actor starts for reward functions, and what keeps them in bounds.
+"""The process that an actor starts for reward functions, and that keeps them in bounds.
 
     actor ──channel── guard ── worker ── whatever the reward functions start
                         │        │
@@ -74,7 +74,7 @@ def _watch(worker: int) -> NoReturn:
     # A process that the actor forked may still hold the channel when the actor is dead.
     signal.signal(signal.SIGTERM, kill)
     _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    Thread(target=_when_hung_up, args=(kill,), daemon=True).start()
+    Thread(target=_when_hung_up, args=(kill,), name="hang-up", daemon=True).start()
     pid = status = 0
     while pid != worker:
         pid, status = os.waitpid(-1, 0)
@@ -103,7 +103,7 @@ def _kill_what_it_started(worker: int) -> None:
 
 
 def _children() -> list[int]:
-    """On Linux; elsewhere the worker's process group has to do."""
+    """Children of this process, on Linux; elsewhere the worker's process group has to do."""
     found = []
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):

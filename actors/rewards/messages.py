@@ -1,4 +1,4 @@
-"""What an actor and its reward processes say to each other.
+"""The messages between an actor and its reward processes.
 
     actor -> process   Load  Call
     process -> actor   Reply, one to each
@@ -42,11 +42,11 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     scores: list[float | None] = []
     problem: str = ""
     kind: Literal["raised", "invalid"] = "raised"
-    """Of the problem: the function raised it, or returned something else than scores."""
+    """Kind of the problem: the function raised, or returned something other than scores."""
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """A message as it is sent."""
+    """The bytes of a message, its length first."""
     body = msgspec.msgpack.encode(message)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 

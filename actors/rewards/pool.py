@@ -36,9 +36,9 @@ from protocol.config import RewardConfig
 from protocol.errors import RewardError, brief
 
 IMPORT_TIMEOUT_S = 120.0
-"""For the import of one reward function: its module may import torch from a slow disk."""
+"""Limit of the import of one reward function: it may import torch from a slow disk."""
 KILL_TIMEOUT_S = 1.0
-"""For a guard to end after it was hung up on; then it is killed, and its worker with it."""
+"""Time that a guard has to end after it was hung up on; then it is killed with its worker."""
 
 FailureKind = Literal["raised", "timeout", "died", "invalid"]
 
@@ -49,7 +49,7 @@ _START = (
 
 
 class RewardFailure(RewardError):
-    """A reward function failed on one group, or where it was imported."""
+    """A reward function failed on one group, or when it was imported."""
 
     def __init__(self, message: str, *, reward: str, kind: FailureKind) -> None:
         super().__init__(message)
@@ -109,7 +109,7 @@ class RewardPool:
     async def close(self) -> None:
         """Kill every process and return when all are gone.
 
-        Calls that are going on fail, and those that wait for a process.
+        Calls that are going on or wait for a process fail.
         """
         if self._closed:
             return
@@ -123,7 +123,7 @@ class RewardPool:
     async def _process(self, reward: str) -> AsyncIterator["_Process"]:
         """A process that has imported the function; killed if what is done with it raises."""
         await self._room.acquire()
-        process = self._take_idle()
+        process = self._pop_idle()
         try:
             if process is None:
                 process = await self._start_process(reward)
@@ -135,7 +135,7 @@ class RewardPool:
         self._idle.append(process)
         self._room.release()
 
-    def _take_idle(self) -> "_Process | None":
+    def _pop_idle(self) -> "_Process | None":
         while self._idle:
             process = self._idle.pop()
             if process.is_alive:
@@ -156,7 +156,7 @@ class RewardPool:
         return process
 
     async def _load(self, process: "_Process", reward: str) -> None:
-        """Have the process import a function, the first time that it is to call it."""
+        """Have the process import a function before its first call."""
         if reward in process.loaded:
             return
         request = Load(
@@ -225,7 +225,7 @@ class _Process:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-u", "-c", _START, *sys.path),
                 stdin=theirs.fileno(),
-                # What functions print belongs into the log, with standard error.
+                # What functions print belongs in the log, with standard error.
                 stdout=2,
                 # Functions run side by side: one thread each is enough.
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -241,8 +241,11 @@ class _Process:
 
     @property
     def is_alive(self) -> bool:
-        """Between two calls nothing comes from it: what can be read then is its end, which the
-        event loop may not have seen yet."""
+        """Whether it still runs; to be asked between two calls.
+
+        Nothing comes from it then: what can be read is its end, which the event loop may not have
+        seen yet.
+        """
         if self._process.returncode is not None or self._reader.at_eof():
             return False
         channel = select.poll()
@@ -250,7 +253,10 @@ class _Process:
         return not channel.poll(0)
 
     async def ask(self, request: Load | Call) -> Reply:
-        """Raises EOFError or OSError if the process ends, `MsgspecError` for what is no reply."""
+        """Send a request and wait for its reply.
+
+        Raises EOFError or OSError if the process ends, MsgspecError for what is no reply.
+        """
         self._writer.write(frame(request))
         await self._writer.drain()
         length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")
@@ -263,7 +269,7 @@ class _Process:
         self._writer.close()
 
     async def end(self) -> int:
-        """Hang up and wait for it; returns the exit code, or the number of a signal negated."""
+        """Hang up and wait for its end; returns the exit code, or a signal's number negated."""
         self.hang_up()
         try:
             async with asyncio.timeout(KILL_TIMEOUT_S):

@@ -3,9 +3,8 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ log = logging.getLogger("actor")
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What the rewards say of a group."""
+    """The scores of a group."""
 
     scores: Floats
     """[G, K], NaN = the reward does not apply."""
@@ -30,30 +29,13 @@ class Scored:
 class RewardScorer:
     """Scores groups with the run's reward functions."""
 
-    def __init__(
-        self,
-        rewards: Sequence[RewardConfig],
-        *,
-        allowed_modules: Iterable[str],
-        folder: Path,
-        timeout_s: float,
-        processes: int,
-    ) -> None:
+    def __init__(self, rewards: Sequence[RewardConfig], pool: RewardPool) -> None:
+        """``pool`` calls the functions of ``rewards``."""
         self._rewards = tuple(rewards)
-        self._pool = RewardPool(
-            rewards,
-            allowed_modules=allowed_modules,
-            folder=folder,
-            timeout_s=timeout_s,
-            processes=processes,
-        )
+        self._pool = pool
         self.names = tuple(reward.name for reward in rewards)
         self.failures: Counter[tuple[str, str]] = Counter()
-        """By reward and kind (`FailureKind`), whatever became of the group."""
-
-    async def start(self) -> None:
-        """Import the functions; raises `RewardError` with what to change."""
-        await self._pool.start()
+        """Groups that a reward failed on, by reward and kind (`FailureKind`)."""
 
     async def score(
         self,
@@ -62,7 +44,7 @@ class RewardScorer:
         completions: list[str],
         completion_ids: list[list[int]],
     ) -> Scored:
-        """Score the completions of one data row.
+        """Score the completions of one data row, by one reward after the other.
 
         Raises `RewardFailure` for a reward whose ``on_failure`` is not ``missing``.
         """
@@ -78,7 +60,3 @@ class RewardScorer:
                 log.warning("%s: %s; the reward counts as missing", prompt_id, failure)
                 missing[reward.name] = str(failure)
         return Scored(scores, missing)
-
-    async def close(self) -> None:
-        """End the reward processes, whatever they are doing."""
-        await self._pool.close()

@@ -22,7 +22,7 @@ Functions = dict[str, RewardFunction]
 
 
 class NotScores(Exception):
-    """A reward function returned something else than scores; the text says what."""
+    """A reward function returned something other than scores; the text says what."""
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -38,7 +38,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             else:
                 reply = answer(functions[request.reward], request, runner)
             if os.getpid() != pid:
-                # A fork that returned from the function too: the original answers.
+                # This is a fork, made by the function, that returned too: the original answers.
                 os._exit(0)
             replies.write(frame(reply))
             replies.flush()
@@ -120,7 +120,7 @@ def _text(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where in the user's file it was raised."""
+    """The place in the user's file where an error was raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

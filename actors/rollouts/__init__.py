@@ -1,0 +1,1 @@
+"""Rollouts: from a lease to a scored group."""

@@ -1,4 +1,4 @@
-"""From a lease to a scored group."""
+"""Rollouts of one turn: a prompt, its completions, their scores."""
 
 import time
 from typing import Any
@@ -31,7 +31,7 @@ class RolloutWorker:
         self._max_tokens = max_tokens
 
     async def roll_out(self, lease: Lease) -> Group:
-        """One group; raises `UnusableRow`, `RewardFailure` or `EngineError`."""
+        """Make a lease into a group; raises `UnusableRow`, `RewardFailure` or `EngineError`."""
         if lease.max_tokens > self._max_tokens:
             # Engines set memory aside for the longest completion.
             raise UnusableRow(

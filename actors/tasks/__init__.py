@@ -1,0 +1,1 @@
+"""Reward functions and data that come with the system."""

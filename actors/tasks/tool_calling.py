@@ -1,7 +1,8 @@
-"""Rewards for tool calling: the format and the correctness of ToolRL (arXiv 2504.13958), which
-the GDPO paper (arXiv 2601.05242) trains against each other.
+"""Rewards for tool calling: the format and the correctness of ToolRL.
 
-An answer is written in three sections, in this order, whitespace between them being free:
+ToolRL is arXiv 2504.13958; the GDPO paper (arXiv 2601.05242) trains the two against each other.
+
+An answer has three sections, in this order, with any whitespace between them:
 
     <think> ... </think>
     <tool_call>
@@ -9,8 +10,8 @@ An answer is written in three sections, in this order, whitespace between them b
     </tool_call>
     <response> ... </response>
 
-A ground truth is a string in the same frame (its think section may be missing). What it holds
-says what an answer has to hold: tool calls, one JSON object a line, or a response, or both.
+A ground truth is a string in the same frame (its think section may be missing). An answer has to
+hold what it holds: tool calls, one JSON object a line, or a response, or both.
 
 Both rewards take TRL's signature and read the column `ground_truth`. Neither sees what the
 other measures: format looks at the tags alone, correctness at the inside of the tool_call
@@ -55,10 +56,10 @@ def format_reward(
     ground_truth: Sequence[str | None],
     **columns: object,
 ) -> list[float | None]:
-    """1 where an answer has exactly the sections of its ground truth, in order, each once, after
-    one think section and with nothing but whitespace between them; else 0.
+    """1 where an answer has exactly the sections of its ground truth, else 0.
 
-    As in ToolRL, what the sections hold does not matter: calls that cannot be read cost the
+    They come in order, each once, after one think section and with nothing but whitespace between
+    them. As in ToolRL, what the sections hold does not matter: calls that cannot be read cost the
     correctness reward.
     """
     return [
@@ -112,16 +113,16 @@ def score_calls(expected: list[Call], made: list[Call]) -> float:
 
 
 def parse_calls(text: str) -> list[Call]:
-    """The calls in the inside of a tool_call section: a JSON object a line, blank lines skipped.
+    """The calls inside a tool_call section: a JSON object a line, blank lines skipped.
 
-    Of a key given twice the last value counts, as everywhere in Python's json. Raises ValueError
+    If a key is given twice the last value counts, as everywhere in Python's json. Raises ValueError
     for anything else than `{"name": string, "parameters": object}`; further keys are ignored.
     """
     return [_parse_call(line) for line in text.split("\n") if line.strip()]
 
 
 def _text(completion: Any) -> str:
-    """What the model wrote: a string, or TRL's list of messages, whose assistant turns count."""
+    """The model's text: a string, or the assistant turns of TRL's list of messages."""
     if isinstance(completion, str):
         return completion
     turns = [message for message in completion if message.get("role") == "assistant"]

@@ -1,5 +1,7 @@
-"""Tool calling in miniature: a language of 55 tokens, in which the two ToolRL rewards of
-`actors.tasks.tool_calling` can be learnt on one CPU core, by a policy of 283 thousand parameters.
+"""Tool calling in miniature: a language of 55 tokens.
+
+A policy of 283 thousand parameters can learn the two ToolRL rewards of `actors.tasks.tool_calling`
+in it, on one CPU core.
 
 A prompt asks for one or two calls, an answer makes them:
 
@@ -136,7 +138,7 @@ def split_requests(seed: int, heldout_share: float = 0.2) -> tuple[list[Request]
 
 
 def make_rows(requests: list[Request], num_rows: int, seed: int) -> list[dict[str, str]]:
-    """Rows of the columns `prompt` and `ground_truth`: a quarter single calls, the rest pairs.
+    """Rows with the columns `prompt` and `ground_truth`: a quarter single calls, the rest pairs.
 
     No pair comes twice; single calls do, because there are only 80.
     """
@@ -151,7 +153,7 @@ def make_rows(requests: list[Request], num_rows: int, seed: int) -> list[dict[st
 
 
 def prompt_of(request: Request) -> str:
-    """`weather paris monday ; stock acme friday =>`"""
+    """The prompt for a request, such as `weather paris monday ; stock acme friday =>`."""
     return " ; ".join(" ".join((call.tool, *call.values)) for call in request) + " =>"
 
 
@@ -170,7 +172,7 @@ def clean_answer(request: Request) -> str:
 
 
 def noisy_answer(request: Request, noise: Noise, rng: random.Random) -> str:
-    """A demonstration with the mistakes of `noise`, of which a little is right."""
+    """A demonstration with the mistakes that ``noise`` asks for."""
     made = _mistaken(request, noise, rng)
     section = _tool_call(made)
     if rng.random() < noise.unclosed_calls:

@@ -1,6 +1,6 @@
 """The actor's part in a broadcast: its own process receives while the engine generates.
 
-    gloo ────────────────────────────► receive buffer     straight into what a turn lends
+    gloo ────────────────────────────► receive buffer     straight into memory that it lends
     NCCL ──► a bucket on the GPU, copied ──┘
 
 A collective cannot be interrupted. One that is given up goes on until its deadline, in a thread
@@ -12,27 +12,28 @@ from contextlib import suppress
 
 import torch
 
-from actors.weights.receive_buffer import Superseded, Turn
+from actors.weights.receive_buffer import Superseded, WriteTurn
 from protocol.errors import CollectiveError
 from protocol.messages import Weights
 from protocol.sockets import address_towards, parse_tcp
 from protocol.weights import CHUNK_BYTES
-from transfer.collective import Backend, Group, create_backend, join_store
+from transfer.backends import create_backend
+from transfer.collective import Backend, BroadcastGroup, join_store
 
 
 class Collective:
-    """This actor's membership in the current epoch, of one learner."""
+    """This actor's membership in the current epoch of one learner."""
 
     def __init__(self, learner_url: str, device: torch.device) -> None:
         """``device`` is the one that the NCCL backend receives on."""
         self._host, self._port = parse_tcp(learner_url)
         self._device = device
         self._backend: Backend | None = None
-        self._group: Group | None = None
+        self._group: BroadcastGroup | None = None
         self._epoch: int | None = None
 
-    def receive(self, offer: Weights, turn: Turn) -> None:
-        """Receive what is offered; blocks, up to the offer's deadline for each of its parts.
+    def receive(self, offer: Weights, turn: WriteTurn) -> None:
+        """Receive what is offered; blocks, for each bucket until the offer's deadline at most.
 
         Whatever is raised ends the membership: this object is of no more use then.
         """
@@ -51,14 +52,14 @@ class Collective:
             _receive_and_copy(self._group, self._backend, spans, turn)
 
     def abort(self) -> None:
-        """Give up what is going on in another thread."""
+        """Give up what another thread is receiving."""
         if self._group is not None:
             self._group.abort()
 
-    def _meet(self, offer: Weights) -> tuple[Backend, Group]:
+    def _meet(self, offer: Weights) -> tuple[Backend, BroadcastGroup]:
         assert offer.epoch is not None
-        # Asked anew, and not by whoever makes this object: that may wait for a name server, or
-        # fail while the network is down.
+        # Asked for each epoch, and on this thread: it may wait for a name server, or fail while the
+        # network is down.
         own_address = address_towards(self._host, self._port)
         backend = create_backend(offer.backend, own_address=own_address, device=self._device)
         store = join_store(self._host, offer.store_port, offer.timeout_s)
@@ -66,8 +67,8 @@ class Collective:
         return backend, group
 
 
-def _receive(group: Group, spans: list[tuple[int, int]], turn: Turn) -> None:
-    """Bucket by bucket; each is hashed while the next one arrives."""
+def _receive(group: BroadcastGroup, spans: list[tuple[int, int]], turn: WriteTurn) -> None:
+    """Receive bucket by bucket; each is hashed while the next one arrives."""
     pending: Callable[[], None] | None = group.begin(turn.lend(*spans[0]))
     for span, following in zip(spans, [*spans[1:], None], strict=True):
         assert pending is not None
@@ -77,19 +78,20 @@ def _receive(group: Group, spans: list[tuple[int, int]], turn: Turn) -> None:
             turn.filled(*span)
         except Superseded:
             if pending is not None:
-                # Here, where nobody waits: else whoever frees the group would.
+                # Waited for here, where nobody waits for this thread: else whoever frees the group
+                # would wait.
                 with suppress(CollectiveError):
                     pending()
             raise
 
 
 def _receive_and_copy(
-    group: Group, backend: Backend, spans: list[tuple[int, int]], turn: Turn
+    group: BroadcastGroup, backend: Backend, spans: list[tuple[int, int]], turn: WriteTurn
 ) -> None:
-    with backend.stream():
-        # Of this stream's memory: what the engine's has just freed may still be in use.
+    with backend.copy_context():
+        # From this stream's memory: what the engine's stream has just freed may still be in use.
         bucket = torch.empty(spans[0][1], dtype=torch.uint8, device=backend.device)
     for offset, num_bytes in spans:
         group.broadcast(bucket[:num_bytes])
-        with backend.stream():
+        with backend.copy_context():
             turn.write(offset, bucket[:num_bytes])

@@ -1,4 +1,4 @@
-"""Pulling weights over ZeroMQ: only chunks that are missing, as differences where that is less."""
+"""Weights pulled over ZeroMQ: only missing chunks, as differences where that is less."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ from collections import deque
 import torch
 
 from actors.link import LearnerLink
-from actors.weights.receive_buffer import ReceiveBuffer, Turn
+from actors.weights.receive_buffer import ReceiveBuffer, WriteTurn
 from protocol import chunk_codec
 from protocol.errors import BadMessage, PeerLost
 from protocol.messages import WeightsChunk, WeightsPull
@@ -18,8 +18,10 @@ log = logging.getLogger("actor")
 
 PULLS_IN_FLIGHT = 16
 PULL_RETRY_S = 5.0
-"""Without any chunk. Not of the one chunk: on a slow link it waits behind those before it, and what
-is asked for twice is sent twice, which makes the link slower still."""
+"""Time without any chunk after which missing ones are asked for again.
+
+It is not counted for each chunk: on a slow link one waits behind those before it, and what is asked
+for twice is sent twice, which makes the link slower still."""
 
 
 class Gone(Exception):
@@ -27,18 +29,21 @@ class Gone(Exception):
 
 
 class Pull:
-    """Completes one version in the buffer of a turn."""
+    """Completes one version in the buffer that a turn writes to."""
 
     def __init__(
         self,
         link: LearnerLink,
-        turn: Turn,
+        turn: WriteTurn,
         loaded: ReceiveBuffer,
         width: int,
         timeout_s: float,
     ) -> None:
-        """``loaded`` may hold older chunks, as a base for differences; it may be the turn's buffer.
-        ``width`` is the size in bytes of one number (`protocol.weights.item_bytes`)."""
+        """Prepare to pull what is missing.
+
+        ``loaded`` may hold older chunks, as a base for differences; it may be the turn's buffer.
+        ``width`` is the size in bytes of one number (`protocol.weights.item_bytes`).
+        """
         self._link = link
         self._version = turn.version
         self._target = turn.buffer
@@ -51,14 +56,14 @@ class Pull:
         self._answered_at = time.monotonic()
 
     def answer(self, message: WeightsChunk, payloads: list[memoryview]) -> None:
-        """A chunk arrived."""
+        """Hand over a chunk that arrived."""
         future = self._answers.get(message.chunk)
         if message.version == self._version and future is not None and not future.done():
             self._answered_at = time.monotonic()
             future.set_result((message, payloads))
 
     async def run(self) -> None:
-        """Raises `Gone` or `PeerLost`, in a group."""
+        """Pull all missing chunks; raises `Gone` or `PeerLost`, in an exception group."""
         async with asyncio.TaskGroup() as workers:
             for _ in range(PULLS_IN_FLIGHT):
                 workers.create_task(self._work())
@@ -110,12 +115,12 @@ class Pull:
         return None
 
     def _base(self, chunk: int) -> ReceiveBuffer | None:
-        """Which buffer holds the newest bytes there, of any version."""
+        """The buffer that holds the newest bytes of a chunk, of any version."""
         buffers = [b for b in (self._loaded, self._target) if b.held(chunk) is not None]
         return max(buffers, key=lambda b: b.held(chunk) or 0, default=None)
 
     async def _ask(self, chunk: int, base: int | None) -> tuple[WeightsChunk, list[memoryview]]:
-        """The answer for a chunk, asked for again when none comes at all; raises `PeerLost`."""
+        """Ask for a chunk, and again when no answer comes at all; raises `PeerLost`."""
         future: asyncio.Future[tuple[WeightsChunk, list[memoryview]]]
         future = asyncio.get_running_loop().create_future()
         self._answers[chunk] = future

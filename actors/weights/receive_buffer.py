@@ -4,8 +4,8 @@ So a transfer that breaks off is continued by whatever route comes next, and a c
 version serves as the base of a difference.
 
 Writers may be threads that nobody can stop (a collective lasts until its deadline), so each one
-has a `Turn`. Once that is over it writes nothing any more; and what was lent to it, to be written
-by others, is taken away (`transfer.shared_memory.DetachableView`).
+has a `WriteTurn`. Once that is over it writes nothing any more, and memory that was lent to it is
+detached (`transfer.shared_memory.DetachableView`).
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,18 @@ from protocol.weights import CHUNK_BYTES, TensorSpec, num_chunks, total_bytes
 from transfer.shared_memory import DetachableView, SharedMemory
 
 BLOCK_BYTES = 1 << 18
-"""Copied, then hashed: little enough to be still in the cache of a core."""
+"""Copied, then hashed: small enough to be still in the cache of a core."""
 
 
 class Superseded(Exception):
-    """A writer whose turn is over: another one has taken over the buffer."""
+    """The writer's turn is over: another one writes to the buffer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Turn:
-    """The right to write whole chunks of one version, until the next one's turn begins.
+class WriteTurn:
+    """The right to write whole chunks of one version, until the next one is given.
 
-    After that all methods raise `Superseded`. For anything else than whole chunks they raise
-    ValueError.
+    After that all methods raise `Superseded`. For anything but whole chunks they raise ValueError.
     """
 
     buffer: "ReceiveBuffer"
@@ -44,12 +43,12 @@ class Turn:
     def lend(self, offset: int, num_bytes: int) -> torch.Tensor:
         """Memory to write to without a copy; `filled` gives it back.
 
-        If the turn ends before, what is written there is lost.
+        If the turn ends before that, what is written there is lost.
         """
         return self.buffer._lend(self, offset, num_bytes)
 
     def filled(self, offset: int, num_bytes: int) -> None:
-        """What was lent from ``offset`` on holds the bytes of the version."""
+        """Give back what was lent from ``offset`` on: it holds the bytes of the version."""
         self.buffer._filled(self, offset, num_bytes)
 
 
@@ -57,32 +56,32 @@ class ReceiveBuffer:
     """Memory for one version of the weights."""
 
     def __init__(self, memory: SharedMemory, specs: list[TensorSpec]) -> None:
-        """``memory`` is of the size of ``specs``."""
+        """``memory`` has the size of ``specs``."""
         self.memory = memory
         self._tensor = memory.tensor
         self._bytes = self._tensor.numpy().data
         self._specs = specs
         self._lock = Lock()
-        self._turn: Turn | None = None
-        self._landing: DetachableView | None = None
+        self._turn: WriteTurn | None = None
+        self._view: DetachableView | None = None
         """Kept from push to push: pages are slow when they are first touched."""
         self._lent: dict[int, int] = {}
-        """Number of bytes, by offset."""
+        """Numbers of bytes lent, by offset."""
         self._held: list[int | None] = [None] * num_chunks(total_bytes(specs))
         self._digests = RunningDigests(self._bytes, specs)
 
-    def begin(self, version: int) -> Turn:
-        """The turn of a writer of ``version``; it ends the one before."""
+    def begin(self, version: int) -> WriteTurn:
+        """Begin the turn of a writer of ``version``, which ends the one before."""
         with self._lock:
-            if self._landing is not None and self._lent:
+            if self._view is not None and self._lent:
                 for offset, num_bytes in self._lent.items():
-                    self._landing.detach(offset, num_bytes)
+                    self._view.detach(offset, num_bytes)
                 self._lent.clear()
-                self._landing = None
-            self._turn = Turn(self, version)
+                self._view = None
+            self._turn = WriteTurn(self, version)
             return self._turn
 
-    def _write(self, turn: Turn, offset: int, data: torch.Tensor) -> None:
+    def _write(self, turn: WriteTurn, offset: int, data: torch.Tensor) -> None:
         chunks = self._chunks(offset, len(data))
         end = offset + len(data)
         with self._lock:
@@ -94,16 +93,16 @@ class ReceiveBuffer:
                 self._digests.written(begin, stop)
             self._mark(chunks, turn.version)
 
-    def _lend(self, turn: Turn, offset: int, num_bytes: int) -> torch.Tensor:
+    def _lend(self, turn: WriteTurn, offset: int, num_bytes: int) -> torch.Tensor:
         chunks = self._chunks(offset, num_bytes)
         with self._lock:
             self._check(turn)
-            self._landing = self._landing or DetachableView(self.memory)
+            self._view = self._view or DetachableView(self.memory)
             self._lent[offset] = num_bytes
             self._mark(chunks, None)
-            return self._landing.tensor[offset : offset + num_bytes]
+            return self._view.tensor[offset : offset + num_bytes]
 
-    def _filled(self, turn: Turn, offset: int, num_bytes: int) -> None:
+    def _filled(self, turn: WriteTurn, offset: int, num_bytes: int) -> None:
         with self._lock:
             self._check(turn)
             if self._lent.pop(offset, None) != num_bytes:
@@ -111,7 +110,7 @@ class ReceiveBuffer:
             self._digests.written(offset, offset + num_bytes)
             self._mark(self._chunks(offset, num_bytes), turn.version)
 
-    def _check(self, turn: Turn) -> None:
+    def _check(self, turn: WriteTurn) -> None:
         if turn is not self._turn:
             raise Superseded
 
@@ -128,11 +127,12 @@ class ReceiveBuffer:
         return begin, min(begin + CHUNK_BYTES, len(self._tensor))
 
     def read(self, chunk: int) -> memoryview:
+        """Bytes of a chunk, without a copy."""
         begin, end = self.span(chunk)
         return self._bytes[begin:end]
 
     def held(self, chunk: int) -> int | None:
-        """Version of the chunk's bytes; None if they are of none, or of several."""
+        """Version that all of the chunk's bytes are of; None if there is none."""
         return self._held[chunk]
 
     def missing(self, version: int) -> list[int]:
@@ -140,7 +140,7 @@ class ReceiveBuffer:
         return [chunk for chunk, held in enumerate(self._held) if held != version]
 
     def forget(self, names: list[str] | None = None) -> None:
-        """The bytes of these tensors (None: of all) are not what they should be."""
+        """Note that the bytes of these tensors (None: of all) are not what they should be."""
         for spec in self._specs:
             if names is None or spec.name in names:
                 end = spec.offset + spec.num_bytes
@@ -148,7 +148,7 @@ class ReceiveBuffer:
                 self._digests.forget(spec.offset, end)
 
     def digests(self) -> bytes:
-        """Of all parameters, from the bytes that were written here."""
+        """Digests of all parameters, from the bytes that were written here."""
         return self._digests.digests()
 
     def _mark(self, chunks: range, version: int | None) -> None:
@@ -158,7 +158,7 @@ class ReceiveBuffer:
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     if source.is_cpu:
-        # As memcpy, which takes a quarter less time than torch's own copy.
+        # This is memcpy, which takes a quarter less time than torch's own copy.
         np.copyto(target.numpy(), source.numpy())
     else:
         target.copy_(source)

@@ -1,7 +1,7 @@
 """The receiving end of weights: three routes into one buffer, then one loader.
 
     announcement ─┬─► collective: buckets of a broadcast      ─┐
-                  ├─► shared: the learner's memory, mapped     ├─► digests ─► engine loads ─► ready
+                  ├─► shared: the learner's memory, read       ├─► digests ─► engine loads ─► ready
                   └─► stream: chunks, or their differences    ─┘     │            between tokens
                           ▲                                          │
                           └── what another route left missing, or damaged ◄──┘
@@ -24,7 +24,7 @@ from actors.link import LearnerLink
 from actors.threads import in_daemon_thread
 from actors.weights.broadcast import Collective
 from actors.weights.pull import Gone, Pull
-from actors.weights.receive_buffer import ReceiveBuffer, Turn
+from actors.weights.receive_buffer import ReceiveBuffer, WriteTurn
 from actors.weights.shared_memory import read_shared
 from protocol.errors import EngineError, brief
 from protocol.messages import Route, Weights, WeightsChunk, WeightsReady
@@ -34,7 +34,7 @@ from transfer.shared_memory import SharedMemory
 log = logging.getLogger("actor")
 
 MAX_PULLS = 3
-"""Of one version, when what came was damaged again and again."""
+"""Times that one version is pulled when what comes is damaged again and again."""
 
 
 class WeightsReceiver:
@@ -48,8 +48,11 @@ class WeightsReceiver:
         timeout_s: float,
         device: torch.device,
     ) -> None:
-        """``timeout_s`` is how long the learner may be silent while it is asked for chunks;
-        ``device`` is where the NCCL backend receives."""
+        """Allocate the buffers; raises `EngineError` if there is no memory for them.
+
+        ``timeout_s`` is how long the learner may be silent while it is asked for chunks; ``device``
+        is where the NCCL backend receives.
+        """
         self._link = link
         self._engine = engine
         self._specs = specs
@@ -61,34 +64,34 @@ class WeightsReceiver:
         """Holds what the engine holds, unless a transfer into it has begun."""
         self._offer: tuple[Weights, bytes] | None = None
         self._announced = asyncio.Event()
-        self._taking: Weights | None = None
-        """What is being received or loaded: to be told of it again is no reason to begin anew."""
+        self._in_progress: Weights | None = None
+        """Offer that is being received or loaded; the same offer again does not interrupt it."""
         self._starts_over = False
         self._loading = False
-        self._pull: Pull | None = None
+        self._current_pull: Pull | None = None
         self._ready: tuple[WeightsReady, bytes] | None = None
-        """What the learner was told of the weights in use."""
+        """Message that told the learner of the weights in use, with their digests."""
 
     def announce(self, offer: Weights, payloads: list[memoryview]) -> None:
-        """A new version exists; `run` takes the newest."""
+        """Note that a new version exists; `run` follows the newest."""
         if self._offer is not None and not self._starts_over:
             newest = self._offer[0]
             # In a broadcast others wait for this actor, whatever it was offered since.
             is_late = offer.version < newest.version and offer.epoch is None
-            if is_late or offer == newest == self._taking:
+            if is_late or offer == newest == self._in_progress:
                 return
         self._offer = (offer, bytes(payloads[0]) if payloads else b"")
         self._announced.set()
 
     def start_over(self) -> None:
-        """The learner may be another process now, which resumed from an older version."""
+        """Forget all versions: the learner may be a new process, resumed from an older one."""
         self._new_collective()
         self._starts_over = True
 
     def chunk(self, message: WeightsChunk, payloads: list[memoryview]) -> None:
-        """A chunk that was pulled; others are late answers."""
-        if self._pull is not None:
-            self._pull.answer(message, payloads)
+        """Hand a chunk to the pull in progress; without one it is a late answer."""
+        if self._current_pull is not None:
+            self._current_pull.answer(message, payloads)
 
     async def run(self) -> None:
         """Follow announcements until cancelled; raises `EngineError` or `PeerLost`."""
@@ -103,9 +106,9 @@ class WeightsReceiver:
                 self._starts_over, self._ready = False, None
                 self._next.forget()
                 self._loaded.forget()
-            self._taking = offer
+            self._in_progress = offer
             await self._until_announced(self._update(offer, digests))
-            self._taking = None
+            self._in_progress = None
 
     async def _until_announced(self, update: Coroutine[Any, Any, None]) -> None:
         """Run an update; a newer announcement interrupts it, except while the engine loads."""
@@ -126,11 +129,11 @@ class WeightsReceiver:
         self._check(offer, digests)
         if self._ready is not None and self._ready[0].version == offer.version:
             if self._ready[0].digest != offer.digest:
-                # What the engine made of it was wrong: so may be all that it was made from.
+                # What the engine made of it was wrong, so what it was made from may be wrong too.
                 self._next.forget()
                 self._loaded.forget()
             elif offer.epoch is None:
-                # The learner asked again, after a broadcast that only others did not get.
+                # The learner asks again after a broadcast that others did not get.
                 await self._confirm(*self._ready)
                 return
             # In a broadcast the others need this actor, whatever it has.
@@ -156,25 +159,25 @@ class WeightsReceiver:
     # --- routes ---------------------------------------------------------------------------------
 
     async def _receive(self, offer: Weights) -> Route | None:
-        """Fill the buffer; returns the route that completed it, None if the version is gone."""
+        """Fill the buffer; returns the route that completed it, or None if the version is gone."""
         route: Route = "stream"
         turn = self._next.begin(offer.version)
         if offer.epoch is not None:
             route = "collective"
-            await self._by_collective(offer, turn)
+            await self._receive_broadcast(offer, turn)
         elif offer.shared:
             route = "shared"
-            await self._by_shared(offer, turn)
-        # The one before may still write.
+            await self._read_shared(offer, turn)
+        # The writer before may still write.
         turn = self._next.begin(offer.version)
         if not self._next.missing(offer.version):
             return route
-        return "stream" if await self._by_stream(turn) else None
+        return "stream" if await self._pull_missing(turn) else None
 
-    async def _by_collective(self, offer: Weights, turn: Turn) -> None:
+    async def _receive_broadcast(self, offer: Weights, turn: WriteTurn) -> None:
         collective = self._collective
         try:
-            await in_daemon_thread(lambda: collective.receive(offer, turn))
+            await in_daemon_thread("broadcast", lambda: collective.receive(offer, turn))
         except asyncio.CancelledError:
             self._new_collective()
             raise
@@ -184,22 +187,26 @@ class WeightsReceiver:
             log.debug("%s", brief(error))
             self._new_collective()
 
-    async def _by_shared(self, offer: Weights, turn: Turn) -> None:
+    async def _read_shared(self, offer: Weights, turn: WriteTurn) -> None:
         try:
-            await in_daemon_thread(lambda: read_shared(offer.shared, offer.num_bytes, turn))
+            await in_daemon_thread(
+                "shared-memory", lambda: read_shared(offer.shared, offer.num_bytes, turn)
+            )
         except (OSError, ValueError, RuntimeError) as error:
             log.info("the learner's memory cannot be read (%s); pulling", brief(error))
 
-    async def _by_stream(self, turn: Turn) -> bool:
-        """Pull what is missing; False if the version was replaced meanwhile."""
-        self._pull = Pull(self._link, turn, self._loaded, item_bytes(self._specs), self._timeout_s)
+    async def _pull_missing(self, turn: WriteTurn) -> bool:
+        """Pull what is missing; returns False if the version was replaced meanwhile."""
+        self._current_pull = Pull(
+            self._link, turn, self._loaded, item_bytes(self._specs), self._timeout_s
+        )
         gone = False
         try:
-            await self._pull.run()
+            await self._current_pull.run()
         except* Gone:
             gone = True
         finally:
-            self._pull = None
+            self._current_pull = None
         return not gone
 
     def _new_collective(self) -> None:
@@ -209,15 +216,16 @@ class WeightsReceiver:
     # --- loading --------------------------------------------------------------------------------
 
     async def _intact(self, offer: Weights, digests: bytes) -> bool:
-        """Whether all bytes are right, after pulling again what is not; False if it is gone."""
+        """Pull again what is damaged; returns False if the version is gone."""
         for _ in range(MAX_PULLS):
             # A large model takes seconds, in which the event loop has to go on.
-            wrong = differing(self._specs, digests, await in_daemon_thread(self._next.digests))
+            arrived = await in_daemon_thread("digests", self._next.digests)
+            wrong = differing(self._specs, digests, arrived)
             if not wrong:
                 return True
             log.warning("version %d: %s arrived damaged", offer.version, ", ".join(wrong[:3]))
             self._next.forget(wrong)
-            if not await self._by_stream(self._next.begin(offer.version)):
+            if not await self._pull_missing(self._next.begin(offer.version)):
                 return False
         raise EngineError(
             f"{wrong[0]} of version {offer.version} arrives damaged, {MAX_PULLS} times in a row"
@@ -230,7 +238,9 @@ class WeightsReceiver:
             load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
             if engine.in_place:
                 self._loaded, self._next = buffer, self._loaded
-            held = await in_daemon_thread(lambda: engine.digests(self._specs) or buffer.digests())
+            held = await in_daemon_thread(
+                "digests", lambda: engine.digests(self._specs) or buffer.digests()
+            )
         finally:
             self._loading = False
         ready = WeightsReady(
@@ -244,8 +254,8 @@ class WeightsReceiver:
         await self._confirm(ready, held)
 
     async def _confirm(self, ready: WeightsReady, held: bytes) -> None:
-        # From here on the same offer is a new question.
-        self._taking = None
+        # From here on the same offer asks for a new answer.
+        self._in_progress = None
         await self._link.send(ready, [held])
 
     def _allocate(self) -> ReceiveBuffer:

@@ -1,4 +1,4 @@
-"""Digests of packed tensors, made while their bytes are written and still in the processor's cache.
+"""Digests of packed tensors, made while their bytes are still in the processor's cache.
 
 written    [0, 4 MiB)  [4, 8 MiB)  [8, 12 MiB) ...      in order: every byte is hashed at once
 tensors    aaaaabbbbbbbbbbbbbbbbbbbbcddddddddd ...      else: when the digests are asked for
@@ -12,7 +12,7 @@ from protocol.weights import TensorSpec, tensor_digest
 
 
 class RunningDigests:
-    """Of the tensors in one memory, every change of which is told to `written`.
+    """Digests of the tensors in one memory, every change of which is told to `written`.
 
     Not for several threads at once.
     """
@@ -30,7 +30,7 @@ class RunningDigests:
         """How far it has been; None if it cannot go on."""
 
     def written(self, begin: int, end: int) -> None:
-        """There are other bytes from ``begin`` to ``end`` now."""
+        """Note that the bytes from ``begin`` to ``end`` have changed."""
         self.forget(begin, end)
         if begin == 0:
             self._hash.reset()
@@ -50,7 +50,7 @@ class RunningDigests:
                 self._next += 1
 
     def forget(self, begin: int, end: int) -> None:
-        """Compute the digests of what lies there again, even if nothing was written."""
+        """Have the digests of what lies there computed again, even if nothing was written."""
         index = max(0, bisect_right(self._offsets, begin) - 1)
         while index < len(self._specs) and self._offsets[index] < end:
             self._known[index] = None
@@ -62,7 +62,7 @@ class RunningDigests:
         return None not in self._known
 
     def digests(self) -> bytes:
-        """Of all tensors, one after the other; takes the time to read what is not known yet."""
+        """Digests of all tensors, one after the other; reads those not hashed yet."""
         return b"".join(
             known if known is not None else tensor_digest(self._of(spec))
             for known, spec in zip(self._known, self._specs, strict=True)

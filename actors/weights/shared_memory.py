@@ -1,24 +1,24 @@
 """Weights from the memory of a learner on the same machine.
 
-For an actor on the learner's own GPU, where NCCL refuses a second rank, this is the way through
-the host's memory.
+An actor on the learner's own GPU, where NCCL refuses a second rank, gets them this way through the
+host's memory.
 """
 
 import os
 import stat
 
-from actors.weights.receive_buffer import Turn
+from actors.weights.receive_buffer import WriteTurn
 
 BLOCK_BYTES = 16 << 20
 
 
-def read_shared(path: str, num_bytes: int, turn: Turn) -> None:
-    """Read all of a learner's snapshot in ``turn``.
+def read_shared(path: str, num_bytes: int, turn: WriteTurn) -> None:
+    """Write all of a learner's snapshot in ``turn``.
 
-    Raises OSError, ValueError, or what the turn does. The learner may replace the bytes meanwhile:
-    their digests tell.
+    Raises OSError, ValueError, or what ``turn`` raises. The learner may replace the bytes
+    meanwhile: their digests tell.
     """
-    # A path of a learner's choosing: a pipe must not block.
+    # The learner chose the path: a pipe must not block.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)

@@ -29,9 +29,9 @@ from protocol.errors import ConfigError, ProtocolError, TrainingError
 
 _ERROR = "gdpo: error: "
 STOP_TIMEOUT_S = 5.0
-"""From the request to stop until an actor that has not ended is killed."""
+"""Time from the request to stop until an actor that has not ended is killed."""
 GRACE_S = 2.0
-"""What it has at least, when the learner took long over its last step."""
+"""Least time that an actor has, when the learner took long over its last step."""
 RESTART_DELAY_S = 1.0
 
 
@@ -44,7 +44,7 @@ class _Child:
     """Size of the log when this process began: an earlier one wrote what is before."""
 
     def how_it_ended(self) -> str:
-        """Its exit code or signal, and the error line that it ended with, if any."""
+        """Describe its exit code or signal, and the error line that it ended with, if any."""
         code = self.process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         lines = self.log.read_bytes()[self.log_start :].decode(errors="replace").splitlines()
@@ -81,7 +81,7 @@ def launch(
 
 
 def require_actor_key(config: RunConfig) -> None:
-    """Raises `ConfigError` if actors that are started here could not connect."""
+    """Check that actors started here could connect; raises `ConfigError` where they could not."""
     if config.load_keys() is not None and config.keys.actor is None:
         raise ConfigError(
             "keys.secret is set: then the actors that gdpo run starts need a key too; set "
@@ -114,7 +114,7 @@ class Launcher:
         self.failure = ""
 
     def run(self) -> None:
-        """Until the learner has ended and every child is gone."""
+        """Run until the learner has ended and every child is gone."""
         self._say(f"run folder: {self._folder.path}")
         # Before there is anybody who would be left behind.
         previous = {
@@ -140,6 +140,7 @@ class Launcher:
 
     @property
     def stop_requested(self) -> bool:
+        """Whether a signal asked this launcher to stop."""
         return self._stop_requested_at is not None
 
     def status(self) -> Status | None:
@@ -214,7 +215,7 @@ class Launcher:
         return [*learner, *self._actors.values()]
 
     def _stop_children(self) -> None:
-        """Nobody is left afterwards."""
+        """End every child, by force where time is up."""
         children = self._children()
         now = time.monotonic()
         since = now if self._stop_requested_at is None else self._stop_requested_at
@@ -273,7 +274,7 @@ class Launcher:
         return ["learner", str(self._folder.config_file.resolve()), "--run-folder", str(folder)]
 
     def _learner_threads(self) -> int:
-        """What the actors leave of the machine, unless the configuration says."""
+        """Count the CPU threads that actors leave, unless the configuration sets the number."""
         config = self._config
         used = config.launch.actors * config.launch.actor_threads
         return config.training.threads or max(1, (os.cpu_count() or 1) - used)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from actors.engines.choice import start_engine
 from actors.engines.engine import Engine, UnusableRow
-from actors.rewards.pool import RewardFailure
+from actors.rewards.pool import RewardFailure, RewardPool
 from actors.rewards.scorer import RewardScorer
 from actors.rollouts.single_turn import RolloutWorker
 from learner.config.run import RunConfig
@@ -61,7 +61,7 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
 async def _evaluate(
     config: RunConfig, policy: Policy, works: list[Work], allowed_modules: Sequence[str]
 ) -> Evaluation:
-    scorer = RewardScorer(
+    pool = RewardPool(
         config.rewards,
         allowed_modules=allowed_modules,
         folder=Path.cwd(),
@@ -69,13 +69,13 @@ async def _evaluate(
         processes=config.actor.reward_processes,
     )
     try:
-        await scorer.start()
+        await pool.start()
         engine = await _start_engine(config, policy)
         try:
             worker = RolloutWorker(
                 engine,
                 AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
-                scorer,
+                RewardScorer(config.rewards, pool),
                 max_prompt_tokens=config.sampling.max_prompt_tokens,
                 max_tokens=config.sampling.max_tokens,
             )
@@ -83,7 +83,7 @@ async def _evaluate(
         finally:
             await engine.close()
     finally:
-        await scorer.close()
+        await pool.close()
 
 
 async def _start_engine(config: RunConfig, policy: Policy) -> Engine:

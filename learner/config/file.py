@@ -1,14 +1,14 @@
-"""How a configuration is read: a TOML file, then ``key.sub=value`` overrides."""
+"""Reading a configuration: a TOML file, then ``key.sub=value`` overrides."""
 
-import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from learner.config.run import RunConfig
+from learner.config.schema import unknown
 from protocol.errors import ConfigError
 
 
@@ -31,14 +31,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_explain(dict(problem)) for problem in error.errors())
+        problems = "; ".join(text for problem in error.errors() for text in _explain(dict(problem)))
         raise ConfigError(f"{path}: {problems}") from error
     config.pacing()
     return config
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """``key.sub=value`` as the parts of its key and its value; raises `ConfigError`.
+    """Split ``key.sub=value`` into the parts of its key and its value; raises `ConfigError`.
 
     A value is TOML, or a string where it is not.
     """
@@ -94,47 +94,17 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
                     table[key] = str(candidate.resolve())
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any]) -> Iterator[str]:
+    """Say what is wrong; an unknown section counts key by key."""
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        if elsewhere := _tables_with(location[-1]):
-            return f"unknown key {where}; did you mean {elsewhere[0]}.{location[-1]}?"
-        known = _known_keys(RunConfig, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        parent = "".join(f"{part}." for part in location[:-1])
-        return f"unknown key {where}; did you mean {parent}{near[0]}?" if near else where
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
-
-
-def _tables_with(key: str) -> list[str]:
-    """Tables at the top that have such a key."""
-    tables = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-    return [
-        name
-        for name, table in tables.items()
-        if isinstance(table, type) and issubclass(table, BaseModel) and key in table.model_fields
-    ]
-
-
-def _known_keys(model: Any, location: Sequence[str]) -> list[str]:
-    """Field names of the table at ``location``."""
-    for part in location:
-        if part.isdigit():
-            continue
-        model = _table_type(model.model_fields[part].annotation)
-    return list(model.model_fields)
-
-
-def _table_type(annotation: Any) -> Any:
-    """The model inside Annotated, Optional and tuple types."""
-    if get_origin(annotation) is None:
-        return annotation
-    return next(
-        found
-        for argument in get_args(annotation)
-        if isinstance(found := _table_type(argument), type) and issubclass(found, BaseModel)
-    )
+        keys = problem["input"] if isinstance(problem["input"], dict) else {}
+        yield from (unknown([*location, key]) for key in keys)
+        if not keys:
+            yield unknown(location)
+    elif problem["type"] == "missing":
+        yield f"{where} is missing"
+    else:
+        message = problem["msg"].removeprefix("Value error, ")
+        yield f"{where}: {message}" if where else message

@@ -62,7 +62,7 @@ class Access:
         self._said: set[str] = set()
         self._forget_said_at = 0.0
         self.connections_refused: Counter[str] = Counter()
-        """By cause, like the messages."""
+        """Counts by cause, like those of messages."""
         self.messages_refused: Counter[str] = Counter()
 
     def allows(self, key: str) -> bool:
@@ -123,7 +123,7 @@ class Access:
         self._say("connection", cause, who)
 
     def _say(self, what: str, cause: str, who: str) -> None:
-        """A log line, unless it said the same within a minute, or very much else."""
+        """Log a line, unless the same or too many others were logged within a minute."""
         if self._clock() >= self._forget_said_at:
             self._said.clear()
             self._forget_said_at = self._clock() + SAY_AGAIN_S

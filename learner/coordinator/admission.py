@@ -6,9 +6,11 @@ weights that it is checked with; then it catches up.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from typing import Literal
 
 from learner.coordinator.self_check import CheckResult, SelfCheck
 from learner.registry import ActorState, Registry
@@ -24,10 +26,19 @@ MAX_CHECKS_GOING_ON = 16
 """Each keeps a snapshot of the weights, whatever becomes of its actor."""
 
 
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What an actor that may join is told, and the model's files that go with it."""
+
+    welcome: Welcome
+    files: tuple[bytes, ...]
+    """One for each name in ``welcome.files``."""
+
+
 class Admission:
     """Lets actors in, and has each of them checked.
 
-    All methods are called with the registry's lock held.
+    The coordinator holds its lock when it calls any method.
     """
 
     def __init__(
@@ -35,26 +46,28 @@ class Admission:
         registry: Registry,
         offers: Offers,
         *,
-        welcome: Welcome,
-        files: tuple[bytes, ...],
+        greeting: Greeting,
         max_actors: int,
         self_check: SelfCheck | None,
-        checks: Sequence[Work],
+        on_result: Callable[[ActorState, CheckResult], None],
     ) -> None:
-        """``checks`` are the works by which ``self_check`` judges; None: nobody is checked."""
+        """Without a ``self_check`` nobody is checked.
+
+        ``on_result`` gets every verdict on the thread of the check, and has it `judged`.
+        """
         self._registry = registry
         self._offers = offers
-        self._welcome = welcome
-        self._files = files
+        self._greeting = greeting
         self._max_actors = max_actors
         self._self_check = self_check
-        self._checks = cycle(checks)
+        self._checks = cycle(self_check.works if self_check is not None else ())
+        self._on_result = on_result
         self._num_scored = 0
 
     # --- who may join ---------------------------------------------------------------------------
 
     def hello(self, session: str, hello: Hello, now: float, key: str) -> None:
-        """An actor wants to join: it is welcomed and told of the weights, or refused."""
+        """Welcome an actor that wants to join and tell it of the weights, or refuse it."""
         refusal = self._why_refused(session, hello)
         if refusal:
             log.warning("refused an actor on %s: %s", hello.host, refusal)
@@ -62,7 +75,7 @@ class Admission:
             return
         actor = self._registry.join(session, hello, now, key)
         actor.check = "off" if self._self_check is None else "due"
-        self._registry.send(session, self._welcome, self._files)
+        self._registry.send(session, self._greeting.welcome, self._greeting.files)
         self._offers.announce_latest(actor)
 
     def _why_refused(self, session: str, hello: Hello) -> str:
@@ -73,25 +86,25 @@ class Admission:
         full = len(self._registry.live) >= self._max_actors
         if full and session not in self._registry.live:
             return f"admission.max_actors = {self._max_actors} actors are connected"
+        ours = self._greeting.welcome
         pairs = (
             ("protocol version", hello.protocol, PROTOCOL_VERSION),
-            ("run", hello.run_id or self._welcome.run_id, self._welcome.run_id),
-            ("model", hello.model_digest or self._welcome.model_digest, self._welcome.model_digest),
+            ("run", hello.run_id or ours.run_id, ours.run_id),
+            ("model", hello.model_digest or ours.model_digest, ours.model_digest),
         )
         return "; ".join(
-            f"{what}: the actor has {theirs}, the learner {ours}"
-            for what, theirs, ours in pairs
-            if theirs != ours
+            f"{what}: the actor has {theirs}, the learner {own}"
+            for what, theirs, own in pairs
+            if theirs != own
         )
 
     # --- the check ------------------------------------------------------------------------------
 
     def work_for(self, actor: ActorState) -> Work | None:
-        """Its check, once it has weights that the learner still has, too."""
+        """Return the actor's check, once it has weights that the learner still has, too."""
         if actor.check != "due" or self._num_going_on >= MAX_CHECKS_GOING_ON:
             return None
-        actor.check_snapshot = self._offers.snapshot_of(actor)
-        if actor.check_snapshot is None:
+        if self._offers.hold_for_check(actor) is None:
             return None
         actor.check = "out"
         return next(self._checks)
@@ -102,39 +115,45 @@ class Admission:
         return out + self._num_scored
 
     def lease_failed(self, actor: ActorState) -> None:
-        """Without a group there is nothing to judge: again."""
-        actor.check, actor.check_snapshot = "due", None
+        """Check an actor again: without a group there is nothing to judge."""
+        self._end(actor, "due")
 
     def submit(self, actor: ActorState, group: Group) -> None:
         """Have the group of a check compared with what the learner computes."""
-        assert self._self_check is not None and actor.check_snapshot is not None
+        snapshot = self._offers.held_for(actor)
+        assert self._self_check is not None and snapshot is not None
         actor.check = "scoring"
         self._num_scored += 1
-        self._self_check.submit(
-            group, actor.check_snapshot, partial(self._judged, actor), self._registry.fail
-        )
+        self._self_check.submit(group, snapshot, partial(self._on_result, actor))
 
-    def _judged(self, actor: ActorState, result: CheckResult) -> None:
-        """The verdict, on the thread of the check: takes the lock itself."""
-        with self._registry.lock:
-            self._num_scored -= 1
-            if self._registry.live.get(actor.session) is not actor:
-                return
-            if result.num_tokens == 0:
-                log.warning("actor %d checks nothing of its version; again", actor.number)
-                actor.check, actor.check_snapshot = "due", None
-                return
-            actor.check_difference = result.largest_difference
-            if result.likely_cause:
-                self._not_passed(actor, result)
-                return
-            actor.check, actor.check_snapshot = "passed", None
-            log.info("actor %d passed its check: %s", actor.number, result)
-            self._offers.catch_up(actor)
-            self._registry.changed.notify_all()
+    def judged(self, actor: ActorState, result: CheckResult) -> None:
+        """Let an actor work that has passed its check, and another one go."""
+        self._num_scored -= 1
+        if self._registry.live.get(actor.session) is not actor:
+            return
+        if result.num_tokens == 0:
+            log.warning(
+                "actor %d was checked with no token of its version; it is checked again",
+                actor.number,
+            )
+            self._end(actor, "due")
+            return
+        actor.check_difference = result.largest_difference
+        if result.likely_cause:
+            self._not_passed(actor, result)
+            return
+        self._end(actor, "passed")
+        log.info("actor %d passed its check: %s", actor.number, result)
+        self._offers.catch_up(actor)
+        self._registry.changed()
+
+    def _end(self, actor: ActorState, check: Literal["due", "passed"]) -> None:
+        """The check is over, or begins anew; its snapshot is not needed any more."""
+        actor.check = check
+        self._offers.release(actor)
 
     def _not_passed(self, actor: ActorState, result: CheckResult) -> None:
-        """It leaves; nor does the run go on if it was the only one."""
+        """Refuse the actor; if it was the only one, the run cannot continue either."""
         problem = f"{result}. The likely cause: {result.likely_cause}"
         self._registry.refuse(actor, problem)
         if not self._registry.live:

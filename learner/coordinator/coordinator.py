@@ -1,8 +1,13 @@
 """The learner's side of the protocol as a state machine: messages and time in, messages out.
 
 No sockets and no clock of its own, so every rule is tested without either.
-`learner.coordinator.intake` feeds it from the network; the trainer's thread calls the few methods
-marked so. One lock covers all.
+`learner.coordinator.intake` feeds it from the network, and all other threads of the learner ask it.
+
+The rule of the lock: there is one, and it is taken in this file only. Every public method of
+`Coordinator` takes it, and no part below does: their methods are called with the lock held. So a
+thread sees the state between two whole calls, never in the middle of one; only properties that are
+one value, and the counts, are read without it. A message that is put into the outbox wakes intake,
+which sends it, whatever thread it came from.
 
 An actor's life:   hello ──► joining ──► has weights ──► checked, gets leases ──► gone
                                                                    │              ▲
@@ -15,29 +20,31 @@ Who does what; each part knows of those below it only:
     Coordinator     takes messages and ticks; begins and ends
     ├─ Leasing      work for actors, and the groups that come back
     ├─ Admission    who may join, and the check of those who do: their first lease
-    ├─ Offers      weights; the publisher and the weights stream call it too
-    └─ Registry       who is there, the lock, what goes out, what is wrong
+    ├─ Offers       weights: pushes, pulls, and what actors say they have
+    └─ Registry     who is there, what goes out, what is wrong
 """
 
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from threading import Condition, RLock
 
 from learner.config.run import RunConfig
-from learner.coordinator.admission import Admission
+from learner.coordinator.admission import Admission, Greeting
 from learner.coordinator.leasing import Leasing
-from learner.coordinator.self_check import SelfCheck
+from learner.coordinator.self_check import CheckResult, SelfCheck
 from learner.pacing import Pacing
+from learner.phases import Phases
 from learner.prompts.evaluation import Evaluation
 from learner.prompts.work_queue import WorkQueue
-from learner.registry import ActorState, Outgoing, Registry, WireCounters
+from learner.registry import ActorState, Outbox, Registry, WireCounters
 from learner.replay.buffer import ReplayBuffer
 from learner.replay.journal import Journal, ReceivedGroup
 from learner.state import LeaseState, OpenPrompts
+from learner.weights.chunks import Answer
 from learner.weights.offers import Offers
-from learner.weights.snapshots import SnapshotStore
-from protocol.errors import AsyncGdpoError, BadMessage, TrainingError, one_line
+from learner.weights.snapshots import Snapshot, SnapshotStore
+from protocol.errors import AsyncGdpoError, BadMessage, one_line
 from protocol.leases import LeaseBook, Work
 from protocol.messages import (
     Drain,
@@ -49,9 +56,9 @@ from protocol.messages import (
     Purpose,
     Status,
     ToLearner,
+    Weights,
     WeightsPull,
     WeightsReady,
-    Welcome,
 )
 
 log = logging.getLogger("learner")
@@ -61,28 +68,32 @@ BAD_MESSAGES_LOGGED_S = 1.0
 
 
 class Coordinator:
-    """Actors, leases, evaluation and weights requests of one run."""
+    """Actors, leases, evaluation and weights requests of one run.
+
+    Every public method takes the lock; see the rule above.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         *,
-        welcome: Welcome,
-        files: tuple[bytes, ...],
+        greeting: Greeting,
         work: WorkQueue,
         buffer: ReplayBuffer,
         pacing: Pacing,
         snapshots: SnapshotStore,
         vocab_size: int,
+        phases: Phases,
         clock: Callable[[], float],
         journal: Journal | None = None,
         on_pull: Callable[[str, WeightsPull], None],
         self_check: SelfCheck | None = None,
-        checks: Sequence[Work] = (),
     ) -> None:
-        """Groups to train on are accepted when ``journal`` has stored them; without one, at once.
-        ``on_pull`` takes an actor's pull, which is answered through `Offers.answer_pull`.
-        ``checks`` are the works by which ``self_check`` judges new actors; None for no check.
+        """Assemble the parts.
+
+        Groups to train on are accepted when ``journal`` has stored them; without one, at once.
+        ``on_pull`` takes an actor's pull, which is answered through `answer_pull`.
+        Without a ``self_check`` new actors are not checked.
         """
         self._deadlines = config.deadlines
         self._work = work
@@ -91,20 +102,27 @@ class Coordinator:
         self._on_pull = on_pull
         self._bad_message_logged_at = float("-inf")
         self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
-        self.registry = Registry(self.leases, work, clock, on_failure=buffer.wake)
-        self.offers = Offers(self.registry, snapshots)
+        self._lock = RLock()
+        self._changed = Condition(self._lock)
+        self._registry = Registry(
+            clock,
+            phases,
+            on_leave=self._leaves,
+            on_change=self._changed.notify_all,
+            on_failure=buffer.wake,
+        )
+        self._offers = Offers(self._registry, snapshots)
         self._admission = Admission(
-            self.registry,
-            self.offers,
-            welcome=welcome,
-            files=files,
+            self._registry,
+            self._offers,
+            greeting=greeting,
             max_actors=config.admission.max_actors,
             self_check=self_check,
-            checks=checks,
+            on_result=self._judged,
         )
         self._leasing = Leasing(
             config,
-            self.registry,
+            self._registry,
             self._admission,
             leases=self.leases,
             work=work,
@@ -119,20 +137,20 @@ class Coordinator:
     def handle(
         self, session: str, message: ToLearner, payloads: list[memoryview], key: str = ""
     ) -> None:
-        """Take one message from the network, sent with this key; answers go to `outbox`."""
-        with self.registry.lock:
+        """Take one message from the network, sent with this ``key``; answers go to `outbox`."""
+        with self._lock:
             now = self._clock()
             if isinstance(message, Hello):
                 self._admission.hello(session, message, now, key)
                 return
-            actor = self.registry.live.get(session)
+            actor = self._registry.live.get(session)
             if actor is None:
                 self.counters.unknown_session += 1
-                self.registry.send(
+                self._registry.send(
                     session, Error(code="unknown_session", message="say hello first")
                 )
                 return
-            actor.last_heard = self.registry.last_actor_at = now
+            actor.last_heard = self._registry.last_actor_at = now
             match message:
                 case GroupHeader():
                     self._leasing.group(actor, message, payloads)
@@ -141,25 +159,25 @@ class Coordinator:
                 case Status():
                     self._leasing.status(actor, message)
                 case WeightsPull():
-                    self.offers.pulls(actor, message.version)
+                    self._offers.pulls(actor, message.version)
                     self._on_pull(session, message)
                 case WeightsReady():
-                    self.offers.weights_ready(actor, message, payloads)
+                    self._offers.weights_ready(actor, message, payloads)
                 case Goodbye():
                     cause = f"goodbye ({one_line(message.cause)})"
-                    self.registry.forget(actor, cause, lost=False)
+                    self._registry.forget(actor, cause, lost=False)
             self._leasing.issue(now)
 
     def stored(self, arrivals: Sequence[ReceivedGroup]) -> None:
-        """Groups are in the journal: now they may be trained on, and are acknowledged."""
-        with self.registry.lock:
+        """Use and acknowledge groups that are in the journal now."""
+        with self._lock:
             for arrival in arrivals:
                 self._leasing.accept(arrival)
             self._leasing.issue(self._clock())
 
     def bad_message(self, session: str, error: BadMessage) -> None:
-        """Frames that were no message: counted, logged, answered."""
-        with self.registry.lock:
+        """Count, log and answer frames that were no message."""
+        with self._lock:
             self.counters.bad_messages += 1
             now = self._clock()
             if now - self._bad_message_logged_at >= BAD_MESSAGES_LOGGED_S:
@@ -168,100 +186,169 @@ class Coordinator:
                 log.warning(
                     "bad message from %s: %s (number %d)", one_line(session[:8]), error, number
                 )
-            self.registry.send(session, Error(code="bad_message", message=str(error)))
+            self._registry.send(session, Error(code="bad_message", message=str(error)))
 
     def key_of(self, session: str) -> str | None:
         """The key that the session's actor joined with; None if there is no such actor."""
-        with self.registry.lock:
-            actor = self.registry.live.get(session)
+        with self._lock:
+            actor = self._registry.live.get(session)
             return None if actor is None else actor.key
 
     def let_go(self, is_allowed: Callable[[str], bool]) -> None:
         """Refuse the actors whose key is not allowed any more."""
-        with self.registry.lock:
-            for actor in list(self.registry.live.values()):
+        with self._lock:
+            for actor in list(self._registry.live.values()):
                 if not is_allowed(actor.key):
-                    self.registry.refuse(actor, "its key has been withdrawn")
+                    self._registry.refuse(actor, "its key has been withdrawn")
 
     def unreachable(self, session: str) -> None:
-        """The connection to an actor is gone, or its queue is full."""
-        with self.registry.lock:
-            if actor := self.registry.live.get(session):
-                self.registry.forget(actor, "unreachable", lost=True)
+        """Forget an actor the connection to which is gone, or has a full queue."""
+        with self._lock:
+            if actor := self._registry.live.get(session):
+                self._registry.forget(actor, "unreachable", lost=True)
 
     def tick(self) -> None:
-        """What time brings: silent actors, overdue leases, leases to issue."""
-        with self.registry.lock:
+        """Do what time brings: forget silent actors, end overdue leases, issue leases."""
+        with self._lock:
             now = self._clock()
-            self._forget_silent(now)
+            self._registry.forget_silent(
+                now, self._deadlines.actor_timeout_s, self._deadlines.join_timeout_s
+            )
             self._leasing.end_overdue(now)
-            self.offers.tick(now)
+            self._offers.tick(now)
             self._leasing.issue(now)
 
     # --- called by any thread -------------------------------------------------------------------
 
     def fail(self, error: AsyncGdpoError) -> None:
-        """Going on is impossible; the trainer's thread raises ``error``."""
-        self.registry.fail(error)
+        """End the run, which cannot continue: the trainer's thread raises the first ``error``."""
+        with self._lock:
+            self._registry.fail(error)
+
+    # --- called by the publisher and the weights stream -----------------------------------------
+
+    @property
+    def pushed(self) -> int:
+        """Version of the last push that began."""
+        return self._offers.pushed
+
+    def begin_push(self, version: int) -> list[ActorState]:
+        """See `learner.weights.offers.Offers.begin_push`; returns copies."""
+        with self._lock:
+            return [replace(actor) for actor in self._offers.begin_push(version)]
+
+    def end_push(self) -> None:
+        """Leave whoever has not confirmed the version yet to pull from now on."""
+        with self._lock:
+            self._offers.end_push()
+
+    def announce(self, session: str, weights: Weights, snapshot: Snapshot) -> None:
+        """Offer a snapshot to an actor, if it still lives."""
+        with self._lock:
+            self._offers.announce(session, weights, snapshot)
+
+    def answer_pull(self, session: str, answer: Answer) -> None:
+        """Send a chunk; an actor that asked for a version which is gone hears of the newest."""
+        with self._lock:
+            self._offers.answer_pull(session, answer)
+
+    def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
+        """Return those of the actors, numbers by session, that live without ``version`` yet."""
+        with self._lock:
+            return self._registry.behind(actors, version)
+
+    def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
+        """Return those of the actors, numbers by session, that do not live any more."""
+        with self._lock:
+            return self._registry.gone(actors)
+
+    @property
+    def sessions(self) -> set[str]:
+        """The sessions of all actors that live."""
+        with self._lock:
+            return set(self._registry.live)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the run is over, so that nobody needs weights any more."""
+        return self._registry.draining
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for what depends on actors, or on who calls `notify`; whether it came in time."""
+        with self._lock:
+            return self._changed.wait_for(condition, max(0.0, timeout_s))
+
+    def notify(self) -> None:
+        """Have every `wait_until` look again."""
+        with self._lock:
+            self._changed.notify_all()
 
     # --- called by the trainer's thread ---------------------------------------------------------
 
     def open_training(self) -> None:
-        """From now on training leases are issued."""
-        with self.registry.lock:
+        """Issue training leases from now on."""
+        with self._lock:
             self._leasing.training = True
+            self._leasing.issue(self._clock())
 
     def advance(self, trainer_version: int) -> None:
-        """The trainer finished a step."""
-        with self.registry.lock:
+        """Note that the trainer finished a step; leases that this allows are issued."""
+        with self._lock:
             self._leasing.trainer_version = trainer_version
             self._buffer.step_done()
+            self._leasing.issue(self._clock())
+
+    def issue(self) -> None:
+        """Issue the leases for which there is room since the trainer took from the buffer."""
+        with self._lock:
+            self._leasing.issue(self._clock())
+
+    def count_as_pushed(self) -> None:
+        """Take the newest snapshot as pushed: it was made before anybody could be there."""
+        with self._lock:
+            self._offers.count_as_pushed()
 
     def close_training(self) -> None:
-        with self.registry.lock:
+        """Issue no more training leases."""
+        with self._lock:
             self._leasing.training = False
 
     def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
         """Have ``works`` rolled out by actors that sample from ``version`` or later."""
-        with self.registry.lock:
-            return self._work.start_evaluation(works, version)
+        with self._lock:
+            evaluation = self._work.start_evaluation(works, version)
+            self._leasing.issue(self._clock())
+            return evaluation
 
     def end_evaluation(self) -> None:
         """Lease no more of its prompts; what still comes back is not used."""
-        with self.registry.lock:
+        with self._lock:
             self._work.end_evaluation()
 
     def drain(self, cause: str) -> None:
-        """The run is over: tell every actor; nothing is leased any more."""
-        with self.registry.lock:
-            self.registry.draining = True
+        """Tell every actor that the run is over; nothing is leased any more."""
+        with self._lock:
+            self._registry.draining = True
             self._leasing.training = False
             self._work.end_evaluation()
-            for session in self.registry.live:
-                self.registry.send(session, Drain(cause=cause))
-            self.registry.changed.notify_all()
+            for session in self._registry.live:
+                self._registry.send(session, Drain(cause=cause))
+            self._changed.notify_all()
 
     def wait_until_empty(self, timeout_s: float) -> bool:
         """Whether all actors said goodbye in time."""
-        with self.registry.changed:
-            return self.registry.changed.wait_for(lambda: not self.registry.live, timeout_s)
+        return self.wait_until(lambda: not self._registry.live, timeout_s)
 
     def raise_if_failed(self) -> None:
-        """Raise what made going on impossible, if anything did."""
-        with self.registry.lock:
-            if self.registry.failure is not None:
-                raise self.registry.failure
-            waited = self._clock() - self.registry.last_actor_at
-            if not self.registry.live and waited > self._deadlines.wait_for_actors_s:
-                raise TrainingError(
-                    f"no actor for {waited:.0f} s; start one with: gdpo actor --learner ADDRESS"
-                )
+        """Raise what made it impossible to continue, if anything did."""
+        with self._lock:
+            self._registry.raise_if_failed(self._deadlines.wait_for_actors_s)
 
     # --- views ----------------------------------------------------------------------------------
 
     def state(self) -> tuple[OpenPrompts, dict[Purpose, LeaseState]]:
         """How far the stream of prompts is used, what of it is still to come in, and the books."""
-        with self.registry.lock:
+        with self._lock:
             prompts = OpenPrompts(
                 next_prompt_index=self._work.next_prompt_index,
                 leased=tuple(work.prompt_index for work in self.leases.open_works("train")),
@@ -274,38 +361,46 @@ class Coordinator:
             }
             return prompts, books
 
+    def ready_actors(self, version: int = 0) -> list[ActorState]:
+        """The actors that may get work and sample from ``version`` or later (copies)."""
+        with self._lock:
+            return [replace(actor) for actor in self._registry.ready_actors(version)]
+
     def actors(self) -> list[ActorState]:
         """The live actors in the order in which they joined (copies)."""
-        with self.registry.lock:
-            return [replace(actor) for actor in self.registry.live.values()]
+        with self._lock:
+            return [replace(actor) for actor in self._registry.live.values()]
 
     @property
     def num_live(self) -> int:
-        with self.registry.lock:
-            return len(self.registry.live)
+        """How many actors are there."""
+        with self._lock:
+            return len(self._registry.live)
 
     @property
-    def outbox(self) -> deque[Outgoing]:
-        """Messages for actors; whoever sends them takes them out."""
-        return self.registry.outbox
+    def outbox(self) -> Outbox:
+        """The messages for actors."""
+        return self._registry.outbox
 
     @property
     def counters(self) -> WireCounters:
-        return self.registry.counters
+        """What arrived that was of no use, or told of a failure."""
+        return self._registry.counters
 
     @property
-    def timings(self) -> deque[tuple[str, float]]:
-        """(phase, seconds) as actors reported them; whoever exports them takes them out."""
-        return self.registry.timings
+    def failure(self) -> AsyncGdpoError | None:
+        """What made it impossible to continue, if anything did."""
+        return self._registry.failure
 
     # --- details --------------------------------------------------------------------------------
 
-    def _forget_silent(self, now: float) -> None:
-        """Also those that have not got their weights in time."""
-        for actor in list(self.registry.live.values()):
-            silence, age = now - actor.last_heard, now - actor.joined_at
-            if actor.ready and silence > self._deadlines.actor_timeout_s:
-                self.registry.forget(actor, f"silent for {silence:.1f} s", lost=True)
-            elif not actor.ready and age > self._deadlines.join_timeout_s:
-                cause = f"without weights {age:.0f} s after it joined"
-                self.registry.forget(actor, cause, lost=True)
+    def _leaves(self, actor: ActorState) -> int:
+        """An actor that is forgotten gives back what it holds: leases, and a snapshot."""
+        self._offers.release(actor)
+        return self._leasing.give_back(actor)
+
+    def _judged(self, actor: ActorState, result: CheckResult) -> None:
+        """On the thread of the self-check."""
+        with self._lock:
+            self._admission.judged(actor, result)
+            self._leasing.issue(self._clock())

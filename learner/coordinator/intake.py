@@ -1,20 +1,21 @@
 """The learner's socket thread: frames in, frames out.
 
-Who may talk to the learner is the gate's decision, every other one the coordinator's.
+`Access` decides who may talk to the learner, and the coordinator everything else.
 """
 
-import contextlib
 import logging
 import os
 import time
-from threading import Lock, Thread
+from threading import Lock
+from typing import Any
 
 import msgspec
 import zmq
 
 from learner.coordinator.access import Access
 from learner.coordinator.coordinator import Coordinator
-from protocol.errors import BadMessage, TrainingError
+from learner.threads import GuardedThread
+from protocol.errors import BadMessage
 from protocol.framing import decode_to_learner, encode
 from protocol.messages import Hello, Pong
 from protocol.observability import Heartbeat
@@ -27,7 +28,7 @@ _MESSAGES_PER_TURN = 200
 
 
 class Intake:
-    """Runs until `close`; `wake` makes it look at the coordinator at once."""
+    """Runs until `close`; a message in the outbox makes it send at once."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Intake:
         coordinator: Coordinator,
         heartbeat: Heartbeat,
     ) -> None:
+        """Start the thread, which owns ``sockets`` from now on."""
         self._sockets = sockets
         self._socket = sockets.router
         self._access = access
@@ -45,23 +47,18 @@ class Intake:
         self._pipe_lock = Lock()
         self._wake_read, write = os.pipe()
         os.set_blocking(self._wake_read, False)
-        os.set_blocking(write, False)
         self._wake_write: int | None = write
+        self._asleep = False
+        """Whether it waits, or is about to, and nobody has woken it yet."""
         self._closing = False
-        self._thread = Thread(target=self._run, name="intake", daemon=True)
-        self._thread.start()
-
-    def wake(self) -> None:
-        """Callable from any thread, also after `close`."""
-        # A full pipe has woken the thread already.
-        with self._pipe_lock, contextlib.suppress(BlockingIOError):
-            if self._wake_write is not None:
-                os.write(self._wake_write, b"!")
+        coordinator.outbox.wakes(self._wake)
+        self._thread = GuardedThread("intake", self._serve)
+        self._thread.start(coordinator.fail)
 
     def close(self) -> None:
         """End the thread and close the socket; once is enough, twice does no harm."""
         self._closing = True
-        self.wake()
+        self._wake()
         self._thread.join()
         with self._pipe_lock:
             if self._wake_write is not None:
@@ -69,14 +66,18 @@ class Intake:
                 os.close(self._wake_write)
             self._wake_write = None
 
-    def _run(self) -> None:
-        try:
-            self._serve()
-        except Exception as error:
-            log.exception("intake died")
-            self._coordinator.fail(TrainingError(f"intake died: {error}"))
-        finally:
-            self._sockets.close()
+    def _wake(self) -> None:
+        """End the wait, if there is one; callable from any thread, also after `close`.
+
+        One byte is written for one wait, however many messages come in it. While the thread is at
+        work it costs nothing, as what is in the outbox is sent before the next wait.
+        """
+        if not self._asleep:
+            return
+        with self._pipe_lock:
+            if self._asleep and self._wake_write is not None:
+                self._asleep = False
+                os.write(self._wake_write, b"!")
 
     def _serve(self) -> None:
         poller = zmq.Poller()
@@ -86,24 +87,35 @@ class Intake:
         if self._sockets.authenticator is not None:
             poller.register(self._sockets.authenticator, zmq.POLLIN)
         next_tick = 0.0
-        while not self._closing:
-            ready = dict(poller.poll(int(TICK_S * 1000)))
-            if self._wake_read in ready:
-                os.read(self._wake_read, 4096)
-                next_tick = 0.0
-            if self._sockets.authenticator in ready:
-                self._access.authenticate()
-            if self._sockets.monitor in ready:
-                self._access.watch()
-            if self._socket in ready:
-                self._receive()
-            if time.monotonic() >= next_tick:
-                self._coordinator.let_go(self._access.allows)
-                self._coordinator.tick()
-                self._heartbeat.beat()
-                next_tick = time.monotonic() + TICK_S
+        try:
+            while not self._closing:
+                ready = self._wait(poller)
+                if self._sockets.authenticator in ready:
+                    self._access.authenticate()
+                if self._sockets.monitor in ready:
+                    self._access.watch()
+                if self._socket in ready:
+                    self._receive()
+                if time.monotonic() >= next_tick:
+                    self._coordinator.let_go(self._access.allows)
+                    self._coordinator.tick()
+                    self._heartbeat.beat()
+                    next_tick = time.monotonic() + TICK_S
+                self._send()
             self._send()
-        self._send()
+        finally:
+            self._sockets.close()
+
+    def _wait(self, poller: zmq.Poller) -> dict[Any, int]:
+        """Return what is ready, at the latest after `TICK_S`."""
+        self._asleep = True
+        # In this order: what is put in from here on wakes, what was before is seen.
+        busy = self._closing or len(self._coordinator.outbox) > 0
+        ready = dict(poller.poll(0 if busy else int(TICK_S * 1000)))
+        self._asleep = False
+        if self._wake_read in ready:
+            os.read(self._wake_read, 4096)
+        return ready
 
     def _receive(self) -> None:
         for _ in range(_MESSAGES_PER_TURN):
@@ -130,7 +142,7 @@ class Intake:
     def _send(self) -> None:
         outbox = self._coordinator.outbox
         while outbox:
-            message = outbox.popleft()
+            message = outbox.pop()
             frames = [message.session.encode("latin-1"), *encode(message.header, message.payloads)]
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)

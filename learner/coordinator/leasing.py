@@ -6,7 +6,7 @@
                      ▲              ├─► failed, invalid, overdue ────────────┘
                      └──────────────┴─► lost on the way, or with its actor
 
-All methods are called with the registry's lock held.
+The coordinator holds its lock when it calls any method.
 """
 
 import logging
@@ -72,6 +72,14 @@ class Leasing:
             if work is None or actor.room == 0:
                 with_room.remove(actor)
 
+    def give_back(self, actor: ActorState) -> int:
+        """Have all that an actor holds issued again, because it leaves; returns how much it was."""
+        unfinished = self._leases.held_by(actor.session)
+        for held in unfinished:
+            self._leases.fail(held, "actor_lost")
+            self._work.again(held.work)
+        return len(unfinished)
+
     def _work_for(self, actor: ActorState) -> Work | None:
         if self._registry.draining:
             return None
@@ -99,7 +107,7 @@ class Leasing:
     # --- what comes back ------------------------------------------------------------------------
 
     def group(self, actor: ActorState, header: GroupHeader, payloads: list[memoryview]) -> None:
-        """A group for a lease: stored, accepted, refused."""
+        """Take a group for a lease: it is stored, accepted, or refused."""
         actor.overrun.discard(header.lease)
         held = self._leases.find(header.lease, actor.session)
         if held is None:
@@ -129,7 +137,7 @@ class Leasing:
         self.accept(arrival)
 
     def accept(self, arrival: ReceivedGroup) -> None:
-        """A group is where it has to be."""
+        """Use a group that is where it has to be, and acknowledge it."""
         held, group = arrival.held, arrival.group
         self._leases.receive(held)
         self._work.done(held.work, group)
@@ -161,7 +169,7 @@ class Leasing:
     # --- what does not --------------------------------------------------------------------------
 
     def failed(self, actor: ActorState, message: Failed) -> None:
-        """The actor gives a lease up."""
+        """End a lease that its actor gives up."""
         actor.overrun.discard(message.lease)
         held = self._leases.find(message.lease, actor.session)
         if held is None:
@@ -175,7 +183,7 @@ class Leasing:
         self._count_failure(actor, held.work, cause)
 
     def status(self, actor: ActorState, status: Status) -> None:
-        """What it works on, and room for more; a lease that it cannot know of was lost."""
+        """Note what an actor works on and has room for; a lease that it cannot know of was lost."""
         actor.status = status
         # What it overran and does not list is not being worked on any more.
         actor.overrun.intersection_update(status.leases)
@@ -209,7 +217,7 @@ class Leasing:
             self._admission.lease_failed(holder)
 
     def _reward_failed(self, actor: ActorState, work: Work, name: str, cause: str) -> None:
-        """Count a reward function's failure; one that the run must not survive ends it."""
+        """Count the failure of a reward function; one that the run must not survive ends it."""
         reward = next((r for r in self._config.rewards if r.name == name), None)
         if reward is None:
             return

@@ -12,10 +12,9 @@ attention would train on without any other sign.
 
 import copy
 import logging
-import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -23,12 +22,14 @@ from transformers import AutoModelForCausalLM
 
 import gdpo
 from learner.config.run import RunConfig
+from learner.threads import Fail, Worker
 from learner.training.collate import PaddedBatch, collate
 from learner.training.policy import Policy
 from learner.weights.snapshots import Snapshot
-from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
+from protocol.errors import ConfigError, TrainingError, brief
 from protocol.groups import Group
-from transfer.packed import view
+from protocol.leases import Work
+from transfer.views import view
 
 log = logging.getLogger("learner")
 
@@ -36,7 +37,7 @@ LIMITS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 """Mean absolute difference of log-probabilities, by the less precise of both sides' types."""
 WITHOUT = "admission.self_check=false leaves it out"
 LARGEST = 50.0
-"""The largest difference may be so many times the limit of the mean."""
+"""The largest difference may be this many times the limit of the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class CheckResult:
     """What the comparison found."""
 
     num_tokens: int
-    """Compared; 0 if all of them came from other versions."""
+    """How many were compared; 0 if all of them came from other versions."""
     mean_difference: float
     largest_difference: float
     likely_cause: str = ""
@@ -57,42 +58,49 @@ class CheckResult:
         )
 
 
-class SelfCheck:
-    """Scores sequences of new actors on a thread of its own: training goes on."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    group: Group
+    snapshot: Snapshot
+    report: Callable[[CheckResult], None]
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+
+class SelfCheck:
+    """Scores sequences of new actors on a thread of its own: training continues."""
+
+    def __init__(self, policy: Policy, config: RunConfig, works: Sequence[Work]) -> None:
+        """``works`` are what actors are checked with, in turn. Raises `ConfigError`."""
+        self.works = works
         self._config = config
-        self._reference = Reference(policy)
-        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="self-check", daemon=True)
-        self._thread.start()
+        self._learner = LearnerLogprobs(policy)
+        self._waiting: deque[_Job] = deque()
+        self._worker = Worker(
+            "self-check",
+            lambda: self._waiting.popleft() if self._waiting else None,
+            self._score,
+            drains=True,
+            before=self._limit_threads,
+        )
+
+    def start(self, fail: Fail) -> None:
+        """Score from now on; ``fail`` gets what makes a check impossible, on the thread.
+
+        Without the check no actor would ever get work.
+        """
+        self._fail = fail
+        self._worker.start(fail)
 
     def submit(
-        self,
-        group: Group,
-        snapshot: Snapshot,
-        report: Callable[[CheckResult], None],
-        fail: Callable[[AsyncGdpoError], None],
+        self, group: Group, snapshot: Snapshot, report: Callable[[CheckResult], None]
     ) -> None:
-        """Compare ``group`` with the snapshot of its version; ``report`` is called later.
-
-        Or ``fail``, if it cannot be done: without it no actor would ever get work.
-        """
-
-        def job() -> None:
-            try:
-                result = self.compare(group, snapshot)
-            except Exception as error:
-                log.exception("check of a new actor")
-                fail(TrainingError(f"the check of a new actor failed: {brief(error)}; {WITHOUT}"))
-            else:
-                report(result)
-
-        self._queue.put(job)
+        """Compare ``group`` with its version's snapshot; ``report`` is called on the thread."""
+        with self._worker.adding():
+            self._waiting.append(_Job(group, snapshot, report))
 
     def compare(self, group: Group, snapshot: Snapshot) -> CheckResult:
-        """Difference of the actor's and the learner's log-probabilities, over the tokens that were
-        sampled from the snapshot's version.
+        """Compare the log-probabilities of the actor with the learner's.
+
+        Only those of tokens that were sampled from the snapshot's version count.
         """
         temperature = self._config.sampling.temperature
         here = self._differences(group, snapshot, temperature)
@@ -111,27 +119,34 @@ class SelfCheck:
 
     @property
     def limit(self) -> float:
-        """Of the mean difference."""
+        """The largest mean difference with which an actor passes."""
         both = (self._config.model.dtype, self._config.for_actors().dtype)
         return self._config.admission.check_limit or max(LIMITS[dtype] for dtype in both)
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        """Score what waits, and end."""
+        self._worker.close()
 
-    def _run(self) -> None:
+    def _limit_threads(self) -> None:
         if self._config.training.threads:
             torch.set_num_threads(self._config.training.threads)
-        while job := self._queue.get():
-            job()
+
+    def _score(self, job: _Job) -> None:
+        try:
+            result = self.compare(job.group, job.snapshot)
+        except Exception as error:
+            log.exception("check of a new actor")
+            self._fail(TrainingError(f"the check of a new actor failed: {brief(error)}; {WITHOUT}"))
+        else:
+            job.report(result)
 
     def _differences(self, group: Group, snapshot: Snapshot, temperature: float) -> torch.Tensor:
-        """[N] of the tokens that were sampled from the snapshot."""
+        """Absolute differences [N] of the tokens that were sampled from the snapshot."""
         batch = collate([group], torch.device("cpu"))
         chosen_BT = batch.mask_BT & (batch.versions_BT == snapshot.version)
         if not chosen_BT.any():
             return torch.empty(0)
-        logprobs_BT = self._reference.logprobs(snapshot, batch, temperature)
+        logprobs_BT = self._learner.logprobs(snapshot, batch, temperature)
         return (logprobs_BT - batch.behaviour_BT)[chosen_BT].abs()
 
     def _agrees(self, differences: torch.Tensor) -> bool:
@@ -154,8 +169,8 @@ class SelfCheck:
         )
 
 
-class Reference:
-    """The learner's model code over the weights of any snapshot, in CPU memory.
+class LearnerLogprobs:
+    """What the learner's model code computes with the weights of any snapshot, in CPU memory.
 
     Weights are not copied, unless actors have another type of them.
     """

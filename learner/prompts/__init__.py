@@ -1,0 +1,1 @@
+"""What actors roll out: rows, the stream of prompts, and evaluations."""

@@ -24,11 +24,12 @@ class PromptStream:
         self._order: list[int] = []
 
     def next(self) -> Work:
+        """Return the next prompt that was never leased; there is always one."""
         self.next_prompt_index += 1
         return self.work(self.next_prompt_index - 1)
 
     def work(self, prompt_index: int) -> Work:
-        """What is at one place."""
+        """Return what is at one place."""
         epoch, place = divmod(prompt_index, len(self.rows))
         if epoch != self._epoch:
             random = np.random.default_rng([self._config.seed, epoch])
@@ -46,7 +47,7 @@ class PromptStream:
 
 
 def evaluation_work(rows: list[Row], config: RunConfig, version: int) -> list[Work]:
-    """The held-out prompts, with seeds that are the same at every evaluation."""
+    """Return the held-out prompts, with seeds that are the same at every evaluation."""
     return [
         Work(
             prompt_id=f"heldout/{version}/{index}",
@@ -62,7 +63,7 @@ def evaluation_work(rows: list[Row], config: RunConfig, version: int) -> list[Wo
 
 
 def check_work(row: Row, config: RunConfig) -> Work:
-    """A few short sequences, to see whether an actor computes what the learner does."""
+    """Return a few short sequences that show whether an actor computes what the learner does."""
     return Work(
         prompt_id="check",
         row=row,

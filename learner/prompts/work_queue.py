@@ -13,7 +13,7 @@ from protocol.leases import Work
 log = logging.getLogger("learner")
 
 MAX_ATTEMPTS = 3
-"""A row that failed or overran its lease so often is left out."""
+"""A row that failed or overran its lease this often is left out."""
 _ANY_VERSION = 2**31 - 1
 
 
@@ -27,45 +27,47 @@ class WorkQueue:
         self._evaluation: Evaluation | None = None
 
     def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
-        """Evaluation work comes before any other, for actors that have ``version``."""
+        """Hand out ``works`` before any other, to actors that have ``version``."""
         self._evaluation = Evaluation(works, version)
         return self._evaluation
 
     def end_evaluation(self) -> None:
-        """What is still out comes back for nothing."""
+        """Hand out no more of its prompts; what still comes back is not used."""
         self._evaluation = None
 
     def next_evaluation(self, actor_version: int) -> Work | None:
-        """A held-out prompt for an actor that samples from ``actor_version``."""
+        """Return a held-out prompt for an actor that samples from ``actor_version``, if any."""
         evaluation = self._evaluation
         if evaluation is None or not evaluation.waiting or actor_version < evaluation.version:
             return None
         return evaluation.waiting.popleft()
 
     def next_training(self) -> Work:
-        """A row to train on; the stream has no end."""
+        """Return a row to train on; the stream has no end."""
         return self.retries.popleft() if self.retries else self._stream.next()
 
     @property
     def next_prompt_index(self) -> int:
-        """Topology in the stream of the next new row."""
+        """Place in the stream of the next new row."""
         return self._stream.next_prompt_index
 
     def done(self, work: Work, group: Group) -> None:
-        """A valid group came back."""
+        """Take the valid group that came back."""
         if evaluation := self._evaluation_of(work):
             evaluation.receive(work, group)
 
     def again(self, work: Work) -> None:
-        """The actor was lost, not the row: lease it again before anything new."""
+        """Lease a row again before anything new: its actor was lost, not the row."""
         if work.purpose == "train":
             self.retries.append(work)
         elif evaluation := self._evaluation_of(work):
             evaluation.waiting.append(work)
 
     def failed(self, work: Work) -> None:
-        """The row could not be rolled out, or took too long: again, or left out after
-        `MAX_ATTEMPTS`, because the fault may be the actor's or the row's."""
+        """Try a row again that could not be rolled out, or took too long.
+
+        After `MAX_ATTEMPTS` it is left out: the fault may be the actor's or the row's.
+        """
         work = replace(work, attempts=work.attempts + 1)
         if work.attempts < MAX_ATTEMPTS:
             self.again(work)
@@ -83,7 +85,7 @@ class WorkQueue:
 
 
 def group_limits(config: RunConfig, vocab_size: int) -> GroupLimits:
-    """What holds for every group to train on, of whatever version."""
+    """Return what holds for every group to train on, whatever its version."""
     sampling = config.sampling
     return GroupLimits(
         num_rollouts=sampling.num_rollouts,

@@ -1,0 +1,1 @@
+"""Checkpoints, and how a run continues after its learner was killed."""

@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -37,8 +36,9 @@ from torch.distributed.checkpoint import (  # type: ignore[attr-defined]
 
 from learner.run_folder import how_to_go_on
 from learner.state import RunState
+from learner.threads import Worker
 from learner.training.policy import Policy
-from protocol.errors import ConfigError, TrainingError, brief
+from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
 
 log = logging.getLogger("learner")
 
@@ -52,7 +52,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete one."""
+    """A complete checkpoint."""
 
     path: Path
     version: int
@@ -60,6 +60,7 @@ class Checkpoint:
 
     @property
     def model(self) -> Path:
+        """Folder of the model in Hugging Face form."""
         return self.path / "model"
 
 
@@ -71,7 +72,7 @@ class _Contents:
 
 
 class Checkpoints:
-    """Of one run: writes them one at a time and keeps the newest."""
+    """Writes the checkpoints of one run, one at a time, and keeps the newest."""
 
     def __init__(
         self,
@@ -86,13 +87,14 @@ class Checkpoints:
         self._policy = policy
         self._keep = keep
         self._on_written = on_written
-        self._work: SimpleQueue[_Contents | None] = SimpleQueue()
+        self._waiting: _Contents | None = None
         self._idle = Event()
         self._idle.set()
-        self._thread: Thread | None = None
+        self._worker = Worker("checkpoint", self._take, self._handle, drains=True)
         """One for all of them: with a new one each time, the memory that writing takes would stay
         with another of the allocator's arenas each time."""
-        self._failure: TrainingError | None = None
+        self._started = False
+        self._failure: AsyncGdpoError | None = None
         try:
             folder.mkdir(exist_ok=True)
             for leftover in folder.glob(f"*{_PARTIAL}"):
@@ -102,12 +104,14 @@ class Checkpoints:
 
     @property
     def versions(self) -> list[int]:
-        """Of the complete ones, oldest first."""
+        """Versions of the complete ones, oldest first."""
         return sorted(version for version, _ in _complete(self.folder))
 
     def put_aside_after(self, version: int) -> None:
-        """Rename what is newer: it is damaged, or the run would not go on from ``version``. It
-        must not count as one to go on from. Raises `ConfigError`."""
+        """Rename what is newer: it is damaged, or the run would not continue from ``version``.
+
+        It must not count as one to continue from. Raises `ConfigError`.
+        """
         for found, path in list(_complete(self.folder)):
             if found > version:
                 aside = path.with_name(f"{path.name}{_DAMAGED}")
@@ -118,10 +122,12 @@ class Checkpoints:
                     raise ConfigError(f"cannot rename {path}: {error.strerror}") from error
 
     def path(self, version: int) -> Path:
+        """Folder of the checkpoint of a version, whether it exists or not."""
         return self.folder / f"step-{version:08}"
 
     @property
     def is_writing(self) -> bool:
+        """Whether one has begun that is not complete."""
         return not self._idle.is_set()
 
     def begin(self, state: RunState, trainer: Tensors) -> None:
@@ -134,10 +140,11 @@ class Checkpoints:
             state, _copies(dict(self._policy.model.state_dict())), _copies(trainer)
         )
         self._idle.clear()
-        self._work.put(contents)
-        if self._thread is None:
-            self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
-            self._thread.start()
+        with self._worker.adding():
+            self._waiting = contents
+        if not self._started:
+            self._started = True
+            self._worker.start(self._fail)
 
     def finish(self) -> None:
         """Wait for the one that is being written; raises `TrainingError` if it could not be."""
@@ -145,19 +152,26 @@ class Checkpoints:
         self.raise_if_failed()
 
     def close(self) -> None:
-        """The last one has begun; does not wait for it."""
-        self._work.put(None)
+        """End the thread after the last one, which has begun; does not wait for it."""
+        self._worker.close(timeout_s=0.0)
 
     def raise_if_failed(self) -> None:
+        """Raise the `TrainingError` because of which a checkpoint could not be written, if any."""
         if self._failure is not None:
             raise self._failure
 
-    def _run(self) -> None:
-        while (contents := self._work.get()) is not None:
-            try:
-                self._write(contents)
-            finally:
-                self._idle.set()
+    def _take(self) -> _Contents | None:
+        contents, self._waiting = self._waiting, None
+        return contents
+
+    def _handle(self, contents: _Contents) -> None:
+        self._write(contents)
+        self._idle.set()
+
+    def _fail(self, error: AsyncGdpoError) -> None:
+        """On the thread, which has ended: whoever waits for a checkpoint gets the error."""
+        self._failure = error
+        self._idle.set()
 
     def _write(self, contents: _Contents) -> None:
         target = self.path(contents.state.version)
@@ -176,11 +190,10 @@ class Checkpoints:
             # Disks and serialisers fail in many ways; none of them may pass for a checkpoint.
             shutil.rmtree(partial, ignore_errors=True)
             last = f"step {self.versions[-1]}" if self.versions else "none"
-            self._failure = TrainingError(
+            raise TrainingError(
                 f"cannot write the checkpoint {target}: {_reason(error)}; the last good one: "
                 f"{last}; {how_to_go_on(self.folder.parent)}"
-            )
-            return
+            ) from error
         self._on_written()
 
 

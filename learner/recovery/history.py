@@ -1,4 +1,4 @@
-"""What makes a run go on after its learner was killed: the journal, the checkpoints, and their use.
+"""What lets a run continue after its learner was killed: the journal and the checkpoints.
 
     training:   cut of step v+1 ──► journal ─┐
                 step v+1 ────────────────────┴─► both done: version v+1 may be published
@@ -10,31 +10,36 @@
 The batches that are trained again consist of the same groups in the same order, with the same
 weights of the rewards, so they make the same versions (bit for bit where the arithmetic is
 deterministic), and what actors sampled from those versions keeps its meaning. Without a journal the
-run goes on from the checkpoint, and prompts whose groups were lost are leased again.
+run continues from the checkpoint, and prompts whose groups were lost are leased again.
 """
 
-import logging
+import time
 from collections import deque
+from concurrent.futures import Future
 from threading import Lock
+from typing import Any
 
 from learner.config.run import RunConfig
-from learner.recovery.checkpoints import Checkpoints
+from learner.phases import Phases
+from learner.recovery.checkpoints import Checkpoints, Tensors
 from learner.replay.buffer import TrainingBatch
-from learner.replay.journal import Journal, Stored
+from learner.replay.journal import Journal, wait_until_stored
 from learner.run_folder import RunFolder
+from learner.state import RunState
 from learner.training.policy import Policy
-
-log = logging.getLogger("learner")
 
 JOURNAL_TIMEOUT_S = 60.0
 
 
 class History:
-    """The writing side."""
+    """Writes the journal and the checkpoints of a run."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, policy: Policy) -> None:
-        """Raises `ConfigError`."""
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, policy: Policy, phases: Phases
+    ) -> None:
+        """Open what is there, or create it; raises `ConfigError`."""
         self._config = config
+        self._phases = phases
         self.journal = (
             Journal(folder.journal, config.buffer.journal_max_bytes)
             if config.buffer.durability == "journal"
@@ -43,31 +48,52 @@ class History:
         self.checkpoints = Checkpoints(
             folder.checkpoints, policy, keep=config.checkpoints.keep, on_written=self._prune
         )
-        self._last_cut: Stored | None = None
+        self._last_cut: Future[None] | None = None
         self._lock = Lock()
         self._finished: deque[tuple[int, tuple[int, ...]]] = deque()
         """(step, prompt indices of the groups that nobody needs after it)."""
 
     def begin(self, step: int, cut: TrainingBatch) -> None:
-        """A batch is going to be trained on."""
+        """Record a batch that is going to be trained on."""
         self.note_finished(step, cut.finished)
         if self.journal is not None:
             self._last_cut = self.journal.cut(step, cut)
 
     def note_finished(self, step: int, prompt_indices: tuple[int, ...]) -> None:
-        """For `_prune`; without a journal nothing is pruned, and the list would only grow."""
+        """Note groups that nobody needs after ``step``, by their prompts: they may be deleted."""
+        # Without a journal nothing is pruned, and the list would only grow.
         if self.journal is not None:
             with self._lock:
                 self._finished.append((step, prompt_indices))
 
     def wait(self) -> None:
-        """Until what `begin` was told is on disk; raises `TrainingError` if it cannot be."""
+        """Wait until what `begin` was told is on disk; raises `TrainingError` if it cannot be."""
         if self._last_cut is not None:
-            self._last_cut.wait(JOURNAL_TIMEOUT_S)
+            wait_until_stored(self._last_cut, JOURNAL_TIMEOUT_S)
+
+    def checkpoint(self, state: RunState, trainer: Tensors) -> None:
+        """Begin a checkpoint: training waits for the copy, not for the disk.
+
+        Raises `TrainingError` if the one before could not be written.
+        """
+        started = time.monotonic()
+        self.checkpoints.begin(state, trainer)
+        self._phases.checkpoint(time.monotonic() - started)
+
+    def record_command(self, from_step: int, updates: Any) -> None:
+        """Record a change to the rewards, and wait until it is on disk.
+
+        Raises `TrainingError` if it cannot be.
+        """
+        assert self.journal is not None
+        wait_until_stored(self.journal.command(from_step, updates), JOURNAL_TIMEOUT_S)
 
     def is_due(self, version: int) -> bool:
-        """Whether it is time for a checkpoint. One that is still being written is waited for only
-        when the journal is full. Raises `TrainingError` if the one before could not be written."""
+        """Whether it is time for a checkpoint.
+
+        One that is still being written is waited for only when the journal is full. Raises
+        `TrainingError` if the one before could not be written.
+        """
         self.checkpoints.raise_if_failed()
         if self.journal is not None and self.journal.is_full:
             return True
@@ -75,13 +101,16 @@ class History:
         return version % every == 0 and not self.checkpoints.is_writing
 
     def close(self) -> None:
+        """Write what waits, and end the threads; a checkpoint that has begun is not waited for."""
         self.checkpoints.close()
         if self.journal is not None:
             self.journal.close()
 
     def _prune(self) -> None:
-        """A checkpoint is written: forget what no kept one needs. One alone is no reason to: if it
-        were damaged, everything would be."""
+        """Delete what no kept checkpoint needs, once one is written.
+
+        A single one is no reason to: if it were damaged, everything would be lost.
+        """
         versions = self.checkpoints.versions
         if self.journal is None or len(versions) < 2:
             return

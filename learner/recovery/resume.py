@@ -1,11 +1,11 @@
-"""Where a run goes on: what a checkpoint and the journal behind it make of the parts of a learner.
+"""Where a run continues: what a checkpoint and its journal make of a learner's parts.
 
 `Resumed` does it for a learner, `replay` for whoever wants to know whether it comes out the same.
 """
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,21 +29,22 @@ log = logging.getLogger("learner")
 
 @dataclass(slots=True)
 class Resumed:
-    """Where a run goes on; `replay` first."""
+    """The place where a run continues; call `replay` first."""
 
     config: RunConfig
     checkpoint: Checkpoint | None
     journal: JournalReader | None
     limits: GroupLimits
-    """Of the groups in the journal."""
+    """Limits that the groups in the journal keep to."""
 
     @property
     def state(self) -> RunState | None:
+        """What the checkpoint holds besides tensors; None without one."""
         return self.checkpoint.state if self.checkpoint else None
 
     @property
     def version(self) -> int:
-        """Of the checkpoint."""
+        """Version of the checkpoint; 0 without one."""
         return self.checkpoint.version if self.checkpoint else 0
 
     def replay(
@@ -62,11 +63,7 @@ class Resumed:
         cuts = self.journal.cuts() if self.journal is not None else []
         before = [cut for cut in cuts if cut.step <= self.version]
         after = [cut for cut in cuts if cut.step > self.version]
-        reached, steps = self.version + len(after), self.config.training.steps
-        if reached > steps:
-            raise ConfigError(
-                f"training.steps = {steps}, but the run is at step {reached} already; give more"
-            )
+        self._check_steps(after)
         if self.state is not None:
             buffer.restore(self.state.groups)
             rewards.restore(self.state.rewards, self.version)
@@ -74,26 +71,19 @@ class Resumed:
             if self.state is not None:
                 buffer.lose(self.state.groups)
             return
-        expected = range(self.version + 1, reached + 1)
-        if [cut.step for cut in after] != list(expected):
-            raise ConfigError(
-                f"{self.journal.path} has no record of the steps after {self.version}: checkpoint "
-                "and journal are not of one run"
-            )
         uses = Counter(prompt_index for cut in before for prompt_index in cut.prompt_indices)
-        ended = {
-            prompt_index for prompt_index, n in uses.items() if n >= self.config.buffer.max_uses
-        }
-        ended |= {prompt_index for cut in before for prompt_index, _ in cut.evicted}
-        alive = dict.fromkeys(t for t in self.journal.prompt_indices() if t not in ended)
+        ended = self._ended(before, uses)
         finished(self.version, tuple(ended))
-        commands = deque(self.journal.commands())
+        alive = dict.fromkeys(t for t in self.journal.prompt_indices() if t not in ended)
 
-        def fetch(prompt_index: int) -> None:
-            """Into memory, only when its turn comes."""
-            if prompt_index in alive:
-                del alive[prompt_index]
-                buffer.put_back(self._group(prompt_index), prompt_index, uses[prompt_index])
+        def fetch(prompt_indices: Iterable[int]) -> None:
+            """Load groups into memory, only when their turn comes."""
+            for prompt_index in prompt_indices:
+                if prompt_index in alive:
+                    del alive[prompt_index]
+                    buffer.put_back(self._group(prompt_index), prompt_index, uses[prompt_index])
+
+        commands = deque(self.journal.commands())
 
         def command_up_to(step: int) -> None:
             while commands and commands[0].from_step <= step:
@@ -103,25 +93,20 @@ class Resumed:
 
         for cut in after:
             log.info("training on the batch of step %d again, from the journal", cut.step)
-            for prompt_index in (
-                *cut.prompt_indices,
-                *(prompt_index for prompt_index, _ in cut.evicted),
-            ):
-                fetch(prompt_index)
+            fetch((*cut.prompt_indices, *(prompt_index for prompt_index, _ in cut.evicted)))
             command_up_to(cut.step)
             setting = rewards.begin(cut.step)
             again = self._retake(buffer, cut)
             finished(cut.step, again.finished)
             train(again, setting)
             buffer.step_done()
-        command_up_to(steps)
-        for prompt_index in list(alive):
-            fetch(prompt_index)
+        command_up_to(self.config.training.steps)
+        fetch(list(alive))
 
     def restore_work(
         self, stream: PromptStream, work: WorkQueue, leases: LeaseBook, buffer: ReplayBuffer
     ) -> None:
-        """Lease again what did not come in, go on in the stream, and carry the books on."""
+        """Lease again what did not come in, continue in the stream, and carry the books on."""
         prompts = self.state.prompts if self.state else OpenPrompts()
         stored = set(self.journal.prompt_indices()) if self.journal else set()
         # Prompts are leased in order: what is before one that came in was leased too.
@@ -145,6 +130,26 @@ class Resumed:
         train = leases.books["train"]
         train.received = buffer.books.accepted
         train.leased = train.received + train.failed.total()
+
+    def _check_steps(self, cuts: Sequence[RecordedBatch]) -> None:
+        """Check that the cuts follow the checkpoint, and that the run is to go as far as that."""
+        reached, steps = self.version + len(cuts), self.config.training.steps
+        if reached > steps:
+            raise ConfigError(
+                f"training.steps = {steps}, but the run is at step {reached} already; give more"
+            )
+        if [cut.step for cut in cuts] != list(range(self.version + 1, reached + 1)):
+            assert self.journal is not None
+            raise ConfigError(
+                f"{self.journal.path} has no record of the steps after {self.version}: checkpoint "
+                "and journal are not of one run"
+            )
+
+    def _ended(self, cuts: Iterable[RecordedBatch], uses: Mapping[int, int]) -> set[int]:
+        """Return the prompt indices of groups that nobody needs after ``cuts``."""
+        max_uses = self.config.buffer.max_uses
+        used_up = {prompt_index for prompt_index, n in uses.items() if n >= max_uses}
+        return used_up | {prompt_index for cut in cuts for prompt_index, _ in cut.evicted}
 
     def _retake(self, buffer: ReplayBuffer, cut: RecordedBatch) -> TrainingBatch:
         try:
@@ -176,7 +181,7 @@ def load_trainer(
     Raises `ConfigError`.
     """
     policy = load_policy(config, checkpoint.model if checkpoint else None)
-    # The KL term is to the model that training began with, not to where it goes on.
+    # The KL term is to the model that training began with, not to where it continues.
     first = checkpoint is not None and config.algorithm.kl_coefficient
     reference = load_model(config, policy.folder) if first else None
     trainer = Trainer(policy, config, reference=reference, on_progress=on_progress)

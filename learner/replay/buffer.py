@@ -38,13 +38,14 @@ class GroupCounts:
     accepted_tokens: int = 0
     trained: int = 0
     evicted: Counter[str] = field(default_factory=Counter)
-    """By cause."""
+    """Counts by cause."""
     evicted_tokens: Counter[str] = field(default_factory=Counter)
-    """By cause: dropping by age is biased against long rollouts, which this shows."""
+    """Counts by cause: dropping by age is biased against long rollouts, which this shows."""
     buffered: int = 0
 
     @property
     def balanced(self) -> bool:
+        """Whether every accepted group is trained, evicted or buffered."""
         return self.accepted == self.trained + self.evicted.total() + self.buffered
 
 
@@ -61,7 +62,7 @@ class TrainingBatch:
 
     groups: list[Group]
     prompt_indices: tuple[int, ...]
-    """Of the groups: their places in the stream of prompts."""
+    """Places of the groups in the stream of prompts."""
     evicted: tuple[tuple[int, str], ...]
     """(prompt_index, cause) of the groups that were evicted since the batch before."""
     finished: tuple[int, ...]
@@ -92,19 +93,19 @@ class ReplayBuffer:
         self._lag = lag
         self._entries: list[_Entry] = []
         self._evicted: list[tuple[_Entry, str]] = []
-        """And why, since the last batch was cut."""
+        """What was evicted since the last batch was cut, and why."""
         self._changed = Condition()
         self._woken = False
         self.in_training = 0
         """Groups that the last `take` removed, until `step_done`."""
         self.size_bytes = 0
         self.largest_staleness = 0
-        """Of any group that `take` returned."""
+        """The largest of any group that `take` returned."""
         self.books = GroupCounts()
 
     @classmethod
     def of(cls, config: RunConfig) -> Self:
-        """As a configuration says."""
+        """Build the buffer that a configuration describes."""
         return cls(
             max_groups=config.buffer.max_groups,
             max_bytes=config.buffer.max_bytes,
@@ -119,12 +120,12 @@ class ReplayBuffer:
 
     @property
     def unused_prompt_indices(self) -> tuple[int, ...]:
-        """Of the groups that are buffered and were not trained on yet."""
+        """Prompt indices of the groups that are buffered and were not trained on yet."""
         with self._changed:
             return tuple(entry.prompt_index for entry in self._entries if not entry.uses)
 
     def state(self) -> GroupState:
-        """The books, as they were when the last batch was cut."""
+        """Return the books as they were when the last batch was cut."""
         with self._changed:
             books = self.books
             evicted, tokens = Counter(books.evicted), Counter(books.evicted_tokens)
@@ -148,7 +149,7 @@ class ReplayBuffer:
             )
 
     def restore(self, state: GroupState) -> None:
-        """Be empty, with the books of `state`."""
+        """Empty the buffer, and carry on the books of ``state``."""
         self.largest_staleness = state.largest_staleness
         self.books = GroupCounts(
             accepted=state.trained + sum(state.evicted.values()),
@@ -159,7 +160,7 @@ class ReplayBuffer:
         )
 
     def lose(self, state: GroupState) -> None:
-        """What was buffered in `state` is not to be had any more."""
+        """Count what was buffered in ``state`` as lost."""
         self.books.accepted += state.buffered + state.reusable
         self.books.accepted_tokens += state.buffered_tokens + state.reusable_tokens
         self.books.trained += state.reusable
@@ -168,8 +169,10 @@ class ReplayBuffer:
             self.books.evicted_tokens["learner_lost"] += state.buffered_tokens
 
     def put_back(self, group: Group, prompt_index: int, uses: int) -> None:
-        """Store a group that was in the buffer before, whatever the bounds are now: the cuts that
-        follow are those that were made then."""
+        """Store a group that was in the buffer before, whatever the bounds are now.
+
+        The cuts that follow are those that were made then.
+        """
         with self._changed:
             self._accept(_Entry(group, prompt_index, uses))
 
@@ -217,11 +220,11 @@ class ReplayBuffer:
             return self._cut([entries[prompt_index] for prompt_index in prompt_indices], version)
 
     def step_done(self) -> None:
-        """The trainer has finished with what it took."""
+        """Note that the trainer has finished with what it took."""
         self.in_training = 0
 
     def wake(self) -> None:
-        """End a waiting `take`, because the run is not to go on."""
+        """End a waiting `take`, because the run cannot continue."""
         with self._changed:
             self._woken = True
             self._changed.notify_all()
@@ -252,7 +255,7 @@ class ReplayBuffer:
         return self._entries[:num_groups]
 
     def _evict_stale(self, version: int) -> int:
-        """Number of groups left that are fresh enough."""
+        """Evict what is too stale; returns the number of groups that are left."""
         oldest_allowed = version - self._max_staleness
         for entry in [e for e in self._entries if e.group.oldest_version < oldest_allowed]:
             self._evict(entry, "stale")

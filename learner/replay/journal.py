@@ -7,16 +7,16 @@
 It is one SQLite file in WAL mode with full synchronisation. The writer takes everything that waits
 into one transaction, so that one flush of the disk serves many groups. With a checkpoint and what
 was written since, the same batches are cut and trained on again, in the same order: see
-`learner.resume`. What the oldest checkpoint that is kept has trained on is deleted.
+`learner.recovery.resume`. What the oldest checkpoint that is kept has trained on is deleted.
 """
 
 import json
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition, Event, Thread
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ import numpy as np
 from learner.replay.buffer import TrainingBatch
 from learner.replay.journal_reader import BUSY_TIMEOUT_S, FORMAT, JournalReader
 from learner.run_folder import how_to_go_on
-from protocol.errors import ConfigError, TrainingError, brief
+from learner.threads import Worker
+from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
 from protocol.framing import Buffer, encode
 from protocol.groups import Group
 from protocol.leases import OutstandingLease
@@ -54,30 +55,22 @@ class ReceivedGroup:
     group: Group
 
 
-class Stored:
-    """Whether something is on disk yet."""
+def wait_until_stored(stored: Future[None], timeout_s: float) -> None:
+    """Wait for what a method of `Journal` returned.
 
-    def __init__(self) -> None:
-        self._done = Event()
-        self._error: TrainingError | None = None
-
-    def settle(self, error: TrainingError | None) -> None:
-        self._error = error
-        self._done.set()
-
-    def wait(self, timeout_s: float) -> None:
-        """Raises `TrainingError` if it cannot be written, or not in time."""
-        if not self._done.wait(timeout_s):
-            raise TrainingError(f"the journal has not written for {timeout_s:.0f} s")
-        if self._error is not None:
-            raise self._error
+    Raises `TrainingError` if it cannot be written, or not in time.
+    """
+    try:
+        stored.result(timeout_s)
+    except TimeoutError as error:
+        raise TrainingError(f"the journal has not written for {timeout_s:.0f} s") from error
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     statements: Sequence[tuple[str, tuple[Any, ...]]]
     arrival: ReceivedGroup | None
-    stored: Stored
+    stored: Future[None]
 
 
 class Journal(JournalReader):
@@ -98,14 +91,12 @@ class Journal(JournalReader):
                 database.execute(f"PRAGMA user_version = {FORMAT}")
             super().__init__(path, database)
             self.size_bytes = self._measure()
-            """Of what it holds; what is deleted leaves room in the file."""
+            """How much it holds; what is deleted leaves room in the file."""
         except sqlite3.Error as error:
             raise ConfigError(f"cannot write the journal {path}: {error}") from error
-        self._changed = Condition()
         self._waiting: list[_Entry] = []
-        self._closing = False
-        self._failure: TrainingError | None = None
-        self._thread: Thread | None = None
+        self._failure: AsyncGdpoError | None = None
+        self._worker = Worker("journal", self._take, self._store, drains=True)
 
     @property
     def is_full(self) -> bool:
@@ -115,33 +106,32 @@ class Journal(JournalReader):
     def start(
         self,
         on_stored: Callable[[Sequence[ReceivedGroup]], None],
-        on_failure: Callable[[TrainingError], None],
+        on_failure: Callable[[AsyncGdpoError], None],
     ) -> None:
         """Write from now on; both functions are called on the writer's thread."""
         self._on_stored, self._on_failure = on_stored, on_failure
-        self._thread = Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
+        self._worker.start(self._fail)
 
     def append(
         self, arrival: ReceivedGroup, header: GroupHeader, payloads: Sequence[Buffer]
     ) -> None:
-        """Store a group; it is told to ``on_stored`` when that is done."""
+        """Store a group; ``on_stored`` is told of it when that is done."""
         encoded, *frames = encode(header, payloads)
         values = (arrival.held.work.prompt_index, header.lease, encoded, b"".join(frames))
         self._add(("INSERT INTO groups VALUES (?, ?, ?, ?)", values), arrival=arrival)
 
-    def cut(self, step: int, cut: TrainingBatch) -> Stored:
+    def cut(self, step: int, cut: TrainingBatch) -> Future[None]:
         """Store which groups a batch consists of."""
         prompt_indices = np.array(cut.prompt_indices, dtype="<i8").tobytes()
         values = (step, prompt_indices, json.dumps(cut.evicted))
         return self._add(("INSERT INTO cuts VALUES (?, ?, ?)", values))
 
-    def command(self, from_step: int, updates: Any) -> Stored:
+    def command(self, from_step: int, updates: Any) -> Future[None]:
         """Store a change to the rewards."""
         values = (from_step, json.dumps(updates))
         return self._add(("INSERT INTO commands (from_step, updates) VALUES (?, ?)", values))
 
-    def prune(self, finished: Iterable[int], cuts_up_to: int) -> Stored:
+    def prune(self, finished: Iterable[int], cuts_up_to: int) -> Future[None]:
         """Delete the groups of these prompts, and the cuts up to a step."""
         return self._add(
             *(
@@ -153,52 +143,45 @@ class Journal(JournalReader):
 
     def close(self) -> None:
         """Write what waits, and end."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._worker.close()
         self._database.close()
 
     def _add(
         self, *statements: tuple[str, tuple[Any, ...]], arrival: ReceivedGroup | None = None
-    ) -> Stored:
-        stored = Stored()
-        with self._changed:
+    ) -> Future[None]:
+        stored: Future[None] = Future()
+        with self._worker.adding():
             if self._failure is not None:
-                stored.settle(self._failure)
-            elif self._closing:
-                stored.settle(TrainingError(f"the journal {self.path} is closed"))
+                stored.set_exception(self._failure)
+            elif self._worker.closing:
+                stored.set_exception(TrainingError(f"the journal {self.path} is closed"))
             else:
                 self._waiting.append(_Entry(statements, arrival, stored))
-                self._changed.notify_all()
         return stored
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                entries, self._waiting = self._waiting, []
-            if not entries or not self._store(entries):
-                return
+    def _take(self) -> list[_Entry] | None:
+        """Return everything that waits: one flush of the disk serves it all."""
+        entries, self._waiting = self._waiting, []
+        return entries or None
 
-    def _store(self, entries: list[_Entry]) -> bool:
-        """Write and tell; False if that is not possible."""
+    def _store(self, entries: list[_Entry]) -> None:
+        """Write and tell; raises `TrainingError` if that is not possible."""
         try:
             self._write(entries)
             if arrivals := [entry.arrival for entry in entries if entry.arrival]:
                 self._on_stored(arrivals)
-        except sqlite3.Error as error:
-            self._fail(entries, str(error))
-            return False
         except Exception as error:
+            if not isinstance(error, sqlite3.Error):
+                log.exception("the journal's thread died")
             # Without this thread nothing is acknowledged and nothing trained.
-            log.exception("the journal's thread died")
-            self._fail(entries, brief(error))
-            return False
+            failure = TrainingError(
+                f"cannot write the journal {self.path}: {brief(error)}. Nothing that was "
+                f"acknowledged is lost: {how_to_go_on(self.path.parent)}"
+            )
+            _refuse(entries, failure)
+            raise failure from error
         for entry in entries:
-            entry.stored.settle(None)
-        return True
+            entry.stored.set_result(None)
 
     def _write(self, entries: list[_Entry]) -> None:
         """All of them or none."""
@@ -209,18 +192,13 @@ class Journal(JournalReader):
         self._database.execute("COMMIT")
         self.size_bytes = self._measure()
 
-    def _fail(self, entries: list[_Entry], problem: str) -> None:
-        failure = TrainingError(
-            f"cannot write the journal {self.path}: {problem}. Nothing that was acknowledged is "
-            f"lost: {how_to_go_on(self.path.parent)}"
-        )
-        with self._changed:
-            self._failure = failure
-            entries += self._waiting
-            self._waiting = []
-        for entry in entries:
-            entry.stored.settle(failure)
-        self._on_failure(failure)
+    def _fail(self, error: AsyncGdpoError) -> None:
+        """Refuse what waits and what is still to come; on the thread, which has ended."""
+        with self._worker.adding():
+            self._failure = error
+            waiting, self._waiting = self._waiting, []
+        _refuse(waiting, error)
+        self._on_failure(error)
 
     def _measure(self) -> int:
         pages, free, size = (
@@ -228,3 +206,8 @@ class Journal(JournalReader):
             for name in ("page_count", "freelist_count", "page_size")
         )
         return int((pages - free) * size)
+
+
+def _refuse(entries: Iterable[_Entry], error: AsyncGdpoError) -> None:
+    for entry in entries:
+        entry.stored.set_exception(error)

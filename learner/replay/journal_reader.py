@@ -43,7 +43,7 @@ class JournalReader:
     """What is written in a journal, also in one that a learner is writing to."""
 
     def __init__(self, path: Path, database: sqlite3.Connection) -> None:
-        """Raises `ConfigError` if it is of another version."""
+        """Read from ``database``; raises `ConfigError` if it is of another version."""
         self.path = path
         self._database = database
         found = database.execute("PRAGMA user_version").fetchone()[0]
@@ -54,7 +54,7 @@ class JournalReader:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """For reading only; raises `ConfigError`."""
+        """Open a journal for reading only; raises `ConfigError`."""
         if not path.is_file():
             raise ConfigError(f"no journal at {path}")
         try:
@@ -70,27 +70,30 @@ class JournalReader:
             raise ConfigError(f"cannot read the journal {path}: {error}") from error
 
     def prompt_indices(self) -> tuple[int, ...]:
-        """Of all groups, in order."""
+        """Return the prompt indices of all groups, in order."""
         rows = self._read("SELECT prompt_index FROM groups ORDER BY prompt_index")
         return tuple(prompt_index for (prompt_index,) in rows)
 
     def group(self, prompt_index: int, limits: GroupLimits) -> Group:
-        """One group; raises `BadMessage` if it does not agree with ``limits``, and `ConfigError`
-        if it is not there, or not any more."""
+        """Return one group.
+
+        Raises `BadMessage` if it does not agree with ``limits``, and `ConfigError` if it is not
+        there, or not any more.
+        """
         found = self._frames(prompt_index)
         if found is None:
             raise ConfigError(f"{self.path} holds no group of prompt {prompt_index} (any more)")
         return unpack_group(*found, limits)
 
     def headers(self) -> Iterator[tuple[int, GroupHeader, list[memoryview]]]:
-        """(prompt_index, header, payload frames) of all groups, in the order of prompts."""
+        """Yield (prompt_index, header, payload frames) of all groups, in the order of prompts."""
         # One by one: while a query goes on, the writer's log grows.
         for prompt_index in self.prompt_indices():
             if found := self._frames(prompt_index):
                 yield (prompt_index, *found)
 
     def cuts(self) -> list[RecordedBatch]:
-        """All batches, in order."""
+        """Return all batches, in order."""
         rows = self._read("SELECT step, prompt_indices, evicted FROM cuts ORDER BY step")
         return [
             RecordedBatch(
@@ -102,11 +105,12 @@ class JournalReader:
         ]
 
     def commands(self) -> list[RecordedCommand]:
-        """All of them, in order."""
+        """Return all changes to the rewards, in order."""
         rows = self._read("SELECT number, from_step, updates FROM commands ORDER BY number")
         return [RecordedCommand(number, step, json.loads(text)) for number, step, text in rows]
 
     def close(self) -> None:
+        """Close the file."""
         self._database.close()
 
     def _frames(self, prompt_index: int) -> tuple[GroupHeader, list[memoryview]] | None:

@@ -17,7 +17,6 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,19 @@ from prometheus_client import CollectorRegistry
 
 from learner.config.run import RunConfig
 from learner.coordinator.access import Access
+from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
 from learner.coordinator.intake import Intake
 from learner.coordinator.self_check import SelfCheck
+from learner.phases import Phases
 from learner.prompts.rows import load_rows
 from learner.prompts.stream import PromptStream, check_work, evaluation_work
 from learner.prompts.work_queue import WorkQueue, group_limits
 from learner.records import Control, Endpoints, EvaluationResult, Summary
 from learner.recovery.checkpoints import Checkpoint, newest
-from learner.recovery.history import JOURNAL_TIMEOUT_S, History
+from learner.recovery.history import History
 from learner.recovery.resume import Resumed, load_trainer
 from learner.replay.buffer import ReplayBuffer, TrainingBatch
-from learner.replay.journal import ReceivedGroup
 from learner.run.metrics import StateCollector, StepMetrics
 from learner.run.progress import Progress
 from learner.run.reports import (
@@ -54,9 +54,10 @@ from learner.state import RunState
 from learner.status import Status
 from learner.training.reward_settings import RewardSchedule, RewardSetting
 from learner.training.trainer import StepResult
-from learner.weights.chunks import Answer, ChunkSource
+from learner.weights.chunks import ChunkSource
 from learner.weights.pack import MemoryPool, pack
 from learner.weights.publisher import Publisher
+from learner.weights.push_metrics import PushMetrics
 from learner.weights.routes import topology_of
 from learner.weights.snapshots import Snapshot, SnapshotStore
 from learner.weights.stream import WeightsStream
@@ -84,8 +85,8 @@ class Learner:
         self.config = config
         self.folder = folder
         self.state = Progress()
-        self.phase_seconds: dict[str, float] = {}
-        """Mean duration of each phase of a group and of a weight push."""
+        self._registry = CollectorRegistry()
+        self.phases = Phases(self._registry)
         if config.training.threads:
             torch.set_num_threads(config.training.threads)
         folder.take()
@@ -110,13 +111,16 @@ class Learner:
         self.policy, self.trainer = load_trainer(config, checkpoint, self._heartbeat.beat)
         self._topology = topology_of(config, next(self.policy.model.parameters()).device)
         self.rewards = RewardSchedule(config.rewards, config.training.steps)
-        self.history = History(self.folder, config, self.policy)
+        self.history = History(self.folder, config, self.policy, self.phases)
         self.buffer = ReplayBuffer.of(config)
 
     def _assemble(self) -> None:
         """The parts that decide, still without a connection to anybody."""
         config = self.config
-        self._self_check = SelfCheck(self.policy, config) if config.admission.self_check else None
+        checks = [check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]]
+        self._self_check = (
+            SelfCheck(self.policy, config, checks) if config.admission.self_check else None
+        )
         self._memory = MemoryPool(
             total_bytes(self.policy.specs),
             pinned=any(parameter.is_cuda for parameter in self.policy.model.parameters()),
@@ -133,24 +137,26 @@ class Learner:
         self._pacing = config.pacing()
         self.coordinator = Coordinator(
             config,
-            welcome=Welcome(
-                run_id=self.folder.run_id,
-                actor=config.for_actors().model_dump(mode="json"),
-                model_digest=self.policy.files_digest,
-                files=tuple(self.policy.files),
-                manifest=self.policy.manifest,
+            greeting=Greeting(
+                Welcome(
+                    run_id=self.folder.run_id,
+                    actor=config.for_actors().model_dump(mode="json"),
+                    model_digest=self.policy.files_digest,
+                    files=tuple(self.policy.files),
+                    manifest=self.policy.manifest,
+                ),
+                tuple(self.policy.files.values()),
             ),
-            files=tuple(self.policy.files.values()),
             work=self._work,
             buffer=self.buffer,
             pacing=self._pacing,
             snapshots=self._snapshots,
             vocab_size=self.policy.vocab_size,
+            phases=self.phases,
             journal=self.history.journal,
             clock=time.monotonic,
             on_pull=self.weights_stream.pull,
             self_check=self._self_check,
-            checks=[check_work(row, config) for row in self._stream.rows[:CHECK_ROWS]],
         )
         self.progress = Throughput(self.coordinator, config.training.batch_groups)
 
@@ -174,6 +180,7 @@ class Learner:
         self.coordinator.advance(self.trainer.version)
         if self.trainer.version > resumed.version:
             self._snapshots.publish(self._packed())
+            self.coordinator.count_as_pushed()
 
     def _train_again(self, cut: TrainingBatch, setting: RewardSetting) -> None:
         started = time.monotonic()
@@ -207,21 +214,22 @@ class Learner:
         intake_heartbeat = Heartbeat("intake", limit_s=10.0)
         self._intake = Intake(sockets, self.access, self.coordinator, intake_heartbeat)
         if journal := self.history.journal:
-            journal.start(self._stored, self.coordinator.fail)
-            self.rewards.record = self._record_command
-        self.weights_stream.start(self._answer_pull, self.coordinator.fail)
+            journal.start(self.coordinator.stored, self.coordinator.fail)
+            self.rewards.record = self.history.record_command
+        if self._self_check is not None:
+            self._self_check.start(self.coordinator.fail)
+        self.weights_stream.start(self.coordinator.answer_pull, self.coordinator.fail)
         self.publisher = Publisher(
-            self.coordinator.offers,
+            self.coordinator,
             self._snapshots,
             self.weights_stream,
             config.weights,
             self._topology,
             config.collective_address,
-            self._intake.wake,
+            PushMetrics(self._registry, self.phases),
             self.coordinator.fail,
         )
-        registry = CollectorRegistry()
-        registry.register(
+        self._registry.register(
             StateCollector(
                 self.coordinator,
                 self.access,
@@ -231,9 +239,9 @@ class Learner:
                 self.weights_stream,
             )
         )
-        self._metrics = StepMetrics(registry)
+        self._metrics = StepMetrics(self._registry)
         self._server = ObservabilityServer(
-            registry,
+            self._registry,
             host=config.endpoints.metrics_host,
             port=config.endpoints.metrics_port,
             heartbeats=(self._heartbeat, intake_heartbeat),
@@ -282,7 +290,6 @@ class Learner:
             self.state.completed = False
             self.state.interrupted = self.state.interrupted or brief(error)
         self._leave()
-        self._note_weights()
         # Nothing changes the books any more.
         self._intake.close()
         self.history.close()
@@ -330,7 +337,6 @@ class Learner:
             self.coordinator.advance(step.version)
             if self._pacing.is_pushed(step.version):
                 self._publish()
-            self._intake.wake()
             self.state.training_seconds = time.monotonic() - started
             self._record(step, time.monotonic() - step_started)
             if self.history.is_due(step.version):
@@ -340,10 +346,7 @@ class Learner:
         self.coordinator.close_training()
 
     def _checkpoint_now(self) -> None:
-        """Training waits for the copy, not for the disk."""
-        started = time.monotonic()
-        self.history.checkpoints.begin(self._state(), self.trainer.state_tensors())
-        self._metrics.checkpoint(time.monotonic() - started)
+        self.history.checkpoint(self._state(), self.trainer.state_tensors())
 
     def _save(self) -> None:
         """The checkpoint of the last step, complete; none if there is no step, or half of one."""
@@ -381,15 +384,6 @@ class Learner:
             counters=self.coordinator.counters.totals(),
         )
 
-    def _stored(self, arrivals: Sequence[ReceivedGroup]) -> None:
-        """On the journal's thread."""
-        self.coordinator.stored(arrivals)
-        self._intake.wake()
-
-    def _record_command(self, from_step: int, updates: Any) -> None:
-        assert self.history.journal is not None
-        self.history.journal.command(from_step, updates).wait(JOURNAL_TIMEOUT_S)
-
     def _packed(self) -> Snapshot:
         """The weights of the trainer's version."""
         return pack(self.trainer.version, self.policy.model, self.policy.specs, self._memory)
@@ -398,11 +392,6 @@ class Learner:
         started = time.monotonic()
         snapshot = self._packed()
         self.publisher.publish(snapshot, time.monotonic() - started)
-
-    def _answer_pull(self, session: str, answer: Answer) -> None:
-        """On the weights stream's thread."""
-        self.coordinator.offers.answer_pull(session, answer)
-        self._intake.wake()
 
     def _next_batch(self) -> TrainingBatch | None:
         """Wait for a batch; None if the run is to stop. Raises what ends the run."""
@@ -427,8 +416,8 @@ class Learner:
                     STOP_CHECK_S,
                     batches_after=config.steps - self.trainer.version - 1,
                 )
-                # Room in the buffer: leases can be issued.
-                self._intake.wake()
+                # Room in the buffer.
+                self.coordinator.issue()
                 if cut is not None:
                     return cut
             return None
@@ -444,7 +433,6 @@ class Learner:
         version = self.trainer.version
         works = evaluation_work(self._heldout, self.config, version)
         evaluation = self.coordinator.start_evaluation(works, version)
-        self._intake.wake()
         deadline = math.inf
         while not evaluation.done.wait(STOP_CHECK_S):
             self.coordinator.raise_if_failed()
@@ -452,7 +440,7 @@ class Learner:
             if self.state.interrupted:
                 return None
             # The time runs while there is somebody to evaluate.
-            if not self.coordinator.offers.ready_actors():
+            if not self.coordinator.ready_actors():
                 deadline = math.inf
             elif deadline == math.inf:
                 deadline = time.monotonic() + self.config.eval.timeout_s
@@ -471,7 +459,6 @@ class Learner:
         self._note(step)
         self.progress.sample()
         self._metrics.step(step, seconds)
-        self._note_weights()
         self._append(step, seconds)
 
     def status(self) -> Status:
@@ -499,7 +486,7 @@ class Learner:
             self.folder,
             self.state,
             version=self.trainer.version,
-            phase_seconds=self.phase_seconds,
+            phase_seconds=self.phases.mean_seconds,
             rewards=self.rewards,
             buffer=self.buffer,
             coordinator=self.coordinator,
@@ -521,13 +508,6 @@ class Learner:
             )
         )
 
-    def _note_weights(self) -> None:
-        """What pushes and actors have reported since this was last called."""
-        self._metrics.actor_phases(self.coordinator.timings)
-        for report in self.publisher.take_reports():
-            self._metrics.push(report)
-        self.phase_seconds = self._metrics.mean_seconds
-
     def _note(self, step: StepResult) -> None:
         self.state.note(step)
         self.progress.tokens_trained += step.num_tokens
@@ -542,7 +522,6 @@ class Learner:
         """Let the actors go."""
         self.state.phase = "leaving"
         self.coordinator.drain(self.state.interrupted or "the run is complete")
-        self._intake.wake()
         if not self.coordinator.wait_until_empty(DRAIN_TIMEOUT_S):
             log.warning("%d actors did not say goodbye", self.coordinator.num_live)
 

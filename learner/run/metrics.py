@@ -1,8 +1,7 @@
 """What the learner exports to Prometheus."""
 
-from collections import deque
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,13 +13,11 @@ from learner.replay.buffer import ReplayBuffer
 from learner.replay.journal import Journal
 from learner.run.throughput import Progress
 from learner.training.trainer import StepResult
-from learner.weights.publisher import PushReport
 from learner.weights.stream import WeightsStream
-from protocol.messages import Route
 
 
 class StepMetrics:
-    """Metrics that a training step or a weight push updates."""
+    """Metrics that a training step updates."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
@@ -69,36 +66,10 @@ class StepMetrics:
         self._correlation = gauge(
             "gdpo_reward_correlation", "Correlation of two rewards", ("first", "second")
         )
-        self._actor_seconds = Histogram(
-            "gdpo_actor_phase_seconds",
-            "Phases of a group and of a weight update on the actors",
-            ("phase",),
-            registry=registry,
-        )
-        self._push_seconds = Histogram(
-            "gdpo_weight_push_seconds", "Phases of a weight push", ("phase",), registry=registry
-        )
-        self._pushes = Counter("gdpo_weight_pushes", "Weight pushes", registry=registry)
-        self._epoch = gauge("gdpo_weight_epoch", "Current epoch of the collective")
-        self._members = gauge(
-            "gdpo_weight_push_actors", "Actors of the last push, by route", ("route",)
-        )
-        self._evictions = Counter(
-            "gdpo_weight_evictions",
-            "Actors because of which an epoch ended, by cause",
-            ("cause",),
-            registry=registry,
-        )
-        self._checkpoint_seconds = Histogram(
-            "gdpo_checkpoint_copy_seconds",
-            "Time that training waited for a checkpoint",
-            registry=registry,
-        )
         self._lag0 = gauge(
             "gdpo_lag0_logprob_difference",
             "Largest difference of actors' and learner's log-probabilities at the same version",
         )
-        self._totals: dict[str, tuple[int, float]] = {}
 
     def step(self, result: StepResult, seconds: float) -> None:
         self._tokens.inc(result.num_tokens)
@@ -119,43 +90,6 @@ class StepMetrics:
             elif name.startswith("reward/"):
                 _, reward, field = name.split("/")
                 self._reward[field].labels(reward).set(value)
-
-    def actor_phases(self, timings: deque[tuple[str, float]]) -> None:
-        """Take out and export what actors reported."""
-        while timings:
-            phase, seconds = timings.popleft()
-            self._actor_seconds.labels(phase).observe(seconds)
-            self._count(phase, seconds)
-
-    def checkpoint(self, seconds: float) -> None:
-        """Training waited so long for a checkpoint."""
-        self._checkpoint_seconds.observe(seconds)
-        self._count("checkpoint_copy", seconds)
-
-    def push(self, report: PushReport) -> None:
-        self._pushes.inc()
-        if report.epoch:
-            self._epoch.set(report.epoch)
-        for route in get_args(Route):
-            self._members.labels(route).set(report.routes.get(route, 0))
-        for cause in report.evicted.values():
-            self._evictions.labels(cause).inc()
-        for phase, seconds in report.phases.items():
-            self._push_phase(phase, seconds)
-        self._push_phase("whole", report.seconds)
-
-    @property
-    def mean_seconds(self) -> dict[str, float]:
-        """Of every phase so far: those of a push, and those that actors reported."""
-        return {phase: total / count for phase, (count, total) in sorted(self._totals.items())}
-
-    def _push_phase(self, phase: str, seconds: float) -> None:
-        self._push_seconds.labels(phase).observe(seconds)
-        self._count(f"weights_{phase}", seconds)
-
-    def _count(self, phase: str, seconds: float) -> None:
-        count, total = self._totals.get(phase, (0, 0.0))
-        self._totals[phase] = (count + 1, total + seconds)
 
 
 class StateCollector(Collector):
@@ -184,7 +118,7 @@ class StateCollector(Collector):
         yield _gauge("gdpo_buffer_bytes", "Memory of the groups", self._buffer.size_bytes)
         if self._journal is not None:
             size = self._journal.size_bytes
-            yield _gauge("gdpo_journal_bytes", "What the journal holds", size)
+            yield _gauge("gdpo_journal_bytes", "Size of the journal", size)
         yield _gauge("gdpo_actors_live", "Actors connected", self._coordinator.num_live)
         yield _gauge(
             "gdpo_actors_wanted",
@@ -192,9 +126,15 @@ class StateCollector(Collector):
             rates.actors_wanted or 0,
         )
         yield _gauge("gdpo_actor_idle_ratio", "Idle share of actors", rates.actor_idle_share)
-        yield _gauge("gdpo_learner_wait_ratio", "Waiting share", rates.learner_wait_share)
+        yield _gauge(
+            "gdpo_learner_wait_ratio",
+            "Share of time that the learner waits",
+            rates.learner_wait_share,
+        )
         yield _counter(
-            "gdpo_learner_wait_seconds", "Waited for groups", self._progress.wait_seconds
+            "gdpo_learner_wait_seconds",
+            "Time that the learner waited for groups",
+            self._progress.wait_seconds,
         )
         yield _counter(
             "gdpo_cluster_tokens_generated",
@@ -202,11 +142,20 @@ class StateCollector(Collector):
             self._progress.tokens_generated,
         )
         yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
-        yield _counter("gdpo_tokens_accepted", "Their completion tokens", books.accepted_tokens)
+        yield _counter(
+            "gdpo_tokens_accepted", "Completion tokens of groups accepted", books.accepted_tokens
+        )
         yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
         yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
-        yield _by("gdpo_tokens_evicted", "Their tokens", "cause", books.evicted_tokens)
-        yield _by("gdpo_groups_received", "Group messages", "verdict", counters.verdicts)
+        yield _by(
+            "gdpo_tokens_evicted",
+            "Completion tokens of groups evicted",
+            "cause",
+            books.evicted_tokens,
+        )
+        yield _by(
+            "gdpo_groups_received", "Group messages, by verdict", "verdict", counters.verdicts
+        )
         yield _counter("gdpo_bad_messages", "Messages refused as invalid", counters.bad_messages)
         yield _counter(
             "gdpo_unknown_session_messages",
@@ -238,7 +187,7 @@ class StateCollector(Collector):
             counters.digest_mismatches,
         )
         yield _counter(
-            "gdpo_weight_stream_bytes", "Sent to actors that pull", self._stream.sent_bytes
+            "gdpo_weight_stream_bytes", "Bytes sent to actors that pull", self._stream.sent_bytes
         )
         yield _counter(
             "gdpo_weight_stream_seconds",

@@ -30,7 +30,8 @@ from learner.run_folder import RunFolder
 from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
 from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult
-from learner.weights.publisher import Publisher, PushReport
+from learner.weights.publisher import Publisher
+from learner.weights.push import PushReport
 from learner.weights.stream import WeightsStream
 from protocol.weights import TensorSpec, total_bytes
 

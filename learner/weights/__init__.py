@@ -1,0 +1,1 @@
+"""The way of the weights from the trainer to the actors."""

@@ -22,8 +22,8 @@ from protocol.weights import CHUNK_BYTES, num_chunks
 
 MAX_STEPS = 16
 MAX_SHARE = 0.5
-"""Of the weights' size, that the patches of several versions together may take. Those to the newest
-one stay, however large: actors are about to ask for them."""
+"""Share of the weights' size that the patches of several versions together may take. Those to the
+newest one stay, however large: actors are about to ask for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,12 +47,12 @@ class Answer:
     header: WeightsChunk
     payloads: tuple[Buffer, ...] = ()
     plain_bytes: int = 0
-    """Weights that it stands for."""
+    """Bytes of weights that it stands for."""
 
 
 @dataclass(slots=True)
 class ChunkSource:
-    """Answers pulls. All but `keep_differences` is for one thread."""
+    """Answers pulls; all methods but `keep_differences` are for one thread."""
 
     snapshots: SnapshotStore
     width: int
@@ -63,7 +63,7 @@ class ChunkSource:
     _lock: Lock = field(default_factory=Lock)
 
     def keep_differences(self, previous: Snapshot, new: Snapshot) -> None:
-        """Somebody is going to pull ``new`` who has ``previous``."""
+        """Prepare the differences for those who have ``previous`` and are going to pull ``new``."""
         chunks = num_chunks(len(new.packed))
         step = _Step(previous, new, (previous.version, new.version), [None] * chunks)
         with self._lock:
@@ -72,7 +72,7 @@ class ChunkSource:
             self._steps.append(step)
 
     def answer(self, pull: WeightsPull) -> Answer:
-        """The chunk, or an answer without payload if the version is gone or there is no such."""
+        """Return the chunk; without payload if the version is gone or has no such chunk."""
         snapshot = self.snapshots.pulled(pull.version)
         if snapshot is None or pull.chunk >= num_chunks(len(snapshot.packed)):
             return Answer(WeightsChunk(version=pull.version, chunk=pull.chunk))

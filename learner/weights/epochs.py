@@ -4,7 +4,7 @@
     others            ─► next epoch: new name, meet ────┴─► broadcast ─► ... ─► end, for a cause
 
 A broadcast cannot be interrupted. One that is given up goes on until its deadline in its thread,
-which changes nothing any more: the next epoch has another name, and another group.
+which changes nothing any more: the next epoch has another name, and another process group.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from learner.weights.snapshots import Snapshot
 from protocol.errors import CollectiveError, brief
 from protocol.messages import Weights
-from transfer.collective import Backend, Group, host_store
+from transfer.collective import Backend, BroadcastGroup, host_store
 
 log = logging.getLogger("learner")
 
@@ -59,7 +59,8 @@ class _Epoch:
     members: dict[str, int]
     """Actors' numbers by session, in the order of ranks from 1."""
     record: EpochRecord
-    group: Group | None = None
+    process_group: BroadcastGroup | None = None
+    """One of `torch.distributed`; it has nothing to do with groups of rollouts."""
     over: bool = False
 
 
@@ -81,7 +82,7 @@ class Epochs:
 
     @property
     def number(self) -> int:
-        """Of the current epoch, or of the last one."""
+        """Number of the current epoch, or of the last one."""
         return self._number
 
     @property
@@ -92,7 +93,7 @@ class Epochs:
     def enter(self, members: dict[str, int], version: int) -> tuple[str, ...]:
         """Be in an epoch of exactly these; returns those that were not in the one before.
 
-        By their numbers: an actor that said hello again has left, and kept its session.
+        Numbers decide it: an actor that said hello again has left, and kept its session.
         """
         before = self._epoch.members if self._epoch else {}
         if self._epoch is not None and members == before:
@@ -148,41 +149,41 @@ class Epochs:
         return result
 
     def end(self, cause: str) -> None:
-        """The epoch is over; what is still going on in it is given up."""
+        """End the epoch; what still happens in it is given up."""
         epoch, self._epoch = self._epoch, None
         if epoch is None:
             return
         epoch.record.ended, epoch.over = cause, True
-        if epoch.group is not None:
-            epoch.group.abort()
+        if epoch.process_group is not None:
+            epoch.process_group.abort()
 
     def ended(self, cause: str) -> None:
-        """The real cause for which the last epoch ended came out later."""
+        """Correct the cause for which the last epoch ended: the real one came out later."""
         self.records[-1].ended = cause
 
     def _send(self, epoch: _Epoch, snapshot: Snapshot, result: Broadcast) -> None:
         """On the side thread."""
         started = time.monotonic()
-        group = self._meet(epoch)
+        process_group = self._meet(epoch)
         result.join_seconds = time.monotonic() - started
         for offset in range(0, len(snapshot.packed), self._bucket_bytes):
             if epoch.over:
                 return
             bucket = snapshot.packed[offset : offset + self._bucket_bytes]
-            with self._backend.stream():
+            with self._backend.copy_context():
                 sent = bucket.to(self._backend.device)
-            group.broadcast(sent)
+            process_group.broadcast(sent)
         epoch.record.pushes += 1
 
-    def _meet(self, epoch: _Epoch) -> Group:
-        """The group of an epoch, whose members meet when it is first used."""
-        if epoch.group is None:
+    def _meet(self, epoch: _Epoch) -> BroadcastGroup:
+        """Return the process group of an epoch, whose members meet when it is first used."""
+        if epoch.process_group is None:
             started = time.monotonic()
-            epoch.group = self._backend.meet(
+            epoch.process_group = self._backend.meet(
                 self._store, epoch.record.epoch, 0, len(epoch.members) + 1, self._timeout_s
             )
             epoch.record.form_seconds = time.monotonic() - started
-        return epoch.group
+        return epoch.process_group
 
 
 def _change(before: dict[str, int], after: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""By which route each actor gets a push."""
+"""The route by which each actor gets a push."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,25 +11,25 @@ from learner.registry import ActorState
 from protocol.errors import ConfigError
 from protocol.machine import machine_id
 from protocol.messages import Route
-from transfer.collective import gpu_identity, nccl_available
+from transfer.backends import gpu_identity, nccl_available
 
 MAX_PUSHES_OUT = 63
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Where the learner is, as far as routes depend on it."""
+    """The place of the learner, as far as routes depend on it."""
 
     backend: Literal["gloo", "nccl", "shared", "stream"]
     machine: str
     device: torch.device
-    """Of the model in training; NCCL sends from there."""
+    """The device of the model in training; NCCL sends from there."""
     gpu: str
     """UUID of that GPU; empty without, or if NCCL cannot use it."""
 
 
 def topology_of(config: RunConfig, device: torch.device) -> Topology:
-    """Where a learner with its model on ``device`` is; raises `ConfigError`."""
+    """Find out where a learner with its model on ``device`` is; raises `ConfigError`."""
     gpu = gpu_identity(device) if nccl_available() else ""
     backend = config.weights.backend
     if backend == "auto" and config.collective_address is None:
@@ -45,7 +45,7 @@ def topology_of(config: RunConfig, device: torch.device) -> Topology:
 
 
 def plan_routes(actors: Sequence[ActorState], learner: Topology) -> dict[str, Route]:
-    """The route of each session.
+    """Return the route of each session.
 
     NCCL takes one rank a GPU: an actor on the learner's, or a second one on another, gets its
     weights through the memory of the machine, or by stream where that is another.
@@ -75,22 +75,25 @@ class Probation:
     """
 
     _failures: dict[str, int] = field(default_factory=dict)
-    """In a row, by session."""
+    """How many in a row, by session."""
     _out: dict[str, int] = field(default_factory=dict)
     """Pushes that are left."""
 
     def failed(self, session: str) -> None:
+        """Keep an actor out of the next pushes: a broadcast failed because of it."""
         count = self._failures[session] = self._failures.get(session, 0) + 1
         # One more, because the push that follows counts it down first.
         self._out[session] = min(2 ** (count - 1), MAX_PUSHES_OUT + 1)
 
     def passed(self, session: str) -> None:
+        """Forget the failures of an actor that a broadcast reached."""
         self._failures.pop(session, None)
 
     def admits(self, session: str) -> bool:
+        """Whether an actor may be in a broadcast now."""
         return not self._out.get(session)
 
     def next_push(self, live: set[str]) -> None:
-        """Another push begins; sessions that are gone are forgotten."""
+        """Count another push; sessions that are gone are forgotten."""
         self._failures = {s: n for s, n in self._failures.items() if s in live}
         self._out = {s: n - 1 for s, n in self._out.items() if s in live and n > 1}

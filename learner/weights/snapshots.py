@@ -25,15 +25,15 @@ class Snapshot:
     packed: torch.Tensor
     """uint8 [num_bytes] in CPU memory."""
     digests: bytes
-    """Of every parameter, in the order of the manifest."""
+    """One for every parameter, in the order of the manifest."""
     digest: str
-    """Of them all."""
+    """One for them all."""
     specs: Sequence[TensorSpec]
     path: str
     """See `learner.weights.pack.Memory`."""
 
     def announcement(self, route: Route) -> Weights:
-        """What an actor is told; for a collective `learner.weights.epochs` fills in the rest."""
+        """Return what an actor is told; for a collective `learner.weights.epochs` adds the rest."""
         return Weights(
             version=self.version,
             num_bytes=len(self.packed),
@@ -57,10 +57,11 @@ class SnapshotStore:
 
     @property
     def latest(self) -> Snapshot:
+        """The newest version."""
         return self._latest
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Make ``snapshot`` the newest; of the others stays the oldest that is being pulled."""
+        """Make ``snapshot`` the newest; the oldest that is being pulled stays beside it."""
         with self._lock:
             now = self._clock()
             pulled = [v for v in self._kept if now - self._pulled_at.get(v, -1e9) < STILL_PULLED_S]
@@ -73,7 +74,7 @@ class SnapshotStore:
             self._latest = snapshot
 
     def kept(self, version: int) -> Snapshot | None:
-        """A snapshot, if it is not gone."""
+        """Return a snapshot, if it is not gone."""
         return self._kept.get(version)
 
     @property
@@ -84,7 +85,7 @@ class SnapshotStore:
             return any(now - at < STILL_PULLED_S for at in self._pulled_at.values())
 
     def pulled(self, version: int) -> Snapshot | None:
-        """A snapshot that somebody is pulling now; None if it is gone."""
+        """Return a snapshot that somebody is pulling now; None if it is gone."""
         with self._lock:
             snapshot = self._kept.get(version)
             if snapshot is not None:
@@ -92,11 +93,11 @@ class SnapshotStore:
             return snapshot
 
     def digest(self, version: int) -> str | None:
-        """Digest of a version; None if it was never published, or very long ago."""
+        """Return the digest of a version; None if it was never published, or very long ago."""
         return self._digests.get(version)
 
     def wrong_tensors(self, version: int, digests: bytes) -> list[str]:
-        """Names of the parameters of a version that should have other digests.
+        """Return the names of the parameters of a version that should have other digests.
 
         Empty if the version is neither kept nor one of the last few, or they are not as many.
         """

@@ -35,14 +35,14 @@ POINTS = {
     # Actor: a lease has come, others are being generated.
     "rollout": Point("actors.rollouts.single_turn:RolloutWorker.roll_out", "before"),
     "rollout.done": Point("actors.rollouts.single_turn:RolloutWorker.roll_out", "after"),
-    "engine.start": Point("actors.actor:start_engine", "before"),
+    "engine.start": Point("actors.build:start_engine", "before"),
     "upload": Point("actors.link:LearnerLink.send", "before", of="GroupHeader"),
     "upload.sent": Point("actors.link:LearnerLink.send", "after", of="GroupHeader"),
     # Actor: the learner already waits in the collective; then the others wait too.
     "push": Point("actors.weights.broadcast:Collective.receive", "before"),
     "push.joined": Point("actors.weights.broadcast:Collective._meet", "after"),
     # Before each bucket of every broadcast; on the learner, too.
-    "push.bucket": Point("transfer.collective:_GlooGroup.begin", "before"),
+    "push.bucket": Point("transfer.gloo:GlooGroup.begin", "before"),
     "push.received": Point("actors.weights.broadcast:Collective.receive", "after"),
     "push.loaded": Point("actors.link:LearnerLink.send", "before", of="WeightsReady"),
     "goodbye": Point("actors.link:LearnerLink.send", "before", of="Goodbye"),

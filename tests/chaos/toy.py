@@ -132,7 +132,7 @@ def toy_rollout(seed: int, number: int, length: int, first: int, second: int) ->
 
 def use_toy(toy: Toy) -> None:
     """Actors of this process generate with toys from now on."""
-    import actors.actor
+    import actors.build
 
     async def start(*_: object) -> ToyEngine:
         await asyncio.sleep(toy.start_s)
@@ -140,4 +140,4 @@ def use_toy(toy: Toy) -> None:
 
     # Through the name by which the actor knows it, which is what tests of the start wrap too.
     starter: Callable[..., object] = start
-    setattr(actors.actor, "start_engine", starter)  # noqa: B010
+    setattr(actors.build, "start_engine", starter)  # noqa: B010

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.collectives import BODIES, Crew, Setting
-from transfer.collective import gpu_identity, nccl_available
+from transfer.backends import gpu_identity, nccl_available
 
 SHARING_SINCE = (2, 30)
 TWO_GPUS = Setting(

@@ -123,7 +123,7 @@ def good(context: zmq.Context, learner: Learner) -> Callable[[], None]:
         # Its weights stay those of version 0, so what it made is left to the buffer's limit.
         learner.cluster.buffer.take(1, 0, timeout_s=0)
         learner.cluster.buffer.step_done()
-        learner.intake.wake()
+        learner.coordinator.issue()
 
     return roll_out
 

@@ -60,8 +60,30 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
 
 
 @pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("training.steps", "default:  100"),
+        ("actor.vllm.gpu_memory_share", "range:    above 0, at most 1"),
+        ("optimizer", "lr_schedule    one of"),
+        ("[[rewards]]", "on_failure  one of"),
+    ],
+)
+def test_a_key_is_explained_without_a_configuration(capsys, key, expected):
+    assert main(["check", "--explain", key]) == 0
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (["check"], "give a CONFIG file, or --explain KEY"),
+        (
+            ["check", "--explain", "training.lr"],
+            "unknown key training.lr; did you mean optimizer.lr?",
+        ),
+        (["check", "--explain", "learning_rate"], "did you mean optimizer.lr?"),
+        (["check", "--explain", "lora.rank"], "there is no such setting"),
+        (["check", "RECIPE", "learner.steps=3"], "did you mean training.steps?"),
         (["check", "none.toml"], "cannot read none.toml"),
         (["run", "none.toml"], "cannot read none.toml"),
         (["learner", "none.toml"], "cannot read none.toml"),
@@ -126,6 +148,6 @@ def test_an_interrupt_is_an_exit_code_and_no_traceback(monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.cli._check", interrupt)
+    monkeypatch.setattr("deploy.commands.operate._check", interrupt)
     assert main(["check", "recipe.toml"]) == 130
     assert capsys.readouterr().err == ""

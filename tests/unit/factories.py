@@ -5,9 +5,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from prometheus_client import CollectorRegistry
 
 from learner.config.run import RunConfig
+from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
+from learner.phases import Phases
 from learner.prompts.stream import PromptStream
 from learner.prompts.work_queue import WorkQueue
 from learner.replay.buffer import ReplayBuffer
@@ -167,24 +170,30 @@ class Cluster:
         self.stream = PromptStream(rows, self.config)
         self.work = WorkQueue(self.stream)
         self.pacing = self.config.pacing()
+        self.phases = Phases(CollectorRegistry())
         self.coordinator = Coordinator(
             self.config,
-            welcome=Welcome(
-                run_id="test/1", actor={}, model_digest="m1", files=("tokenizer.json",), manifest=()
+            greeting=Greeting(
+                Welcome(
+                    run_id="test/1",
+                    actor={},
+                    model_digest="m1",
+                    files=("tokenizer.json",),
+                    manifest=(),
+                ),
+                (b"{}",),
             ),
-            files=(b"{}",),
             work=self.work,
             buffer=self.buffer,
             pacing=self.pacing,
             snapshots=self.snapshots,
             vocab_size=VOCAB,
+            phases=self.phases,
             clock=self.clock,
             journal=journal,
             on_pull=self.answer,
             self_check=self_check,
-            checks=[make_work(f"check-{i}", purpose="check") for i in range(3)],
         )
-        self.offers = self.coordinator.offers
         self.version = 0
         self._inboxes: dict[str, list[tuple[Header, tuple[Buffer, ...]]]] = {}
 
@@ -210,12 +219,18 @@ class Cluster:
         self, session: str, kind: type[HeaderT]
     ) -> list[tuple[HeaderT, tuple[Buffer, ...]]]:
         while self.coordinator.outbox:
-            message = self.coordinator.outbox.popleft()
+            message = self.coordinator.outbox.pop()
             self._inboxes.setdefault(message.session, []).append((message.header, message.payloads))
         inbox = self._inboxes.get(session, [])
         found = [(header, payloads) for header, payloads in inbox if isinstance(header, kind)]
         self._inboxes[session] = [item for item in inbox if not isinstance(item[0], kind)]
         return found
+
+    def forget_messages(self) -> None:
+        """Drop all that actors were told."""
+        while self.coordinator.outbox:
+            self.coordinator.outbox.pop()
+        self._inboxes.clear()
 
     def hello(self, session: str, /, **changes: Any) -> None:
         values = {"protocol": PROTOCOL_VERSION, "session": session}
@@ -260,11 +275,11 @@ class Cluster:
 
     def answer(self, session: str, pull: WeightsPull) -> None:
         """At once; a real learner has a thread for it."""
-        self.offers.answer_pull(session, self.chunks.answer(pull))
+        self.coordinator.answer_pull(session, self.chunks.answer(pull))
 
     def ready(self, version: int = 0) -> list[str]:
         """Sessions that may get work and sample from ``version`` or later."""
-        return [actor.session for actor in self.offers.ready_actors(version)]
+        return [actor.session for actor in self.coordinator.ready_actors(version)]
 
     def open_training(self) -> None:
         self.coordinator.open_training()

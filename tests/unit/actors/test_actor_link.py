@@ -7,8 +7,8 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from actors.actor import Actor, ActorOptions
 from actors.link import HELLO_RETRY_S, LearnerLink
+from actors.session import Session
 from protocol.errors import PeerLost
 from protocol.framing import decode_to_learner, encode
 from protocol.messages import PROTOCOL_VERSION, Hello, Welcome
@@ -50,37 +50,40 @@ def learner() -> Iterator[FakeLearner]:
     learner.close()
 
 
-def make_actor(learner: FakeLearner, clock: FakeClock) -> Actor:
+def make_session(learner: FakeLearner, clock: FakeClock) -> Session:
     """One that has joined before."""
-    actor = Actor(ActorOptions(learner=learner.url), clock)
-    actor._welcome = WELCOME
-    actor._hello = Hello(protocol=PROTOCOL_VERSION, session="s")
-    return actor
+    session = Session(LearnerLink(learner.url, "s"), clock)
+    session._hello = Hello(protocol=PROTOCOL_VERSION, session="s", run_id=WELCOME.run_id)
+    return session
+
+
+def keep() -> None:
+    """There are no leases to drop."""
 
 
 async def test_a_hello_that_was_lost_on_a_cut_link_is_said_again(learner):
     clock = FakeClock()
-    actor = make_actor(learner, clock)
-    await actor._join_again()
+    session = make_session(learner, clock)
+    await session.join_again(keep)
     assert (await learner.hears_hello()).run_id == WELCOME.run_id
     # The learner answers "unknown session" to every message that was on its way.
-    await actor._join_again()
+    await session.join_again(keep)
     assert await learner.hears_nothing()
     clock.advance(HELLO_RETRY_S)
-    await actor._join_again()
+    await session.join_again(keep)
     await learner.hears_hello()
-    actor._link.close()
+    session._link.close()
 
 
 async def test_a_second_silence_is_answered_with_a_hello_at_once(learner):
     clock = FakeClock()
-    actor = make_actor(learner, clock)
-    await actor._join_again()
+    session = make_session(learner, clock)
+    await session.join_again(keep)
     await learner.hears_hello()
-    actor._welcome_back(WELCOME)
-    await actor._join_again()
+    session.joined_again(WELCOME)
+    await session.join_again(keep)
     await learner.hears_hello()
-    actor._link.close()
+    session._link.close()
 
 
 async def test_the_first_hello_is_said_again_too(learner, monkeypatch):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actors.actor import Actor, ActorOptions
 from actors.engines.engine import UnusableRow
 from actors.engines.model_files import write_model_files
+from actors.leases import Leases
 from actors.rollouts.single_turn import RolloutWorker
 from actors.weights.broadcast import Collective
 from actors.weights.receive_buffer import ReceiveBuffer
@@ -166,21 +166,20 @@ async def test_a_lease_over_the_runs_max_tokens_is_given_up():
 
 
 async def test_a_lease_that_comes_twice_or_beyond_all_capacity_is_not_taken(monkeypatch):
-    monkeypatch.setattr("actors.actor.MAX_LEASES", 2)
-    actor = Actor(ActorOptions(learner="tcp://127.0.0.1:9"))
+    monkeypatch.setattr("actors.leases.MAX_LEASES", 2)
+    leases = Leases(None, None, asyncio.Event())  # type: ignore[arg-type]
     taken = []
 
-    async def roll_out(lease):
+    async def roll_out(lease, _):
         taken.append(lease.lease)
         await asyncio.sleep(0)
 
-    actor._roll_out = roll_out  # type: ignore[method-assign]
-    async with asyncio.TaskGroup() as actor._tasks:
+    leases._roll_out = roll_out  # type: ignore[method-assign]
+    async with asyncio.TaskGroup() as tasks:
         for number in (1, 1, 2, 3):
-            actor._begin(lease(lease=number))
+            leases.begin(lease(lease=number), worker(), tasks)
     assert taken == [1, 2]
-    assert actor._rollouts == {}
-    actor._link.close()
+    assert leases.at_hand == ()
 
 
 # ---- Texts -------------------------------------------------------------------------------------

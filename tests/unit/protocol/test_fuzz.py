@@ -190,9 +190,7 @@ class Learner:
         for actor in coordinator.actors():
             assert actor.held == len(coordinator.leases.held_by(actor.session))
         # From actors that all send nothing but nonsense the run ends, and in no other way.
-        assert coordinator.registry.failure is None or isinstance(
-            coordinator.registry.failure, TrainingError
-        )
+        assert coordinator.failure is None or isinstance(coordinator.failure, TrainingError)
         rates = self.progress.sample()
         assert all(
             math.isfinite(rate) for rate in (rates.actor_idle_share, rates.actors_wanted or 0)
@@ -201,9 +199,7 @@ class Learner:
 
     def _forget(self) -> None:
         """What a run of this length keeps, or the factories do."""
-        self.cluster.coordinator.timings.clear()
-        self.cluster.coordinator.outbox.clear()
-        self.cluster._inboxes.clear()
+        self.cluster.forget_messages()
         self.progress.restart()
 
 

@@ -11,17 +11,10 @@ import pytest
 import torch
 
 from protocol.errors import CollectiveError, ConfigError
-from transfer import collective
-from transfer.collective import (
-    GRACE_S,
-    INTERFACE,
-    WATCHDOG_OFF,
-    create_backend,
-    gpu_identity,
-    host_store,
-    join_store,
-    nccl_available,
-)
+from transfer import backends, collective
+from transfer.backends import create_backend, gpu_identity, nccl_available
+from transfer.collective import GRACE_S, host_store, join_store, within
+from transfer.nccl import INTERFACE, NCCL_DEFAULTS, WATCHDOG_OFF, NcclBackend
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -114,7 +107,7 @@ def test_what_comes_too_late_is_discarded(monkeypatch: pytest.MonkeyPatch):
         return "late"
 
     with pytest.raises(CollectiveError, match="somebody: nobody answered"):
-        collective._within(QUICK_S, "somebody", late, discarded.append)
+        within(QUICK_S, "somebody", late, discarded.append)
     assert discarded == []
     done.set()
     wait_until(lambda: discarded == ["late"])
@@ -125,7 +118,7 @@ def test_a_bug_stays_a_bug():
         raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
-        collective._within(QUICK_S, "somebody", broken)
+        within(QUICK_S, "somebody", broken)
 
 
 # --- which backend --------------------------------------------------------------------------------
@@ -145,7 +138,7 @@ def test_nccl_without_a_torch_that_has_it_is_the_users_error():
 
 
 def test_nccl_without_a_gpu_is_the_users_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(collective, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(backends, "is_nccl_available", lambda: True)
     with pytest.raises(ConfigError, match=r'needs a GPU.*has cpu.*"gloo"'):
         create_backend("nccl", own_address=LOOPBACK, device=CPU)
 
@@ -200,7 +193,7 @@ def communicators(monkeypatch: pytest.MonkeyPatch) -> list[Communicator]:
     distributed = torch.distributed.distributed_c10d
     monkeypatch.setattr(distributed, "ProcessGroupNCCL", Communicator, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    for variable in (INTERFACE, *collective.NCCL_DEFAULTS):
+    for variable in (INTERFACE, *NCCL_DEFAULTS):
         # Setting it first makes pytest restore it.
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
@@ -209,7 +202,7 @@ def communicators(monkeypatch: pytest.MonkeyPatch) -> list[Communicator]:
 
 def meet_alone():
     store, _ = host_store(LOOPBACK, PATIENCE_S)
-    return collective._Nccl(LOOPBACK, CPU).meet(store, 1, 0, 1, PATIENCE_S)
+    return NcclBackend(LOOPBACK, CPU).meet(store, 1, 0, 1, PATIENCE_S)
 
 
 def wait_until(condition) -> None:
@@ -245,7 +238,7 @@ def test_nccl_listens_on_the_interface_of_the_address(communicators: list[Commun
 
 def test_an_address_of_no_interface_is_the_users_error(communicators: list[Communicator]):
     with pytest.raises(ConfigError, match=INTERFACE):
-        collective._Nccl(NOBODYS, CPU)
+        NcclBackend(NOBODYS, CPU)
 
 
 def test_members_have_met_when_a_first_broadcast_went_through(communicators: list[Communicator]):
@@ -292,7 +285,7 @@ def test_what_nccl_does_not_return_from_is_left_and_aborted_at_the_deadline(
 ):
     monkeypatch.setattr(collective, "GRACE_S", 0.0)
     store, _ = host_store(LOOPBACK, PATIENCE_S)
-    group = collective._Nccl(LOOPBACK, CPU).meet(store, 1, 0, 1, QUICK_S)
+    group = NcclBackend(LOOPBACK, CPU).meet(store, 1, 0, 1, QUICK_S)
     (communicator,) = communicators
     communicator.may_abort.set()
     stays = threading.Event()

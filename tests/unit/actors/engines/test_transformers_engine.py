@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.engines.engine import Request
-from actors.engines.transformers_engine import TransformersEngine, take_weights
+from actors.engines.transformers_engine import TransformersEngine, assign_weights
 from protocol.errors import ConfigError, EngineError
 from protocol.weights import TensorSpec, layout
 from tests.packed import shared
@@ -123,7 +123,7 @@ def test_weights_that_do_not_fit_change_nothing(base_folder, in_place, change):
     specs[-1] = replace(last, **changes[change])
     packed = torch.zeros(last.offset + last.num_bytes, dtype=torch.uint8)
     with pytest.raises(EngineError, match=last.name):
-        take_weights(model, packed, specs, in_place=in_place)
+        assign_weights(model, packed, specs, in_place=in_place)
     assert pack_alone(0, model, load(base_folder)[1]).digest == before
 
 
@@ -137,7 +137,7 @@ def test_weights_are_taken_with_tied_parameters_once(base_folder, in_place):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    take_weights(model, snapshot.packed, specs, in_place=in_place)
+    assign_weights(model, snapshot.packed, specs, in_place=in_place)
     assert pack_alone(0, model, specs).digest == snapshot.digest
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     snapshot.packed.zero_()

@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import get_args
 
 import pytest
 
-from actors.engines import choice, vllm_engine
-from actors.engines.choice import chosen_engine
-from actors.engines.vllm_engine import VERSION, VllmEngine, _Load
+from actors.engines import choice, vllm_load, vllm_start
+from actors.engines.choice import ENGINES, chosen_engine
+from actors.engines.vllm_engine import VllmEngine
+from actors.engines.vllm_load import EngineLoad
+from actors.engines.vllm_start import VERSION
 from protocol.config import ActorConfig, SamplingConfig
 from protocol.errors import ConfigError
 
@@ -16,7 +19,7 @@ from protocol.errors import ConfigError
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """vLLM's settings stay in the test."""
-    monkeypatch.setattr(vllm_engine.os, "environ", dict(vllm_engine.os.environ))
+    monkeypatch.setattr(vllm_start.os, "environ", dict(vllm_start.os.environ))
 
 
 async def refusal(**config) -> str:
@@ -58,20 +61,25 @@ def test_vllm_is_taken_where_it_is_installed_and_there_is_a_gpu(
     monkeypatch, engine, gpu, installed, expected
 ):
     monkeypatch.setattr(choice.torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(vllm_engine, "is_installed", lambda: installed)
+    monkeypatch.setattr(vllm_start, "is_installed", lambda: installed)
     assert chosen_engine(ActorConfig(engine=engine)) == expected
+
+
+def test_every_engine_that_a_run_can_name_can_be_started():
+    allowed = get_args(ActorConfig.model_fields["engine"].annotation)
+    assert set(allowed) == {"auto", *ENGINES}
 
 
 # ---- How many leases ---------------------------------------------------------------------------
 
 
-def make_load(max_sequences: int = 64) -> _Load:
-    load = _Load()
+def make_load(max_sequences: int = 64) -> EngineLoad:
+    load = EngineLoad()
     load.max_sequences = max_sequences
     return load
 
 
-def report(load: _Load, *, waiting: int = 0, skipped: int = 0, cache: float = 0.0) -> None:
+def report(load: EngineLoad, *, waiting: int = 0, skipped: int = 0, cache: float = 0.0) -> None:
     load._record(
         SimpleNamespace(
             num_waiting_reqs=waiting, num_skipped_waiting_reqs=skipped, kv_cache_usage=cache
@@ -115,7 +123,7 @@ def test_what_ran_without_waiting_is_taken_again_at_once(state):
 
 def test_after_a_long_wait_fewer_leases_are_taken_to_be_enough(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(vllm_engine.time, "monotonic", lambda: now)
+    monkeypatch.setattr(vllm_load.time, "monotonic", lambda: now)
     load = make_load(64)
     report(load, waiting=3)
     assert load.capacity(active=6, num_rollouts=8) == 6

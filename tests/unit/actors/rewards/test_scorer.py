@@ -13,7 +13,7 @@ import pytest
 
 from actors.rewards.functions import DEFAULT_MODULES, load_reward
 from actors.rewards.messages import Call, Reply
-from actors.rewards.pool import RewardFailure
+from actors.rewards.pool import RewardFailure, RewardPool
 from actors.rewards.scorer import RewardScorer
 from actors.rewards.worker import answer
 from protocol.config import RewardConfig
@@ -261,21 +261,16 @@ def test_odd_errors_are_shown_too(tmp_path, source, problem):
 async def make_scorer(folder: Path, source: str, **policies: Any) -> AsyncIterator[RewardScorer]:
     """A scorer for functions of a module; each reward has its function's name and a policy."""
     write_module(folder, source)
-    scorer = RewardScorer(
-        [
-            RewardConfig(name=name, function=f"my_rewards:{name}", on_failure=policy)
-            for name, policy in policies.items()
-        ],
-        allowed_modules=(),
-        folder=folder,
-        timeout_s=5,
-        processes=1,
-    )
+    rewards = [
+        RewardConfig(name=name, function=f"my_rewards:{name}", on_failure=policy)
+        for name, policy in policies.items()
+    ]
+    pool = RewardPool(rewards, allowed_modules=(), folder=folder, timeout_s=5, processes=1)
     try:
-        await scorer.start()
-        yield scorer
+        await pool.start()
+        yield RewardScorer(rewards, pool)
     finally:
-        await scorer.close()
+        await pool.close()
 
 
 SOURCE = """

@@ -17,7 +17,7 @@ from protocol.messages import (
     WeightsPull,
     Welcome,
 )
-from tests.unit.factories import Cluster, joined, make_config, make_snapshot
+from tests.unit.factories import Cluster, joined, make_config, make_snapshot, make_work
 
 # ---- Joining -----------------------------------------------------------------------------------
 
@@ -242,3 +242,18 @@ def test_nobody_gets_a_lease_after_the_drain():
     cluster.finish("a", leases[0])
     cluster.pass_time(1)
     assert cluster.leases("a") == []
+
+
+def test_whatever_makes_room_for_leases_puts_them_into_the_outbox_which_wakes_intake():
+    """At once, and not at the next tick: nobody has to tell intake."""
+    cluster = Cluster()
+    cluster.join("a", capacity=100)
+    cluster.leases("a")
+    woken: list[int] = []
+    cluster.coordinator.outbox.wakes(lambda: woken.append(1))
+    cluster.coordinator.issue()
+    assert woken == []
+    cluster.coordinator.start_evaluation([make_work("h", "eval")], version=0)
+    assert len(woken) == len(cluster.leases("a")) == 1
+    cluster.coordinator.open_training()
+    assert len(woken) == 1 + len(cluster.leases("a")) > 1

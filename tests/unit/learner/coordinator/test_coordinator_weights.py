@@ -129,11 +129,11 @@ def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again
     """The offer may have been lost with a connection, or the answer to it."""
     cluster = joined("a", deadlines={"actor_timeout_s": 1000})
     cluster.snapshots.publish(make_snapshot(1))
-    cluster.offers.begin_push(1, since=0)
+    cluster.coordinator.begin_push(1)
     cluster.heard("a", Weights)
     cluster.pass_time(OFFER_AGAIN_S + 1)
     assert cluster.heard("a", Weights) == []  # the push takes care of it
-    cluster.offers.end_push()
+    cluster.coordinator.end_push()
     cluster.pass_time(0.1)
     assert [offer.version for offer in cluster.heard("a", Weights)] == [1]
     for _ in range(3):  # as long as it pulls, it is left alone
@@ -154,23 +154,35 @@ def test_an_actor_is_not_offered_less_than_before_unless_others_wait_for_it():
     cluster.say("a", WeightsPull(version=1, chunk=0))  # gone
     assert [offer.version for offer in cluster.heard("a", Weights)][-1] == 2
     older = make_snapshot(1)
-    cluster.offers.announce("a", older.announcement("stream"), older)
+    cluster.coordinator.announce("a", older.announcement("stream"), older)
     assert cluster.heard("a", Weights) == []
     broadcast = msgspec.structs.replace(older.announcement("collective"), epoch=1, rank=1)
-    cluster.offers.announce("a", broadcast, older)
+    cluster.coordinator.announce("a", broadcast, older)
     assert cluster.heard("a", Weights) == [broadcast]
 
 
 def test_an_actor_that_was_late_by_whichever_route_catches_up():
     cluster = joined("a")
     cluster.snapshots.publish(make_snapshot(1))
-    cluster.offers.begin_push(1, since=0)
-    cluster.offers.end_push()
+    cluster.coordinator.begin_push(1)
+    cluster.coordinator.end_push()
     cluster.snapshots.publish(make_snapshot(2))
-    cluster.offers.begin_push(2, since=1)
+    cluster.coordinator.begin_push(2)
     cluster.heard("a", Weights)
     cluster.weights_ready("a", version=1, route="collective")
     assert [offer.version for offer in cluster.heard("a", Weights)] == [2]
+
+
+def test_a_version_that_was_made_before_anybody_was_there_counts_as_pushed():
+    """A learner that resumes trains again, and publishes where it got to without a push."""
+    cluster = joined("old", "new")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.coordinator.count_as_pushed()
+    cluster.weights_ready("new", version=1)
+    cluster.snapshots.publish(make_snapshot(2))
+    assert cluster.coordinator.pushed == 1
+    assert [actor.session for actor in cluster.coordinator.begin_push(2)] == ["new"]
+    assert cluster.coordinator.pushed == 2
 
 
 def test_who_is_behind_a_version_and_who_is_gone():
@@ -179,16 +191,16 @@ def test_who_is_behind_a_version_and_who_is_gone():
     assert cluster.ready() == ["a", "b"]
     cluster.snapshots.publish(make_snapshot(1))
     cluster.weights_ready("a", version=1)
-    assert cluster.offers.behind({"a": 1, "b": 2, "stranger": 3}, 1) == {"b": 2}
-    assert cluster.offers.gone({"a": 1, "b": 2, "stranger": 3}) == ("stranger",)
+    assert cluster.coordinator.behind({"a": 1, "b": 2, "stranger": 3}, 1) == {"b": 2}
+    assert cluster.coordinator.gone({"a": 1, "b": 2, "stranger": 3}) == ("stranger",)
     # Nobody waits for an actor that has gone.
     cluster.say("b", Goodbye(cause="x"))
-    assert cluster.offers.behind({"a": 1, "b": 2}, 1) == {}
-    assert cluster.offers.gone({"a": 1, "b": 2}) == ("b",)
+    assert cluster.coordinator.behind({"a": 1, "b": 2}, 1) == {}
+    assert cluster.coordinator.gone({"a": 1, "b": 2}) == ("b",)
 
 
 def test_a_wait_ends_with_what_it_waits_for_or_with_its_time():
-    offers = (cluster := joined("a")).offers
+    offers = (cluster := joined("a")).coordinator
     cluster.snapshots.publish(make_snapshot(1))
     assert not offers.wait_until(lambda: not offers.behind({"a": 1}, 1), timeout_s=0.02)
     Timer(0.05, cluster.weights_ready, ["a", 1]).start()
@@ -203,8 +215,8 @@ def test_announcements_go_to_live_actors_only():
     cluster.heard("a", Weights)
     snapshot = make_snapshot(1)
     offer = msgspec.structs.replace(snapshot.announcement("collective"), epoch=1, rank=1)
-    cluster.offers.announce("a", offer, snapshot)
-    cluster.offers.announce("gone", offer, snapshot)
+    cluster.coordinator.announce("a", offer, snapshot)
+    cluster.coordinator.announce("gone", offer, snapshot)
     assert cluster.heard_with_payloads("a", Weights) == [(offer, (snapshot.digests,))]
     assert cluster.heard("gone", Weights) == []
 

@@ -20,7 +20,7 @@ from learner.weights.snapshots import STILL_PULLED_S, Snapshot
 from protocol.errors import TrainingError
 from protocol.groups import Group, Rollout
 from protocol.messages import Error, Failed, Lease, Weights, WeightsPull
-from tests.unit.factories import Cluster, joined, make_snapshot, pack_alone
+from tests.unit.factories import Cluster, joined, make_snapshot, make_work, pack_alone
 
 PROMPT = np.array([7, 20, 30], dtype=np.int32)
 TOKENS = np.array([15, 9, 32, 16, 5, 8, 21, 1], dtype=np.int32)
@@ -41,7 +41,7 @@ def policy(config: RunConfig) -> Policy:
 
 @pytest.fixture
 def check(policy: Policy, config: RunConfig) -> Iterator[SelfCheck]:
-    check = SelfCheck(policy, config)
+    check = SelfCheck(policy, config, ())
     yield check
     check.close()
 
@@ -90,7 +90,7 @@ def test_other_differences_name_what_else_it_may_be(check, policy):
 
 def test_another_type_is_the_first_suspect(policy, config):
     actor = config.actor.model_copy(update={"dtype": "bfloat16"})
-    check = SelfCheck(policy, config.model_copy(update={"actor": actor}))
+    check = SelfCheck(policy, config.model_copy(update={"actor": actor}), ())
     result = check.compare(make_sequence(np.full(len(TOKENS), -9.0)), snapshot_of(policy))
     check.close()
     assert "computes in float32, the actors in bfloat16" in result.likely_cause
@@ -118,10 +118,11 @@ class FakeCheck:
     """Judges when the test says so."""
 
     def __init__(self) -> None:
+        self.works = [make_work(f"check-{i}", purpose="check") for i in range(3)]
         self.submitted: list[tuple[Group, Snapshot]] = []
         self._reports: list[Callable[[CheckResult], None]] = []
 
-    def submit(self, group, snapshot, report, fail) -> None:
+    def submit(self, group, snapshot, report) -> None:
         self.submitted.append((group, snapshot))
         self._reports.append(report)
 
@@ -233,12 +234,13 @@ def test_a_comparison_that_fails_ends_the_run_instead_of_never_ending(check, pol
     group = make_sequence(model_logprobs(policy, 0.7))
     failures: SimpleQueue = SimpleQueue()
     broken = dataclasses.replace(snapshot_of(policy), packed=torch.zeros(3, dtype=torch.uint8))
-    check.submit(group, broken, report=failures.put, fail=failures.put)
+    check.start(failures.put)
+    check.submit(group, broken, report=failures.put)
     error = failures.get(timeout=20)
     assert isinstance(error, TrainingError)
     assert "admission.self_check=false leaves it out" in str(error)
     # The next one is judged all the same.
-    check.submit(group, snapshot_of(policy), report=failures.put, fail=failures.put)
+    check.submit(group, snapshot_of(policy), report=failures.put)
     assert failures.get(timeout=20).likely_cause == ""
 
 
@@ -247,21 +249,21 @@ def test_the_check_leaves_the_model_in_training_as_it_is(policy, config):
     model = copy.copy(policy.model)
     model.config = copy.deepcopy(policy.model.config)
     model.config._attn_implementation = "flash_attention_2"
-    SelfCheck(dataclasses.replace(policy, model=model), config).close()
+    SelfCheck(dataclasses.replace(policy, model=model), config, ()).close()
     assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_the_limit_is_that_of_the_less_precise_type(policy, config):
     bfloat16 = config.model.model_copy(update={"dtype": "bfloat16"})
     actor = config.actor.model_copy(update={"dtype": "float32"})
-    check = SelfCheck(policy, config.model_copy(update={"model": bfloat16, "actor": actor}))
+    check = SelfCheck(policy, config.model_copy(update={"model": bfloat16, "actor": actor}), ())
     check.close()
     assert check.limit == 0.05
 
 
 def test_one_token_that_is_far_off_does_not_pass_by_its_mean(policy, config):
     admission = config.admission.model_copy(update={"check_limit": 0.03})
-    check = SelfCheck(policy, config.model_copy(update={"admission": admission}))
+    check = SelfCheck(policy, config.model_copy(update={"admission": admission}), ())
     logprobs = model_logprobs(policy, 0.7)
     rollouts = []
     for rollout in range(16):
@@ -344,8 +346,7 @@ def test_actors_that_still_start_keep_no_snapshots_and_those_that_pull_only_some
         cluster.clock.advance(1)
         cluster.heard(session, Weights)
     del snapshot
-    cluster.coordinator.outbox.clear()
-    cluster._inboxes.clear()
+    cluster.forget_messages()
     assert sum(ref() is not None for ref in kept[:10]) == 0
     # The newest, and the oldest that was pulled lately, are there in any case.
     assert sum(ref() is not None for ref in kept) <= MAX_SNAPSHOTS_HELD + 2

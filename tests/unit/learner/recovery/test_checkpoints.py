@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from learner.config.file import load_config
 from learner.config.run import RunConfig
 from learner.recovery import checkpoints as module
-from learner.recovery.checkpoints import Checkpoints, load_tensors, newest, oldest
+from learner.recovery.checkpoints import Checkpoints, _copies, load_tensors, newest, oldest
 from learner.recovery.resume import load_trainer
 from learner.state import GroupState, LeaseState, OpenPrompts, RewardState, RunState
 from learner.training.policy import Policy, load_policy
@@ -428,3 +429,36 @@ def test_a_checkpoint_of_the_trainer_fills_what_it_is_given(saved, folder):
     trainer.load_state(2, partial(load_tensors, newest(folder)))
     assert trainer.version == 2
     assert_equal_bits(trainer.state_tensors(), saved.trainer.state_tensors())
+
+
+def test_a_mistake_after_a_checkpoint_is_written_ends_the_run_instead_of_hanging_it(config, folder):
+    def mistake() -> None:
+        raise KeyError("what to prune")
+
+    trained = Trained(config, folder)
+    trained.checkpoints._on_written = mistake
+    trained.step()
+    with pytest.raises(TrainingError, match="checkpoint died: 'what to prune'"):
+        trained.save()
+    with pytest.raises(TrainingError, match="what to prune"):
+        trained.begin()
+
+
+def test_no_copy_of_the_model_outlives_its_checkpoint(config, folder, monkeypatch):
+    """Not until the next one, which may be hours away."""
+    copies = []
+
+    def copied(tensors):
+        result = _copies(tensors)
+        copies.extend(weakref.ref(tensor) for tensor in result.values())
+        return result
+
+    monkeypatch.setattr(module, "_copies", copied)
+    trained = Trained(config, folder)
+    trained.step()
+    trained.save()
+    deadline = time.monotonic() + 20
+    while any(copy() is not None for copy in copies) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert copies
+    assert [copy() for copy in copies if copy() is not None] == []

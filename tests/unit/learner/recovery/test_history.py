@@ -18,15 +18,17 @@ import msgspec
 import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from learner.config.run import RunConfig
+from learner.phases import Phases
 from learner.prompts.work_queue import group_limits
 from learner.recovery import history
 from learner.recovery.checkpoints import Checkpoint
 from learner.recovery.history import History
 from learner.recovery.resume import Resumed
 from learner.replay.buffer import TrainingBatch
-from learner.replay.journal import Journal
+from learner.replay.journal import Journal, wait_until_stored
 from learner.run.learner import Learner
 from learner.run_folder import RunFolder
 from learner.state import RunState
@@ -49,7 +51,7 @@ class SteppedJournal(Journal):
     def write(self) -> None:
         entries, self._waiting = self._waiting, []
         if entries:
-            assert self._store(entries)
+            self._store(entries)
 
     def be_killed(self) -> None:
         self._database.close()
@@ -77,7 +79,9 @@ class Life:
     def __init__(self, run: Run, *, resume: bool = True) -> None:
         self.run = run
         with mock.patch.object(history, "Journal", SteppedJournal):
-            self.history = History(RunFolder(run.path), run.config, None)
+            self.history = History(
+                RunFolder(run.path), run.config, None, Phases(CollectorRegistry())
+            )
         self.journal: SteppedJournal | None = self.history.journal
         self.cluster = Cluster(run.config, num_rows=7, journal=self.journal)
         self.coordinator, self.buffer = self.cluster.coordinator, self.cluster.buffer
@@ -313,7 +317,7 @@ class Life:
     def _record(self, from_step: int, updates: Any) -> None:
         stored = self.journal.command(from_step, updates)
         self.journal.write()
-        stored.wait(0)
+        wait_until_stored(stored, 0)
 
     def _hear(self) -> None:
         for held in self.coordinator.leases._held.values():

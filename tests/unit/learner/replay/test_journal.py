@@ -13,7 +13,7 @@ import pytest
 
 from learner.prompts.work_queue import group_limits
 from learner.replay.buffer import TrainingBatch
-from learner.replay.journal import Journal, ReceivedGroup
+from learner.replay.journal import Journal, ReceivedGroup, wait_until_stored
 from learner.replay.journal_reader import JournalReader, RecordedBatch, RecordedCommand
 from protocol.errors import BadMessage, ConfigError, TrainingError
 from protocol.framing import decode_to_learner, encode
@@ -51,7 +51,7 @@ class Writer:
         return group
 
     def settle(self) -> None:
-        self.journal.prune((), -1).wait(TIMEOUT_S)
+        wait_until_stored(self.journal.prune((), -1), TIMEOUT_S)
 
     def _on_stored(self, arrivals) -> None:
         self.stored.append([arrival.held.work.prompt_index for arrival in arrivals])
@@ -137,7 +137,7 @@ def test_what_is_pruned_is_gone_and_the_rest_is_not(path, writer):
     for step in (1, 2, 3):
         writer.journal.cut(step, make_cut((step,)))
     writer.journal.command(1, {"format": {"weight": 1.0}})
-    writer.journal.prune([1, 3, 99], 2).wait(TIMEOUT_S)
+    wait_until_stored(writer.journal.prune([1, 3, 99], 2), TIMEOUT_S)
     assert read(path).prompt_indices() == (0, 2)
     assert [cut.step for cut in read(path).cuts()] == [3]
     assert len(read(path).commands()) == 1
@@ -172,7 +172,7 @@ def test_what_comes_after_closing_is_told_so_at_once(path):
     writer = Writer(path)
     writer.journal.close()
     with pytest.raises(TrainingError, match="is closed"):
-        writer.journal.cut(1, make_cut((1,))).wait(TIMEOUT_S)
+        wait_until_stored(writer.journal.cut(1, make_cut((1,))), TIMEOUT_S)
 
 
 # ---- Acknowledgements --------------------------------------------------------------------------
@@ -215,13 +215,13 @@ def test_an_error_of_the_store_settles_all_that_wait_and_acknowledges_nothing(pa
     writer.start()
     for stored in (cut, command):
         with pytest.raises(TrainingError, match=r"cannot write the journal .*no such table"):
-            stored.wait(TIMEOUT_S)
+            wait_until_stored(stored, TIMEOUT_S)
     assert writer.failed.wait(TIMEOUT_S)
     assert writer.stored == []
     [failure] = writer.failures
     assert f"gdpo learner --resume {path.parent}" in str(failure)
     with pytest.raises(TrainingError, match="no such table"):
-        writer.journal.prune([1], 1).wait(TIMEOUT_S)
+        wait_until_stored(writer.journal.prune([1], 1), TIMEOUT_S)
     writer.journal.close()
     assert read(path).prompt_indices() == ()
 
@@ -235,7 +235,7 @@ def test_a_mistake_of_who_is_told_ends_the_run_instead_of_hanging_it(path, caplo
     writer.journal.start(mistake, writer._on_failure)
     writer.append(1)
     with pytest.raises(TrainingError, match="oh"):
-        writer.journal.cut(1, make_cut((1,))).wait(TIMEOUT_S)
+        wait_until_stored(writer.journal.cut(1, make_cut((1,))), TIMEOUT_S)
     assert writer.failed.wait(TIMEOUT_S)
     writer.journal.close()
 
@@ -243,7 +243,7 @@ def test_a_mistake_of_who_is_told_ends_the_run_instead_of_hanging_it(path, caplo
 def test_a_journal_that_does_not_write_in_time_is_an_error(path):
     writer = Writer(path, start=False)
     with pytest.raises(TrainingError, match="has not written for 0 s"):
-        writer.journal.cut(1, make_cut((1,))).wait(0.01)
+        wait_until_stored(writer.journal.cut(1, make_cut((1,))), 0.01)
     writer.journal.close()
 
 
@@ -304,7 +304,7 @@ def test_it_is_full_when_it_holds_too_much_and_not_any_more_when_that_is_deleted
     writer.settle()
     assert 800_000 < writer.journal.size_bytes < 1_000_000
     assert writer.journal.is_full
-    writer.journal.prune(range(10), 0).wait(TIMEOUT_S)
+    wait_until_stored(writer.journal.prune(range(10), 0), TIMEOUT_S)
     assert writer.journal.size_bytes <= empty + 50_000
     assert not writer.journal.is_full
     writer.journal.close()
@@ -316,7 +316,9 @@ def test_guarantee_4_the_file_does_not_grow_for_ever(path, writer):
         for prompt_index in range(10 * step, 10 * step + 10):
             writer.append(prompt_index, large_group(prompt_index))
         writer.journal.cut(step, make_cut(tuple(range(10 * step, 10 * step + 10))))
-        writer.journal.prune(range(10 * step - 10, 10 * step), step - 3).wait(TIMEOUT_S)
+        wait_until_stored(
+            writer.journal.prune(range(10 * step - 10, 10 * step), step - 3), TIMEOUT_S
+        )
         sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
     # Ten groups of 80 kB, those before, and a log that begins anew every 4 MB or transaction.
     assert max(sizes[-10:]) <= 1.1 * max(sizes[10:20])
@@ -332,7 +334,7 @@ def test_reading_group_by_group_does_not_hold_the_writer_up(path, writer):
     assert next(headers)[0] == 0
     for prompt_index in range(3, 300):
         writer.append(prompt_index, large_group(prompt_index))
-        writer.journal.prune([prompt_index - 2], 0).wait(TIMEOUT_S)
+        wait_until_stored(writer.journal.prune([prompt_index - 2], 0), TIMEOUT_S)
     # Those that are gone meanwhile are left out.
     assert [prompt_index for prompt_index, *_ in headers] == []
     assert sum(file.stat().st_size for file in path.parent.iterdir()) < 20 << 20

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from actors.weights.broadcast import Collective
 from actors.weights.receive_buffer import ReceiveBuffer
-from learner.config.run import WeightsConfig
-from learner.weights.publisher import CLOSE_TIMEOUT_S, Publisher, PushReport
+from learner.config.weights import WeightsConfig
+from learner.weights.publisher import CLOSE_TIMEOUT_S, Publisher
+from learner.weights.push import PushReport
+from learner.weights.push_metrics import PushMetrics
 from learner.weights.routes import Topology
 from learner.weights.stream import WeightsStream
 from protocol.messages import Goodbye, Weights
@@ -76,13 +79,13 @@ class Scene:
         self.stream = WeightsStream(self.cluster.chunks)
         self.stream.start(lambda session, answer: None, self.cluster.coordinator.fail)
         self.publisher = Publisher(
-            self.cluster.offers,
+            self.cluster.coordinator,
             self.cluster.snapshots,
             self.stream,
             WeightsConfig(timeout_s=timeout_s, push_timeout_s=4 * timeout_s),
             Topology(backend, "", CPU, ""),
             "127.0.0.1",
-            lambda: None,
+            PushMetrics(CollectorRegistry(), self.cluster.phases),
             self.cluster.coordinator.fail,
         )
         for session in sessions:
@@ -116,9 +119,9 @@ class Scene:
         self.publisher.publish(make_snapshot(version), pack_seconds=0.0)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            for report in self.publisher.take_reports():
-                return report
-            assert self.cluster.coordinator.registry.failure is None
+            if self.publisher.history and self.publisher.history[-1].version == version:
+                return self.publisher.history[-1]
+            assert self.cluster.coordinator.failure is None
             time.sleep(0.002)
         raise AssertionError("no report")
 
@@ -304,3 +307,22 @@ def test_an_unreachable_actor_that_pulls_slowly_is_not_forgiven_while_it_is_behi
             scene["far"].hangs = False
             scene.confirm("far", version, "stream")
     assert tried == [2, 4, 6, 10]
+
+
+def test_a_push_that_fails_ends_the_run_with_its_cause():
+    scene = Scene("a", backend="stream")
+
+    def broken(actors: Any) -> Any:
+        raise KeyError("no such route")
+
+    scene.publisher._plan = broken  # type: ignore[method-assign]
+    scene.publisher.publish(make_snapshot(1), pack_seconds=0.0)
+    assert scene.waits_for(lambda: scene.cluster.coordinator.failure is not None)
+    assert str(scene.cluster.coordinator.failure) == "publisher died: 'no such route'"
+    scene.close()
+
+
+def test_every_push_is_counted_when_it_is_over(scene):
+    scene.push(1)
+    phases = scene.cluster.phases.mean_seconds
+    assert {"weights_pack", "weights_confirm", "weights_whole"} <= phases.keys()

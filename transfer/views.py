@@ -8,8 +8,8 @@ from protocol.weights import TensorSpec
 def view(packed: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """The parameter ``spec`` in uint8 [num_bytes] ``packed``, in its own type and shape.
 
-    It shares ``packed``'s memory, and is a copy only where its type's alignment is lacking, as
-    among mixed types.
+    It shares ``packed``'s memory. It is a copy only where it is not aligned for its type, which
+    happens among mixed types.
     """
     raw = packed[spec.offset : spec.offset + spec.num_bytes]
     dtype: torch.dtype = getattr(torch, spec.dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from protocol.weights import TensorSpec, layout, total_bytes
-from transfer.packed import view
+from transfer.views import view
 
 
 def pack(tensors: list[torch.Tensor], specs: list[TensorSpec]) -> torch.Tensor:

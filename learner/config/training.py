@@ -1,0 +1,135 @@
+"""Sections of the learner: training, optimiser, replay buffer, checkpoints, and its actors."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from protocol.config import StrictModel
+from protocol.sockets import parse_tcp
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _is_address(url: str) -> str:
+    parse_tcp(url)
+    return url
+
+
+class TrainingConfig(StrictModel):
+    """What a training step is made of, and how far generation may run ahead of it."""
+
+    steps: PositiveInt = 100
+    """Training batches in the run."""
+    batch_groups: PositiveInt = 32
+    """Prompts P in a training batch; each comes with its group of rollouts."""
+    minibatches: PositiveInt = 4
+    """Optimiser steps per training batch."""
+    microbatch_sequences: PositiveInt = 64
+    """Sequences in one forward and backward pass: lower it when memory runs out."""
+    max_staleness: NonNegativeInt = 4
+    """Oldest policy version, in training batches back, that a group may contain."""
+    threads: NonNegativeInt = 0
+    """CPU threads of the learner; 0 leaves torch's choice."""
+    pause_per_step_s: NonNegativeFloat = 0.0
+    """Seconds of sleep after every step: to watch back-pressure work, and to test it."""
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW, and the learning rate over the run."""
+
+    lr: PositiveFloat = 1e-6
+    """Learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Training batches over which the learning rate rises linearly from 0."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """Course of the learning rate after the warm-up: stay, or fall linearly to 0 at the last
+    step."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay per optimiser step of the means of gradients and of squared gradients."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Norm that the gradient of an optimiser step is clipped to."""
+
+
+class BufferConfig(StrictModel):
+    """The replay buffer."""
+
+    sampling: Literal["fifo", "freshest"] = "fifo"
+    """Which groups a batch takes: the next ones in the order of the data, or those of the newest
+    policy versions."""
+    max_groups: PositiveInt = 4096
+    """Groups held at once, leased ones included."""
+    max_bytes: PositiveInt = 1 << 30
+    """Memory of the groups held at once, in bytes."""
+    max_uses: PositiveInt = 1
+    """Training batches that a group may be in."""
+    durability: Literal["journal", "memory"] = "journal"
+    """``journal``: a group is on disk before it is acknowledged, so that a killed learner goes on
+    with every one of them."""
+    journal_max_bytes: PositiveInt = 8 << 30
+    """Bytes; when the journal holds more, a checkpoint is made, which frees what is trained."""
+    lag: NonNegativeInt | None = None
+    """Policy versions that every batch is held back, so that from step lag + 1 on it is exactly
+    this stale: an experiment, in which generation and training take turns. None: train on what is
+    there."""
+
+    @model_validator(mode="after")
+    def _a_lag_needs_order(self) -> Self:
+        if self.lag is not None and self.sampling != "fifo":
+            raise ValueError('buffer.lag needs buffer.sampling = "fifo"')
+        return self
+
+
+class CheckpointsConfig(StrictModel):
+    """What a run can go on from."""
+
+    every_steps: PositiveInt = 25
+    """Training batches between two checkpoints; there is one at the end of the run as well."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints that stay; the others are deleted."""
+
+
+class EndpointsConfig(StrictModel):
+    """Where the learner listens."""
+
+    bind: Annotated[str, AfterValidator(_is_address)] = "tcp://127.0.0.1:5555"
+    """Address that actors connect to, ``tcp://HOST:PORT``; port 0 takes any free one, and ``*`` is
+    every interface. Beyond loopback it needs ``[keys]``."""
+    metrics_host: str = "127.0.0.1"
+    """Interface of the HTTP pages, which are neither encrypted nor authenticated."""
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 9400
+    """Port of the HTTP pages: Prometheus metrics, health and status; 0 takes any free one."""
+
+
+class DeadlinesConfig(StrictModel):
+    """How long the learner waits for its actors."""
+
+    lease_timeout_s: PositiveFloat = 600.0
+    """Seconds after which a group that an actor has not returned is leased to another."""
+    actor_timeout_s: PositiveFloat = 10.0
+    """Seconds of silence after which an actor counts as lost."""
+    join_timeout_s: PositiveFloat = 300.0
+    """Longest time in seconds from an actor's hello to its first weights."""
+    wait_for_actors_s: PositiveFloat = 600.0
+    """Seconds without any live actor after which the run ends with an error."""
+
+
+class AdmissionConfig(StrictModel):
+    """Which actors may join."""
+
+    max_actors: PositiveInt = 1024
+    """Actors connected at once; more are refused."""
+    self_check: bool = True
+    """Compare the log-probabilities of every new actor with the learner's before it gets work."""
+    check_limit: PositiveFloat | None = None
+    """Mean difference in nats above which an actor is refused; None: 0.001 in float32, else
+    0.05."""

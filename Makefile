@@ -6,15 +6,24 @@ VLLM := .venv-vllm
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames lint measure format clean
+.PHONY: install constraints demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames \
+	same-numbers measure lint format docs docs-serve wheel clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install --editable '.[dev]'
+	$(BIN)/pip install --editable '.[dev,docs]' --constraint constraints.txt
 	touch $@
+
+# The newest versions that pyproject.toml allows: test them, then commit the file. What torch brings
+# along for CUDA is left out, because torch itself pins it, as is the kind of torch's build.
+constraints: install
+	$(BIN)/pip install --upgrade --upgrade-strategy eager --editable '.[dev,docs]'
+	$(BIN)/pip freeze --exclude-editable | grep -vE ' @ |^(nvidia-|cuda-|triton)' \
+		| sed 's/+[a-z0-9]*$$//' > constraints.txt
+	touch $(VENV)/.installed
 
 # vLLM for CPUs, in an environment of its own. The three packages that go again are built for CUDA
 # and do not load beside a CPU build of torch; text models need none of them.
@@ -58,7 +67,11 @@ fuzz: install
 golden-frames: install
 	$(BIN)/python -m tests.unit.wire_examples
 
-lint: install
+# Steps and losses of a run that comes out the same: compare the digest of two commits.
+same-numbers: install
+	$(BIN)/python -m tools.same_numbers
+
+lint: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -69,9 +82,19 @@ lint: install
 measure: install
 	$(BIN)/python -m tools.measure
 
+# Into site/; strictly, so that a broken link or anchor is an error. Nothing is fetched.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+wheel: install
+	$(BIN)/pip wheel . --no-deps --wheel-dir dist
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM)
+	rm -rf $(VENV) $(VLLM) site dist

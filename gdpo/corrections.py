@@ -293,4 +293,4 @@ CORRECTIONS: dict[str, type[Correction]] = {
 }
 """Every correction by the name that a configuration uses."""
 DEFAULT_CORRECTION: Correction = Icepop()
-"""What lost least to staleness in the project's own sweep (README)."""
+"""What lost least to staleness in the project's own sweep (docs/results/learning.md)."""

@@ -17,7 +17,9 @@ from prometheus_client.registry import Collector
 from actors.metrics import StatusCollector
 from deploy.cli import make_parser
 from learner.config.schema import Key, Section, sections
+from learner.phases import Phases
 from learner.run.metrics import StateCollector, StepMetrics
+from learner.weights.push_metrics import PushMetrics
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 COMMAND = "python -m tools.reference"
@@ -169,7 +171,9 @@ def _metrics() -> Iterator[str]:
     yield "histogram has `_bucket`, `_sum` and `_count`."
     yield ""
     yield from ("## Learner", "", "On `endpoints.metrics_port` of the learner.", "")
-    yield from _metric_table([*_registered(StepMetrics), *_collected(StateCollector)])
+    yield from _metric_table(
+        [*_registered(StepMetrics, Phases, PushMetrics), *_collected(StateCollector)]
+    )
     yield from ("## Actor", "", "On `--metrics-port` of every actor.", "")
     yield from _metric_table(_collected(StatusCollector))
 

@@ -126,7 +126,7 @@ class StateCollector(Collector):
         buffer, books = self._parts.buffer, self._parts.buffer.books
         yield _gauge("gdpo_buffer_groups", "Groups in the replay buffer", len(buffer))
         yield _gauge("gdpo_buffer_bytes", "Memory of the groups", buffer.size_bytes)
-        if journal := self._parts.history.journal:
+        if (journal := self._parts.history.journal) is not None:
             yield _gauge("gdpo_journal_bytes", "Size of the journal", journal.size_bytes)
         yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
         yield _counter(

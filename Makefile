@@ -77,6 +77,7 @@ lint: install docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.reference --check
+	$(BIN)/python -m tools.measure --check
 
 # Sizes, types, docstrings and circles of imports, as a table.
 measure: install

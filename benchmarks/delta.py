@@ -166,7 +166,7 @@ class Figures:
 
     @property
     def pays_below_gbit(self) -> float:
-        """full / speed + copy = encode + delta / speed + apply."""
+        """Full / speed + copy = encode + delta / speed + apply."""
         saved = self.full_bytes - self.delta_bytes
         return 8e-9 * saved / (self.encode_s + self.apply_s - self.copy_s)
 

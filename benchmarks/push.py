@@ -415,8 +415,11 @@ def measure(cluster: Cluster, bare: Callable[[], float], repeats: int) -> Cell:
 
 
 def needed_bytes(num_bytes: float, actors: int) -> float:
-    """Of memory: an actor computes in one of two buffers, the learner has its model, up to three
-    snapshots and the copy, a process of the bare broadcast has what it sends or receives."""
+    """Memory that a size takes.
+
+    An actor computes in one of two buffers, the learner has its model, up to three snapshots and
+    the copy, a process of the bare broadcast has what it sends or receives.
+    """
     return (
         actors * (2 * num_bytes + PROCESS_BYTES)
         + 5 * num_bytes

@@ -126,8 +126,11 @@ def demonstrations(
 
 
 def save_policy(model: Qwen2ForCausalLM, folder: Path) -> None:
-    """Writes a folder that `from_pretrained` reads: float16 on disk for its size, float32 by its
-    configuration, because small optimiser steps are lost in half precision."""
+    """Write a folder that `from_pretrained` reads.
+
+    It is float16 on disk for its size and float32 by its configuration, because small optimiser
+    steps are lost in half precision.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)

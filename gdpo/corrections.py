@@ -178,7 +178,7 @@ class Cispo(Correction):
         stop_grad(clip(rho, 1 - e_low, 1 + e_high)) A log pi
 
     Source: CISPO, in MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, with mu as the old policy. By
-    default rho is only cut above, at 5, as the paper has no lower limit.
+    default rho is only clipped above, at 5, as the paper has no lower limit.
     """
 
     name = "cispo"

@@ -87,7 +87,7 @@ def group_rewards(rewards_PGK: Tensor, min_std_K: Tensor) -> GroupedRewards:
 
 
 def _check_finite(top_PK: Tensor, mean_below_top_PK: Tensor) -> None:
-    # Of the columns, not of the rewards, which would take as long as the rest. Negative infinity
+    # This checks columns, not rewards, which would take as long as the rest. Negative infinity
     # is the mean's distance from the largest value, or has become float64's largest number.
     if bool((top_PK > FLOAT32_MAX).any() | ~(mean_below_top_PK >= -2 * FLOAT32_MAX).all()):
         raise ValueError(

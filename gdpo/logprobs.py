@@ -112,7 +112,7 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(
         ctx: Any, grad_BT: Tensor, entropy_grad_BT: Tensor
     ) -> tuple[Tensor, None, None, None, None]:
-        """The gradients by x = logits / T, which by the logits are 1 / T of it.
+        """The gradients with respect to x = logits / T; those of the logits are 1 / T of them.
 
         d log p(token) / dx = onehot(token) - p;  dH / dx = -p (log p + H)
         """

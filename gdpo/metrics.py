@@ -73,7 +73,7 @@ def token_metrics(record: TokenRecord) -> dict[str, Tensor]:
     """Compute 0-dim metrics over the tokens of the mask.
 
         ess, weight_mean, weight_max       of w before it is truncated; of rho without pi_prox
-        weight_truncated_share             tokens whose weight was cut down
+        weight_truncated_share             tokens whose weight was truncated
         ratio_mean, ratio_max              of the ratio that carries the gradient
         clip_low_share, clip_high_share    tokens whose gradient the clip removed, by the side ...
         mask_low_share, mask_high_share    ... on which they were out; those that a mask removed

@@ -34,7 +34,7 @@ class Objective:
     ratio_BT: Tensor
     """The ratio that carries the gradient: r or rho."""
     truncated_BT: Tensor | None = None
-    """bool, True where an importance weight was cut down; None for nowhere, as below."""
+    """bool, True where an importance weight was truncated; None for nowhere, as below."""
     clipped_low_BT: Tensor | None = None
     """bool, True where the clip removed the gradient because the ratio was low ..."""
     clipped_high_BT: Tensor | None = None

@@ -50,9 +50,9 @@ class BroadcastGroup(Protocol):
         """
 
     def begin(self, bucket: torch.Tensor) -> Callable[[], None]:
-        """`broadcast` in two parts: what is returned waits for the bucket, and is to be called.
+        """Begin a `broadcast`; what is returned waits for the bucket, and must be called.
 
-        Until then other work can be done, but no other bucket be begun.
+        Until then other work can be done, but no other bucket begun.
         """
 
     def abort(self) -> None:

@@ -29,7 +29,7 @@ NCCL_SETUP_TIMEOUT_S = 60
 NCCL_DEFAULTS = {
     WATCHDOG_OFF: "0",
     # Seconds that torch waits for a communicator to come up; left at its half hour, a meeting that
-    # was abandoned could not be aborted for as long.
+    # was abandoned could not be aborted before that.
     "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(NCCL_SETUP_TIMEOUT_S),
 }
 INTERFACE = "NCCL_SOCKET_IFNAME"
@@ -129,7 +129,7 @@ class NcclGroup:
             raise CollectiveError("the epoch was aborted")
 
     def begin(self, bucket: torch.Tensor) -> Callable[[], None]:
-        """Nothing yet; what is returned sends or receives the bucket."""
+        """Begin nothing yet; what is returned sends or receives the bucket."""
         # All of it later: between GPUs a bucket takes next to no time, compared with what is done
         # to it on the CPU.
         return partial(self.broadcast, bucket)
@@ -138,7 +138,7 @@ class NcclGroup:
         """End the epoch; a pending broadcast is released."""
         self._over = True
         if self._aborting.acquire(blocking=False):
-            # It waits until the kernels have ended, and holds the group for as long: the destructor
+            # It waits until the kernels have ended, and holds the group until then: the destructor
             # of one that is not aborted does all of this under the GIL.
             Thread(target=self._abort, name="nccl-abort", daemon=True).start()
 

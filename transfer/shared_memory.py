@@ -74,7 +74,7 @@ class DetachableView:
         self.tensor = torch.from_file(
             memory.path, shared=True, size=len(memory.tensor), dtype=torch.uint8
         )
-        """uint8 [num_bytes]; it stays mapped for as long as somebody has it, or a part of it."""
+        """uint8 [num_bytes]; it stays mapped while anything refers to it, or to a part of it."""
 
     def detach(self, offset: int, num_bytes: int) -> None:
         """Keep what is written here from now on out of the shared memory.
@@ -98,5 +98,5 @@ class DetachableView:
 
 
 def when_gone(thing: object, call: Callable[..., Any], *arguments: Any) -> None:
-    """Not at the end of the process: its daemon threads may still use what is there."""
+    """Make the call once ``thing`` is gone, but not when the process ends: threads may use it."""
     weakref.finalize(thing, call, *arguments).atexit = False

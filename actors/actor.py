@@ -11,7 +11,7 @@ Loops and tasks, all on the main thread's event loop:
 | update    | one announcement | bytes, the engine   | the learner       | `WeightsReady`   |
 | pull, 16  | missing chunks   | answers             | the learner       | `WeightsPull`    |
 | heartbeat | -                | its interval        | the clock         | `Status`, groups |
-| watch     | handshakes       | a reconnection      | the learner       | -, or it refuses |
+| watch     | handshakes       | a reconnection      | the learner       | -, or a refusal  |
 | end       | a reward process | its end             | the kernel        | room for another |
 
 Threads, all daemons:

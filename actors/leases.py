@@ -1,4 +1,4 @@
-"""The leases at hand: a task for each, which ends in a group or in a failure, never in neither."""
+"""The leases at hand: a task for each, which always ends in a group or in a failure."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ MAX_CAUSE = 1000
 
 
 class Leases:
-    """Rolls out leases beside each other."""
+    """Rolls out leases side by side."""
 
     def __init__(self, link: LearnerLink, session: Session, stopping: asyncio.Event) -> None:
         """``stopping`` is set when the actor is told to stop: its engine may then end as well."""

@@ -94,7 +94,7 @@ class LearnerLink:
                 case zmq.EVENT_HANDSHAKE_FAILED_AUTH if self._keys is not None:
                     raise Refused(
                         f"the learner at {self.url} does not know this actor's key "
-                        f"{self._keys.own.public}: its .key file belongs into the learner's folder "
+                        f"{self._keys.own.public}: its .key file belongs in the learner's folder "
                         "keys.allowed"
                     )
                 case _ if value == ENCRYPTION_MISMATCH and self._keys is not None:

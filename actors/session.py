@@ -106,7 +106,7 @@ class Session:
             log.info("lease %d rejected: %s", ack.lease, one_line(ack.cause))
 
     def answered(self, pong: Pong) -> None:
-        """The learner has read the `Status` of that sequence."""
+        """Note that the learner has read the `Status` of that sequence."""
         self.heard = pong.sequence
 
     async def join_again(self, drop_leases: Callable[[], None]) -> None:
@@ -125,7 +125,7 @@ class Session:
         await self._link.send(self._hello)
 
     def joined_again(self, welcome: Welcome) -> None:
-        """The learner knows this actor again; raises `Refused` if it now runs something else."""
+        """Note that the learner knows this actor again; raises `Refused` if its run is another."""
         assert self._hello is not None
         if welcome.run_id != self._hello.run_id:
             raise Refused(

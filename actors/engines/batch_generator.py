@@ -230,7 +230,7 @@ class BatchGenerator:
             return
         indices = torch.tensor(keep, device=self._mask_BL.device)
         self._mask_BL = self._mask_BL[indices]
-        # Columns that are padding in every remaining row serve nothing.
+        # Columns that are padding in every remaining row are not needed.
         start = int(self._mask_BL.any(dim=0).nonzero()[0])
         self._mask_BL = self._mask_BL[:, start:]
         for layer in _layers(self._cache):
@@ -253,8 +253,8 @@ def sample_tokens(
     """Draw a token for each row: tokens [B] and their log-probabilities [B].
 
     Each row's distribution is inverted at the row's own uniform draw, which makes a rollout
-    independent of the batch that it happens to be in. The
-    cumulative sum is in float64: in float32 it would misplace tokens of a large vocabulary.
+    independent of the batch that it happens to be in. The cumulative sum is in float64: in float32
+    it would misplace tokens of a large vocabulary.
     Temperature 0 takes the most likely token and gives its log-probability at temperature 1.
     """
     greedy_B = temperatures_B == 0

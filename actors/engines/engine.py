@@ -53,7 +53,7 @@ class Engine(Protocol):
     in_place: bool
     """Whether it computes in the memory that it loads from.
 
-    That must then not be written to before it has loaded from another."""
+    That memory must not be written to before the engine has loaded from another."""
 
     pinned: bool
     """Whether what it loads from should be page-locked, for a GPU."""

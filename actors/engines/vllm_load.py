@@ -59,10 +59,10 @@ class EngineLoad:
         return EngineStats(tokens_generated=self._tokens, idle_seconds=idle)
 
     def capacity(self, active: int, num_rollouts: int) -> int:
-        """Leases that keep the engine full, a number that nobody has to find.
+        """Leases that keep the engine full, found without a setting.
 
         No more than the ``active`` ones while something waits, a quarter more while nothing does;
-        in any case as many as once ran without waiting, until so many had to wait for a while.
+        in any case as many as once ran without waiting, until that many had to wait for a while.
         """
         if self._enough is None:
             self._enough = max(1, self.max_sequences // num_rollouts)

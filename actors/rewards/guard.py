@@ -112,7 +112,7 @@ def _children() -> list[int]:
 
 
 def _end_like(code: int) -> NoReturn:
-    """End with an exit code, or by the signal -code, so that the actor can say how it was."""
+    """End with an exit code, or by the signal -code, so that the actor can say how it ended."""
     if code >= 0:
         os._exit(code)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -31,7 +31,7 @@ class RolloutWorker:
         self._max_tokens = max_tokens
 
     async def roll_out(self, lease: Lease) -> Group:
-        """Make a lease into a group; raises `UnusableRow`, `RewardFailure` or `EngineError`."""
+        """Turn a lease into a group; raises `UnusableRow`, `RewardFailure` or `EngineError`."""
         if lease.max_tokens > self._max_tokens:
             # Engines set memory aside for the longest completion.
             raise UnusableRow(

@@ -35,7 +35,7 @@ class Collective:
     def receive(self, offer: Weights, turn: WriteTurn) -> None:
         """Receive what is offered; blocks, for each bucket until the offer's deadline at most.
 
-        Whatever is raised ends the membership: this object is of no more use then.
+        Whatever is raised ends the membership: this object cannot be used after that.
         """
         if not 1 <= offer.rank < offer.world_size:
             raise ValueError(f"rank {offer.rank} of {offer.world_size}")
@@ -78,8 +78,8 @@ def _receive(group: BroadcastGroup, spans: list[tuple[int, int]], turn: WriteTur
             turn.filled(*span)
         except Superseded:
             if pending is not None:
-                # Waited for here, where nobody waits for this thread: else whoever frees the group
-                # would wait.
+                # Waited for here, where nobody waits for this thread: else the thread that frees
+                # the group would wait.
                 with suppress(CollectiveError):
                     pending()
             raise

@@ -82,7 +82,7 @@ class Pull:
 
     async def _pull(self, chunk: int, base: ReceiveBuffer | None) -> bool:
         """Whether the chunk arrived undamaged."""
-        message, payloads = await self._ask(chunk, base.held(chunk) if base else None)
+        message, payloads = await self._ask(chunk, base.version_of(chunk) if base else None)
         if not payloads:
             raise Gone
         data = self._decode(message, payloads, base, chunk)
@@ -106,7 +106,7 @@ class Pull:
                 data = bytearray(end - begin)
                 chunk_codec.decode_full(message.encoding, payloads[0], data, self._width)
                 return data
-            if base is not None and message.base == base.held(chunk):
+            if base is not None and message.base == base.version_of(chunk):
                 data = bytearray(base.read(chunk))
                 chunk_codec.apply_patches(data, payloads, self._width)
                 return data
@@ -116,8 +116,8 @@ class Pull:
 
     def _base(self, chunk: int) -> ReceiveBuffer | None:
         """The buffer that holds the newest bytes of a chunk, of any version."""
-        buffers = [b for b in (self._loaded, self._target) if b.held(chunk) is not None]
-        return max(buffers, key=lambda b: b.held(chunk) or 0, default=None)
+        buffers = [b for b in (self._loaded, self._target) if b.version_of(chunk) is not None]
+        return max(buffers, key=lambda b: b.version_of(chunk) or 0, default=None)
 
     async def _ask(self, chunk: int, base: int | None) -> tuple[WeightsChunk, list[memoryview]]:
         """Ask for a chunk, and again when no answer comes at all; raises `PeerLost`."""

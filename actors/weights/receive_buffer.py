@@ -67,7 +67,7 @@ class ReceiveBuffer:
         """Kept from push to push: pages are slow when they are first touched."""
         self._lent: dict[int, int] = {}
         """Numbers of bytes lent, by offset."""
-        self._held: list[int | None] = [None] * num_chunks(total_bytes(specs))
+        self._versions: list[int | None] = [None] * num_chunks(total_bytes(specs))
         self._digests = RunningDigests(self._bytes, specs)
 
     def begin(self, version: int) -> WriteTurn:
@@ -131,13 +131,13 @@ class ReceiveBuffer:
         begin, end = self.span(chunk)
         return self._bytes[begin:end]
 
-    def held(self, chunk: int) -> int | None:
+    def version_of(self, chunk: int) -> int | None:
         """Version that all of the chunk's bytes are of; None if there is none."""
-        return self._held[chunk]
+        return self._versions[chunk]
 
     def missing(self, version: int) -> list[int]:
         """Chunks whose bytes are not of ``version``."""
-        return [chunk for chunk, held in enumerate(self._held) if held != version]
+        return [chunk for chunk, found in enumerate(self._versions) if found != version]
 
     def forget(self, names: list[str] | None = None) -> None:
         """Note that the bytes of these tensors (None: of all) are not what they should be."""
@@ -153,7 +153,7 @@ class ReceiveBuffer:
 
     def _mark(self, chunks: range, version: int | None) -> None:
         for chunk in chunks:
-            self._held[chunk] = version
+            self._versions[chunk] = version
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -238,25 +238,25 @@ class WeightsReceiver:
             load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
             if engine.in_place:
                 self._loaded, self._next = buffer, self._loaded
-            held = await in_daemon_thread(
+            digests = await in_daemon_thread(
                 "digests", lambda: engine.digests(self._specs) or buffer.digests()
             )
         finally:
             self._loading = False
         ready = WeightsReady(
             version=offer.version,
-            digest=whole_digest(held, self._specs),
+            digest=whole_digest(digests, self._specs),
             route=route,
             receive_seconds=receive_seconds,
             load_seconds=load_seconds,
         )
-        self._ready = (ready, held)
-        await self._confirm(ready, held)
+        self._ready = (ready, digests)
+        await self._confirm(ready, digests)
 
-    async def _confirm(self, ready: WeightsReady, held: bytes) -> None:
+    async def _confirm(self, ready: WeightsReady, digests: bytes) -> None:
         # From here on the same offer asks for a new answer.
         self._in_progress = None
-        await self._link.send(ready, [held])
+        await self._link.send(ready, [digests])
 
     def _allocate(self) -> ReceiveBuffer:
         size = total_bytes(self._specs)

@@ -27,7 +27,7 @@ class RunningDigests:
         self._next = 0
         """Tensor that is being hashed."""
         self._end: int | None = None
-        """How far it has been; None if it cannot go on."""
+        """Byte up to which it is hashed; None if it cannot continue."""
 
     def written(self, begin: int, end: int) -> None:
         """Note that the bytes from ``begin`` to ``end`` have changed."""

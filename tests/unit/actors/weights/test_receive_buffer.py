@@ -44,7 +44,7 @@ def test_every_chunk_knows_its_version():
     buffer = make_buffer()
     buffer.begin(3).write(0, filled(SIZE, 3))
     buffer.begin(4).write(CHUNK_BYTES, filled(CHUNK_BYTES, 4))
-    assert [buffer.held(chunk) for chunk in range(3)] == [3, 4, 3]
+    assert [buffer.version_of(chunk) for chunk in range(3)] == [3, 4, 3]
     assert (buffer.missing(3), buffer.missing(4), buffer.missing(5)) == ([1], [0, 2], [0, 1, 2])
     assert set(bytes(buffer.read(1))) == {4}
     assert bytes(buffer.read(2)) == b"\3\3\3\3"
@@ -90,10 +90,10 @@ def test_what_is_lent_is_of_no_version_until_it_is_filled():
     buffer.begin(1).write(0, filled(SIZE, 1))
     turn = buffer.begin(2)
     lent = turn.lend(CHUNK_BYTES, CHUNK_BYTES + 4)
-    assert [buffer.held(chunk) for chunk in range(3)] == [1, None, None]
+    assert [buffer.version_of(chunk) for chunk in range(3)] == [1, None, None]
     lent.fill_(2)
     turn.filled(CHUNK_BYTES, CHUNK_BYTES + 4)
-    assert [buffer.held(chunk) for chunk in range(3)] == [1, 2, 2]
+    assert [buffer.version_of(chunk) for chunk in range(3)] == [1, 2, 2]
     expected = torch.cat([filled(CHUNK_BYTES, 1), filled(CHUNK_BYTES + 4, 2)])
     assert torch.equal(buffer.memory.tensor, expected)
     assert buffer.digests() == packed_digests(expected, SPECS)
@@ -118,7 +118,7 @@ def test_what_is_written_to_lent_memory_after_the_turn_is_lost():
     buffer.begin(2).write(CHUNK_BYTES, filled(CHUNK_BYTES + 4, 2))
     assert set(rest.tolist()) == {7}
     rest.fill_(9)
-    assert [buffer.held(chunk) for chunk in range(3)] == [1, 2, 2]
+    assert [buffer.version_of(chunk) for chunk in range(3)] == [1, 2, 2]
     expected = torch.cat([filled(CHUNK_BYTES, 1), filled(CHUNK_BYTES + 4, 2)])
     assert torch.equal(buffer.memory.tensor, expected)
     assert buffer.digests() == packed_digests(expected, SPECS)

@@ -149,7 +149,7 @@ def _actor(options: Any) -> int:
 
 
 def _resumed(options: Any) -> "tuple[RunConfig, RunFolder]":
-    """Find configuration and folder of the run to go on with."""
+    """Find configuration and folder of the run to continue."""
     from learner.run_folder import RunFolder
 
     if options.config is not None:

@@ -62,7 +62,7 @@ def launch(
 ) -> int:
     """Run to the end; returns the exit code. Raises `TrainingError` if the run fails.
 
-    ``resume_with`` goes on with the run of ``folder``, with these overrides.
+    ``resume_with`` continues the run of ``folder``, with these overrides.
     """
     # Of a learner before: it is not the one that this one starts.
     folder.forget_last_learner()
@@ -116,7 +116,7 @@ class Launcher:
     def run(self) -> None:
         """Run until the learner has ended and every child is gone."""
         self._say(f"run folder: {self._folder.path}")
-        # Before there is anybody who would be left behind.
+        # Before there is any child that could be left behind.
         previous = {
             signum: signal.signal(signum, self._on_signal)
             for signum in (signal.SIGINT, signal.SIGTERM)

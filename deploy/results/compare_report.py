@@ -122,7 +122,7 @@ def steps_to(curve: list[float], level: float) -> int | None:
 
 
 def median_steps(runs: list[Run], name: str, level: float) -> float | None:
-    """Over seeds; one that never reached the level counts as infinitely late. None for never."""
+    """Median over seeds; one that never got there counts as infinitely late. None for never."""
     steps = [steps_to(run["curves"][name], level) for run in runs]
     middle = median(math.inf if step is None else step for step in steps)
     return None if math.isinf(middle) else middle
@@ -206,7 +206,7 @@ def _by_figure(result: Result, name: str, level: float) -> Table:
 
 
 def _by_lag(result: Result, title: str, figure: Callable[[list[Run]], str]) -> Table:
-    """Cells of fewer seeds than the others say of how many."""
+    """Make a table of settings and lags; cells of fewer seeds say how many."""
     cells = {
         (setting, lag): [run for run in runs if run["lag"] == lag]
         for setting, runs in by_setting(result).items()

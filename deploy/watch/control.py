@@ -34,11 +34,11 @@ def set_rewards(run: Path, assignments: Sequence[str]) -> None:
         if len(parts) != 3 or parts[0] != "rewards":
             raise ConfigError(f"{assignment!r} cannot change in a run; what can: {EXAMPLE}")
         updates.setdefault(parts[1], {})[parts[2]] = value
-    held = _command(run, updates)
-    table = Table(title=f"from step {held.from_step} on")
+    now = _command(run, updates)
+    table = Table(title=f"from step {now.from_step} on")
     for column in ("reward", "weight", "counts"):
         table.add_column(column, justify="right" if column == "weight" else "left")
-    for name, reward in held.rewards.items():
+    for name, reward in now.rewards.items():
         when = reward.when
         counts = f"where {when.reward} >= {when.at_least:g}" if when else "always"
         add_row(table, label(name), f"{reward.weight:g}", label(counts))

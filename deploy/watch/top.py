@@ -61,7 +61,7 @@ def watch(view: "View", questions: "Questions", watched: "Watched", console: Con
             while True:
                 live.update(view.draw(console.height), refresh=True)
                 if answer := questions.next(REDRAW_S):
-                    view.take(answer)
+                    view.note(answer)
                 if view.error and (ended := watched.how_it_ended(view.status)):
                     return ended
     except KeyboardInterrupt:
@@ -97,7 +97,7 @@ class Watched:
         return status
 
     def explain(self, error: BaseException) -> BaseException:
-        """Return what to tell the user if already the first answer is an error."""
+        """Return what to tell the user if even the first answer is an error."""
         if not isinstance(error, AsyncGdpoError):
             return error
         if self._folder is not None and (ended := self._end_in_folder()):
@@ -146,7 +146,7 @@ class Questions:
         self._done.set()
 
     def interrupt(self, *_: object) -> None:
-        """A signal, which takes its turn among the answers: the terminal is left in order."""
+        """Take a signal as one of the answers, in its turn: the terminal is left in order."""
         self._answers.put(KeyboardInterrupt())
 
     def next(self, timeout_s: float) -> Answer | None:
@@ -179,7 +179,7 @@ class View:
         # To connect, and then to wait for the answer.
         self._patience_s = interval_s + 2 * TIMEOUT_S
 
-    def take(self, answer: Answer) -> None:
+    def note(self, answer: Answer) -> None:
         """Remember an answer; raises it if it is an error of ours, or the user's wish to leave."""
         if isinstance(answer, Status):
             self.status, self.error = answer, ""

@@ -14,7 +14,7 @@ from deploy.watch.display import add_row, duration, facts, render_panel
 from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
 
 MIN_ROWS = 2
-"""Rows of each table on however low a terminal: what is below its edge cannot be seen."""
+"""Rows of each table however low the terminal: what is below its edge cannot be seen."""
 MAX_PHASES = 6
 _FRAME_LINES = 3
 """Lines of a table besides its rows."""

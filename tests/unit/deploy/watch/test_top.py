@@ -453,8 +453,8 @@ def test_the_time_without_an_answer_begins_with_the_last_one():
     clock = Clock()
     view = View(read_status(WATCHED), interval_s=1.0, clock=clock)
     clock.now += 100
-    view.take(read_status(WATCHED))
-    view.take(GONE)
+    view.note(read_status(WATCHED))
+    view.note(GONE)
     assert view.draw().note.startswith("no answer for 1 s: ")
 
 

@@ -77,11 +77,11 @@ class LmdbStore:
         self._thread.start()
 
     def append(
-        self, arrival: ReceivedGroup, header: GroupHeader, payloads: Sequence[Buffer]
+        self, received: ReceivedGroup, header: GroupHeader, payloads: Sequence[Buffer]
     ) -> None:
         encoded, *frames = encode(header, payloads)
         value = len(encoded).to_bytes(4, "little") + encoded + b"".join(frames)
-        self._add((arrival, _key(arrival.held.work.prompt_index), value))
+        self._add((received, _key(received.lease.work.prompt_index), value))
 
     def prune(self, prompt_indices: Sequence[int]) -> None:
         self._add(*((None, _key(prompt_index), None) for prompt_index in prompt_indices))
@@ -111,7 +111,7 @@ class LmdbStore:
                         transaction.delete(key)
                     else:
                         transaction.put(key, value)
-            self._on_stored([arrival for arrival, _, _ in entries if arrival])
+            self._on_stored([received for received, _, _ in entries if received])
 
 
 def _key(prompt_index: int) -> bytes:
@@ -219,12 +219,12 @@ class Bench:
 
     def _train(self) -> None:
         """As a learner that is never behind: what is trained leaves the store too."""
-        while cut := self._buffer.take(BATCH_GROUPS, 0, 0.0):
+        while batch := self._buffer.take(BATCH_GROUPS, 0, 0.0):
             self._buffer.step_done()
             if isinstance(self._store, Journal):
-                self._store.prune(cut.finished, -1)
+                self._store.prune(batch.finished, -1)
             elif self._store is not None:
-                self._store.prune(cut.finished)
+                self._store.prune(batch.finished)
 
     def _stored(self, arrivals: Sequence[ReceivedGroup]) -> None:
         self._coordinator.stored(arrivals)

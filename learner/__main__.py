@@ -1,6 +1,6 @@
 """``python -m learner CONFIG [key.sub=value ...]``, also under torchrun; plain lines only.
 
-``--resume FOLDER`` in the place of CONFIG goes on with a run.
+``--resume FOLDER`` in the place of CONFIG continues a run.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """What a run leaves in its folder: a line for each step, and the summary at the end.
 
-The learner builds these records, and `learner.run_folder` writes them as JSON. Whoever shows a run
-reads the same types, strictly: what is in a file may be anything. Keys that are not
-known are left out, for a newer learner may say more.
+The learner builds these records, and `learner.run_folder` writes them as JSON. Programs that show a
+run read the same types, strictly: what is in a file may be anything. Keys that are not known
+are left out, for a newer learner may say more.
 """
 
 from typing import Annotated, Literal
@@ -37,7 +37,7 @@ class Record(BaseModel):
 
 
 class RewardCounts(Record):
-    """What one reward counts."""
+    """How much one reward counts, and when."""
 
     weight: float
     when: When | None
@@ -52,7 +52,7 @@ class RewardsFrom(Record):
 
 
 class RewardChangeRecord(Record):
-    """One change to that in the course of a run."""
+    """One change to what the rewards count, in the course of a run."""
 
     from_step: Count
     source: Literal["schedule", "command"]
@@ -216,9 +216,9 @@ class Summary(Record):
     actors_lost: Count
     bad_messages: Count
     connections_refused: dict[str, Count]
-    """Connections that did not get past the access, by cause."""
+    """Connections that were refused, by cause."""
     messages_refused: dict[str, Count]
-    """Messages, likewise."""
+    """Messages that were refused, likewise."""
     weights: SummaryWeights
     checkpoint: str | None
     """Path of the newest model; None if there is none."""

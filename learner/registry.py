@@ -44,7 +44,7 @@ class ActorState:
     """Rows in a row that failed when they were tried first."""
     wrong_digests: int = 0
     """How many in a row."""
-    held: int = 0
+    num_leases: int = 0
     """Outstanding leases."""
     overrun: set[int] = field(default_factory=set)
     """Leases whose deadline passed, but that it may still be working on."""
@@ -71,12 +71,12 @@ class ActorState:
         """Leases that it can take on top."""
         if self.status is None or not self.ready:
             return 0
-        return self.status.capacity - self.held - len(self.overrun)
+        return self.status.capacity - self.num_leases - len(self.overrun)
 
 
 @dataclass(slots=True)
 class WireCounters:
-    """What arrived that was of no use, or told of a failure."""
+    """Counts of messages, and of what went wrong with them."""
 
     bad_messages: int = 0
     unknown_session: int = 0
@@ -132,7 +132,7 @@ class Outbox:
 
 
 class Registry:
-    """Who is there, what they are told, and what is wrong."""
+    """The actors that are there, what they are told, and what is wrong."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Registry:
         return actor
 
     def refuse(self, actor: ActorState, problem: str) -> None:
-        """Forget an actor that can be of no use, and tell it why."""
+        """Forget an actor that cannot take part, and tell it why."""
         self.send(actor.session, Error(code="refused", message=problem))
         self.forget(actor, problem, lost=True)
 
@@ -192,7 +192,7 @@ class Registry:
         self.changed()
 
     def send(self, session: str, header: Header, payloads: tuple[Buffer, ...] = ()) -> None:
-        """Put a message for one actor, or for who only thinks it is one, into the outbox."""
+        """Put a message for one actor, or for a peer that thinks it is one, into the outbox."""
         self.outbox.put(Outgoing(session, header, payloads))
 
     def record_phase(self, actor: ActorState, phase: str, seconds: float) -> None:
@@ -205,7 +205,7 @@ class Registry:
         self._on_failure()
 
     def raise_if_failed(self, wait_for_actors_s: float) -> None:
-        """Raise what made it impossible to continue, or that nobody was there for too long."""
+        """Raise what made it impossible to continue, or that no actor was there for too long."""
         if self.failure is not None:
             raise self.failure
         waited = self.clock() - self.last_actor_at

@@ -93,7 +93,7 @@ class RunFolder:
 
     # --- who works in it --------------------------------------------------------------------------
 
-    def take(self) -> None:
+    def claim(self) -> None:
         """Be the one learner of this folder until `close`; raises `ConfigError`."""
         try:
             self._lock = (self.path / "lock").open("w")
@@ -105,12 +105,12 @@ class RunFolder:
             raise ConfigError(f"another learner works in {self.path}") from error
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
-        # Of a learner that was killed.
+        # Left by a learner that was killed.
         self._remove(self._endpoints)
         self._remove(self._control)
 
     def go_on(self, config: RunConfig) -> None:
-        """Be this run from now on: not before its learner has found nothing wrong."""
+        """Become this run, once its learner has found nothing wrong."""
         self._write(self.config_file, config.to_toml())
         self._remove(self._summary)
 

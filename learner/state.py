@@ -14,9 +14,9 @@ class OpenPrompts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first one that was never leased."""
     leased: tuple[int, ...] = ()
     waiting: tuple[int, ...] = ()
-    """To be leased again."""
+    """Prompts to be leased again."""
     buffered: tuple[int, ...] = ()
-    """Came in, but not trained on yet."""
+    """Prompts whose groups came in, but were not trained on yet."""
 
 
 class LeaseState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

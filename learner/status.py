@@ -1,7 +1,7 @@
 """The live status of a run, as the page /status tells it and displays show it.
 
-The learner builds it, and whoever asks reads the same types, strictly: what answers at a port may
-be anything. Every text in it is fit to be shown.
+The learner builds it, and displays read the same types, strictly: what answers at a port may be
+anything. Every text in it is fit to be shown.
 """
 
 from typing import Annotated, Literal
@@ -44,7 +44,7 @@ class ActorStatus(Record):
     """The largest difference of log-probabilities in its self-check; None before that."""
     idle_share: float | None
     """The share of its time since it was first heard in which it had nothing to generate; None
-    before it told any."""
+    before it reported any."""
     stalled_share: float | None
     """The share in which generation stood still for weights, likewise."""
     silent_s: float
@@ -138,9 +138,9 @@ class Status(Record):
     actor_idle_share: float
     learner_wait_share: float
     connections_refused: dict[Label, Count]
-    """Connections that did not get past the access, by cause."""
+    """Connections that were refused, by cause."""
     messages_refused: dict[Label, Count]
-    """Messages, likewise."""
+    """Messages that were refused, likewise."""
     bottleneck: Bottleneck | None
     """The side that the other one waits for; None while unknown."""
     weights: WeightsStatus

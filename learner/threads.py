@@ -7,7 +7,7 @@
 
 Each user keeps its own rule of queueing, which is its ``take``: the newest item only, sessions in
 turns, everything at once. Nothing here refers to an item any more while the next one is awaited: a
-copy of the model must not stay in memory for that long.
+copy of the model must not stay in memory that long.
 """
 
 import logging
@@ -117,11 +117,11 @@ class Worker(Generic[ItemT]):
 
     def _run(self) -> None:
         self._before()
-        while self._turn():
+        while self._handle_next():
             pass
         self._after()
 
-    def _turn(self) -> bool:
+    def _handle_next(self) -> bool:
         """Wait for one item and handle it, in a frame of its own: no item outlives it."""
         with self._changed:
             while True:

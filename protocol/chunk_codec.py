@@ -25,7 +25,7 @@ plain bytes, encode / apply (`benchmarks/delta.py` measures what was chosen):
     level 3: XOR, p.    1.8 1.2/1.8    8.4 0.5/1.1    22.6 0.3/1.2    40.0 0.5/1.2   61.3 0.5/1.4
 
 Of the bfloat16 weights that change, 84 % change by one unit in the last place (at 1e-5). Minus
-(modulo 2^16 or 2^32) makes 0x0001 and 0xFFFF of it, the second of which spoils both planes; zigzag,
+(modulo 2^16 or 2^32) gives 0x0001 or 0xFFFF for it, the second of which spoils both planes; zigzag,
 (d << 1) ^ (d >> 15), mends that and is the smallest, by 3 to 12 % of what is sent, but costs 16 to
 30 % of the speed of applying, on every actor, and has the words put together for every patch, not
 once for all. Planes pay in size and, where many weights change, in speed as well: zstd gets through
@@ -196,7 +196,7 @@ def _decompress(payload: Buffer, length: int) -> _Bytes:
         raise BadMessage(f"{size} compressed bytes for a chunk of {length}")
     try:
         frame = zstandard.get_frame_parameters(payload)
-        # zstd takes memory as these two say; a window larger than the content serves nothing.
+        # zstd takes memory as these two say; no content needs a window larger than itself.
         if frame.content_size != length or frame.window_size > length:
             raise BadMessage(
                 f"compressed chunk of {frame.content_size} bytes with a window of "

@@ -167,7 +167,7 @@ class ActorSection(StrictModel):
     """Longest time in seconds for one reward function on one group; then its process is killed."""
     reward_processes: Annotated[int, Field(ge=1, le=1024)] = 8
     """Reward functions that one actor runs at once, each in a process of its own. Functions that
-    wait, say for the answer of a judge, need as many as calls are to be out at once."""
+    wait, for a judge's answer for example, need as many as there are to be calls in flight."""
     status_interval_s: PositiveFloat = 0.5
     """Seconds between two messages in which an actor reports its state."""
     engine_timeout_s: PositiveFloat = 120.0

@@ -1,4 +1,4 @@
-"""The lease book: who rolls out which prompt, in books that balance. No sockets, no clock.
+"""The lease book: who rolls out which prompt, in counts that balance. No sockets, no clock.
 
 A lease is one prompt row to be rolled out G times. It has exactly one end:
 
@@ -42,7 +42,7 @@ class Work:
 class OutstandingLease:
     """A lease that has no end yet."""
 
-    lease: int
+    number: int
     work: Work
     holder: str
     expires_at: float
@@ -84,7 +84,7 @@ class LeaseBook:
         self._held: dict[int, OutstandingLease] = {}
         self._arrived: dict[int, OutstandingLease] = {}
         self._failed: OrderedDict[int, str] = OrderedDict()
-        self.books: dict[Purpose, LeaseCounts] = {
+        self.counts: dict[Purpose, LeaseCounts] = {
             "check": LeaseCounts(),
             "train": LeaseCounts(),
             "eval": LeaseCounts(),
@@ -92,13 +92,13 @@ class LeaseBook:
 
     def issue(self, work: Work, holder: str, now: float) -> Lease:
         """Lease ``work`` to ``holder`` until ``now`` plus the timeout."""
-        held = OutstandingLease(self.next_lease, work, holder, now + self._timeout_s)
+        lease = OutstandingLease(self.next_lease, work, holder, now + self._timeout_s)
         self.next_lease += 1
-        self._held[held.lease] = held
-        self._books(held).leased += 1
-        self._books(held).outstanding += 1
+        self._held[lease.number] = lease
+        self._counts(lease).leased += 1
+        self._counts(lease).outstanding += 1
         return Lease(
-            lease=held.lease,
+            lease=lease.number,
             row=work.row,
             prompt_id=work.prompt_id,
             seed=work.seed,
@@ -111,60 +111,60 @@ class LeaseBook:
 
     def held_by(self, holder: str) -> list[OutstandingLease]:
         """Leases that one actor has yet to fulfil."""
-        return [held for held in self._held.values() if held.holder == holder]
+        return [lease for lease in self._held.values() if lease.holder == holder]
 
-    def find(self, lease: int, holder: str) -> OutstandingLease | None:
+    def find(self, number: int, holder: str) -> OutstandingLease | None:
         """The lease, if ``holder`` has yet to fulfil it."""
-        held = self._held.get(lease)
-        return held if held is not None and held.holder == holder else None
+        lease = self._held.get(number)
+        return lease if lease is not None and lease.holder == holder else None
 
-    def why_not(self, lease: int) -> tuple[Verdict, str] | None:
-        """Why a group for ``lease`` is not accepted now.
+    def why_not(self, number: int) -> tuple[Verdict, str] | None:
+        """Why a group for lease ``number`` is not accepted now.
 
         None while the lease's group has arrived but is not stored yet: the answer is still to come.
         """
-        if lease in self._arrived:
+        if number in self._arrived:
             return None
-        if lease in self._failed:
-            return "rejected", f"lease {lease} was given up before: {self._failed[lease]}"
-        if lease in self._held:
-            return "rejected", f"lease {lease} is held by another actor"
-        if 0 < lease < self.next_lease:
-            return "duplicate", f"lease {lease} is settled"
-        return "rejected", f"lease {lease} was never issued"
+        if number in self._failed:
+            return "rejected", f"lease {number} was given up before: {self._failed[number]}"
+        if number in self._held:
+            return "rejected", f"lease {number} is held by another actor"
+        if 0 < number < self.next_lease:
+            return "duplicate", f"lease {number} is settled"
+        return "rejected", f"lease {number} was never issued"
 
-    def arrive(self, held: OutstandingLease) -> None:
+    def arrive(self, lease: OutstandingLease) -> None:
         """Note that a valid group came from the holder, and is to be stored."""
-        del self._held[held.lease]
-        self._arrived[held.lease] = held
+        del self._held[lease.number]
+        self._arrived[lease.number] = lease
 
-    def receive(self, held: OutstandingLease) -> None:
+    def receive(self, lease: OutstandingLease) -> None:
         """Note that the group that arrived is stored."""
-        del self._arrived[held.lease]
-        self._books(held).outstanding -= 1
-        self._books(held).received += 1
+        del self._arrived[lease.number]
+        self._counts(lease).outstanding -= 1
+        self._counts(lease).received += 1
 
-    def fail(self, held: OutstandingLease, cause: str) -> None:
+    def fail(self, lease: OutstandingLease, cause: str) -> None:
         """Note that the holder will not fulfil the lease."""
-        del self._held[held.lease]
-        self._books(held).outstanding -= 1
-        self._books(held).failed[cause] += 1
-        self._failed[held.lease] = cause
+        del self._held[lease.number]
+        self._counts(lease).outstanding -= 1
+        self._counts(lease).failed[cause] += 1
+        self._failed[lease.number] = cause
         if len(self._failed) > _REMEMBERED_FAILURES:
             self._failed.popitem(last=False)
 
     def overdue(self, now: float) -> Iterable[OutstandingLease]:
         """Leases to be fulfilled whose deadline has passed."""
-        return [held for held in self._held.values() if held.expires_at <= now]
+        return [lease for lease in self._held.values() if lease.expires_at <= now]
 
     def open_works(self, purpose: Purpose) -> list[Work]:
         """Work of all outstanding leases of a purpose."""
         everything = (*self._held.values(), *self._arrived.values())
-        return [held.work for held in everything if held.work.purpose == purpose]
+        return [lease.work for lease in everything if lease.work.purpose == purpose]
 
     def outstanding(self, purpose: Purpose) -> int:
         """Number of leases that have no end yet."""
-        return self.books[purpose].outstanding
+        return self.counts[purpose].outstanding
 
-    def _books(self, held: OutstandingLease) -> LeaseCounts:
-        return self.books[held.work.purpose]
+    def _counts(self, lease: OutstandingLease) -> LeaseCounts:
+        return self.counts[lease.work.purpose]

@@ -92,7 +92,7 @@ class ObservabilityServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop to serve, and wait for the server's thread."""
+        """Stop serving, and wait for the server's thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -100,7 +100,7 @@ class ObservabilityServer:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """What there is to be served."""
+    """What is served."""
 
     registry: CollectorRegistry
     heartbeats: Sequence[Heartbeat]

@@ -73,8 +73,8 @@ def bind_learner(
 ) -> LearnerSockets:
     """The learner's ROUTER socket, bound to ``tcp://HOST:PORT``; port 0 takes any free one.
 
-    With ``keys`` only those connect whom the authenticator lets in. A peer that sends a frame
-    over ``max_frame_bytes`` is disconnected. Raises `ConfigError`.
+    With ``keys`` the authenticator decides who may connect. A peer that sends a frame over
+    ``max_frame_bytes`` is disconnected. Raises `ConfigError`.
     """
     if keys is None:
         _require_loopback(url)
@@ -83,8 +83,8 @@ def bind_learner(
     _limit(socket)
     socket.setsockopt(zmq.RCVHWM, RECEIVED_MESSAGES)
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
-    # An actor that reconnects keeps its id: without this its new connection would be ignored for
-    # as long as the old one is not known to be dead.
+    # An actor that reconnects keeps its id: without this its new connection would be ignored
+    # until the old one is known to be dead.
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     # Without it a message to a peer that has gone is dropped in silence.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -205,7 +205,7 @@ def _limit(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
     socket.setsockopt(zmq.IMMEDIATE, 0)
-    # TCP notices who vanishes. ZeroMQ's own heartbeats, of either side, abort the process if
+    # TCP notices a vanished peer. ZeroMQ's own heartbeats, of either side, abort the process if
     # a peer goes away whose queue is full (libzmq issue 4364, open in 4.3.5).
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)

@@ -19,11 +19,11 @@ def print_journal(run: Path) -> None:
     journal = JournalReader.open(RunFolder(run).journal)
     steps: dict[int, list[int]] = {}
     ends: dict[int, str] = {}
-    cuts = journal.cuts()
-    for cut in cuts:
-        for prompt_index in cut.prompt_indices:
-            steps.setdefault(prompt_index, []).append(cut.step)
-        ends |= dict(cut.evicted)
+    batches = journal.batches()
+    for batch in batches:
+        for prompt_index in batch.prompt_indices:
+            steps.setdefault(prompt_index, []).append(batch.step)
+        ends |= dict(batch.evicted)
     num_groups = 0
     for prompt_index, header, frames in journal.headers():
         num_groups += 1
@@ -32,7 +32,7 @@ def print_journal(run: Path) -> None:
         print(f"{_describe(prompt_index, header, frames)}; {end}")
     for command in journal.commands():
         print(f"rewards from step {command.from_step} on: {json.dumps(command.updates)}")
-    span = f"steps {cuts[0].step} to {cuts[-1].step}" if cuts else "no step"
+    span = f"steps {batches[0].step} to {batches[-1].step}" if batches else "no step"
     print(f"{num_groups} groups; the batches of {span}")
 
 

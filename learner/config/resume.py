@@ -15,7 +15,7 @@ _FIXED = (
     "buffer.durability",
     "buffer.max_uses",
 )
-"""What a run cannot be resumed without, as it was: its groups, prompts and batches depend on it."""
+"""What must stay as it was: the groups, prompts and batches of a run depend on it."""
 
 
 def check_resumable(before: RunConfig, config: RunConfig) -> None:
@@ -30,6 +30,6 @@ def _at(config: RunConfig, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     if key == "rewards":
-        # What a failure of theirs means has no influence on groups that came in.
+        # What the failure of a reward means has no influence on groups that came in.
         return [reward.model_copy(update={"on_failure": "error"}) for reward in value]
     return value

@@ -190,7 +190,7 @@ def _sections(
 
 
 def _table(field: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
-    """Find the table that a field holds, or a list of; None for a plain value."""
+    """Find the table that a field holds, alone or in a list; None for a plain value."""
     node, is_list = _value(field), False
     if node.get("type") == "array" and "$ref" in node.get("items", {}):
         node, is_list = node["items"], True

@@ -73,8 +73,8 @@ class BufferConfig(StrictModel):
     max_uses: PositiveInt = 1
     """Training batches that a group may be in."""
     durability: Literal["journal", "memory"] = "journal"
-    """``journal``: a group is on disk before it is acknowledged, so that a killed learner goes on
-    with every one of them."""
+    """``journal``: a group is on disk before it is acknowledged, so that a run
+    whose learner is killed continues with all of them."""
     journal_max_bytes: PositiveInt = 8 << 30
     """Bytes; when the journal holds more, a checkpoint is made, which frees what is trained."""
     lag: NonNegativeInt | None = None
@@ -90,7 +90,7 @@ class BufferConfig(StrictModel):
 
 
 class CheckpointsConfig(StrictModel):
-    """What a run can go on from."""
+    """Checkpoints, from which a run can continue."""
 
     every_steps: PositiveInt = 25
     """Training batches between two checkpoints; there is one at the end of the run as well."""

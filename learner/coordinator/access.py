@@ -1,4 +1,4 @@
-"""Who gets as far as the coordinator: keys, handshakes, and the key of every single message.
+"""Access to the coordinator: keys, handshakes, and the key of every single message.
 
     TCP ──► CURVE handshake ──► is the key listed? ──► message: still listed? its own session? ──►
                   │                    │                            │
@@ -92,7 +92,7 @@ class Access:
                 event, value = read_event(self._sockets.monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            if cause := self._handshakes.take(event, value):
+            if cause := self._handshakes.observe(event, value):
                 self._refuse_connection(cause)
 
     def sender(self, identity: zmq.Frame, owner: str | None) -> str | None:
@@ -148,8 +148,8 @@ class Handshakes:
         """How many of them have, nobody knows which."""
         self._failure = ""
 
-    def take(self, event: int, value: int) -> str | None:
-        """The next event; the cause, if it is the end of a connection to be counted."""
+    def observe(self, event: int, value: int) -> str | None:
+        """Note an event; returns the cause, if it is the end of a connection to be counted."""
         match event:
             case zmq.EVENT_ACCEPTED:
                 self._open.add(value)
@@ -183,7 +183,7 @@ class Handshakes:
         return failure if failure and failure != "unknown_key" else None
 
     def _settle(self) -> None:
-        """All that are open have succeeded: they need not be remembered."""
+        """Forget the open ones once all of them have succeeded."""
         if self._succeeded >= len(self._open):
             self._open.clear()
             self._succeeded = 0

@@ -53,7 +53,7 @@ class Admission:
     ) -> None:
         """Without a ``self_check`` nobody is checked.
 
-        ``on_result`` gets every verdict on the thread of the check, and has it `judged`.
+        ``on_result`` gets every verdict on the thread of the check, and passes it to `judged`.
         """
         self._registry = registry
         self._offers = offers
@@ -127,7 +127,7 @@ class Admission:
         self._self_check.submit(group, snapshot, partial(self._on_result, actor))
 
     def judged(self, actor: ActorState, result: CheckResult) -> None:
-        """Let an actor work that has passed its check, and another one go."""
+        """Let an actor that has passed its check work, and refuse one that has not."""
         self._num_scored -= 1
         if self._registry.live.get(actor.session) is not actor:
             return
@@ -148,7 +148,7 @@ class Admission:
         self._registry.changed()
 
     def _end(self, actor: ActorState, check: Literal["due", "passed"]) -> None:
-        """The check is over, or begins anew; its snapshot is not needed any more."""
+        """End a check, or begin it anew; its snapshot is not needed any more."""
         actor.check = check
         self._offers.release(actor)
 

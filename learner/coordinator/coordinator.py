@@ -13,7 +13,7 @@ An actor's life:   hello ──► joining ──► has weights ──► check
                                                                    │              ▲
                                                                    └── silence, goodbye
 A silent actor is forgotten and its leases are issued again; if it turns up later it is told that
-its session is unknown, says hello again and is fed the current weights.
+its session is unknown, says hello again and is offered the current weights.
 
 Who does what; each part knows of those below it only:
 
@@ -168,11 +168,11 @@ class Coordinator:
                     self._registry.forget(actor, cause, lost=False)
             self._leasing.issue(now)
 
-    def stored(self, arrivals: Sequence[ReceivedGroup]) -> None:
+    def stored(self, groups: Sequence[ReceivedGroup]) -> None:
         """Use and acknowledge groups that are in the journal now."""
         with self._lock:
-            for arrival in arrivals:
-                self._leasing.accept(arrival)
+            for received in groups:
+                self._leasing.accept(received)
             self._leasing.issue(self._clock())
 
     def bad_message(self, session: str, error: BadMessage) -> None:
@@ -238,7 +238,7 @@ class Coordinator:
             return [replace(actor) for actor in self._offers.begin_push(version)]
 
     def end_push(self) -> None:
-        """Leave whoever has not confirmed the version yet to pull from now on."""
+        """Leave actors that have not confirmed the version to pull from now on."""
         with self._lock:
             self._offers.end_push()
 
@@ -274,7 +274,7 @@ class Coordinator:
         return self._registry.draining
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for what depends on actors, or on who calls `notify`; whether it came in time."""
+        """Wait for what depends on actors, or on a call of `notify`; returns whether it came."""
         with self._lock:
             return self._changed.wait_for(condition, max(0.0, timeout_s))
 
@@ -336,7 +336,7 @@ class Coordinator:
             self._changed.notify_all()
 
     def wait_until_empty(self, timeout_s: float) -> bool:
-        """Whether all actors said goodbye in time."""
+        """Wait for all actors to say goodbye; returns whether they did in time."""
         return self.wait_until(lambda: not self._registry.live, timeout_s)
 
     def raise_if_failed(self) -> None:
@@ -347,7 +347,7 @@ class Coordinator:
     # --- views ----------------------------------------------------------------------------------
 
     def state(self) -> tuple[OpenPrompts, dict[Purpose, LeaseState]]:
-        """How far the stream of prompts is used, what of it is still to come in, and the books."""
+        """How far the stream of prompts is used, what of it is still to come in, and the counts."""
         with self._lock:
             prompts = OpenPrompts(
                 next_prompt_index=self._work.next_prompt_index,
@@ -355,11 +355,11 @@ class Coordinator:
                 waiting=tuple(work.prompt_index for work in self._work.retries),
                 buffered=self._buffer.unused_prompt_indices,
             )
-            books = {
-                purpose: LeaseState(b.received, dict(b.failed), b.outstanding)
-                for purpose, b in self.leases.books.items()
+            counts = {
+                purpose: LeaseState(c.received, dict(c.failed), c.outstanding)
+                for purpose, c in self.leases.counts.items()
             }
-            return prompts, books
+            return prompts, counts
 
     def ready_actors(self, version: int = 0) -> list[ActorState]:
         """The actors that may get work and sample from ``version`` or later (copies)."""
@@ -373,7 +373,7 @@ class Coordinator:
 
     @property
     def num_live(self) -> int:
-        """How many actors are there."""
+        """The number of live actors."""
         with self._lock:
             return len(self._registry.live)
 
@@ -384,7 +384,7 @@ class Coordinator:
 
     @property
     def counters(self) -> WireCounters:
-        """What arrived that was of no use, or told of a failure."""
+        """Counts of messages, and of what went wrong with them."""
         return self._registry.counters
 
     @property
@@ -395,12 +395,12 @@ class Coordinator:
     # --- details --------------------------------------------------------------------------------
 
     def _leaves(self, actor: ActorState) -> int:
-        """An actor that is forgotten gives back what it holds: leases, and a snapshot."""
+        """Take back what an actor that is forgotten holds: leases, and a snapshot."""
         self._offers.release(actor)
         return self._leasing.give_back(actor)
 
     def _judged(self, actor: ActorState, result: CheckResult) -> None:
-        """On the thread of the self-check."""
+        """Pass on a verdict, on the thread of the self-check."""
         with self._lock:
             self._admission.judged(actor, result)
             self._leasing.issue(self._clock())

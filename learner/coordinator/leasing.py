@@ -63,11 +63,11 @@ class Leasing:
         """Give work to the actors, the emptiest first, as far as it is allowed."""
         with_room = [actor for actor in self._registry.live.values() if actor.room > 0]
         while with_room:
-            actor = min(with_room, key=lambda a: a.held / (a.held + a.room))
+            actor = min(with_room, key=lambda a: a.num_leases / (a.num_leases + a.room))
             work = self._work_for(actor)
             if work is not None:
                 lease = self._leases.issue(work, actor.session, now)
-                actor.held += 1
+                actor.num_leases += 1
                 self._registry.send(actor.session, lease)
             if work is None or actor.room == 0:
                 with_room.remove(actor)
@@ -75,9 +75,9 @@ class Leasing:
     def give_back(self, actor: ActorState) -> int:
         """Have all that an actor holds issued again, because it leaves; returns how much it was."""
         unfinished = self._leases.held_by(actor.session)
-        for held in unfinished:
-            self._leases.fail(held, "actor_lost")
-            self._work.again(held.work)
+        for lease in unfinished:
+            self._leases.fail(lease, "actor_lost")
+            self._work.again(lease.work)
         return len(unfinished)
 
     def _work_for(self, actor: ActorState) -> Work | None:
@@ -109,41 +109,41 @@ class Leasing:
     def group(self, actor: ActorState, header: GroupHeader, payloads: list[memoryview]) -> None:
         """Take a group for a lease: it is stored, accepted, or refused."""
         actor.overrun.discard(header.lease)
-        held = self._leases.find(header.lease, actor.session)
-        if held is None:
+        lease = self._leases.find(header.lease, actor.session)
+        if lease is None:
             if answer := self._leases.why_not(header.lease):
                 self._ack(actor.session, header.lease, *answer)
             return
         try:
-            group = unpack_group(header, payloads, self._limits(held.work))
+            group = unpack_group(header, payloads, self._limits(lease.work))
         except BadMessage as error:
-            self._invalid(actor, held, str(error))
+            self._invalid(actor, lease, str(error))
             return
         for name, cause in group.missing.items():
-            self._reward_failed(actor, held.work, name, cause)
+            self._reward_failed(actor, lease.work, name, cause)
         actor.failures = 0
-        actor.held -= 1
+        actor.num_leases -= 1
         actor.groups += 1
-        if held.work.purpose != "check":
+        if lease.work.purpose != "check":
             self._registry.record_phase(actor, "generate", group.generation_seconds)
             self._registry.record_phase(actor, "score", group.reward_seconds)
-        self._leases.arrive(held)
-        arrival = ReceivedGroup(held, group)
-        if held.work.purpose == "train" and self._journal is not None:
-            self._journal.append(arrival, header, payloads)
+        self._leases.arrive(lease)
+        received = ReceivedGroup(lease, group)
+        if lease.work.purpose == "train" and self._journal is not None:
+            self._journal.append(received, header, payloads)
             return
-        if held.work.purpose == "check":
+        if lease.work.purpose == "check":
             self._admission.submit(actor, group)
-        self.accept(arrival)
+        self.accept(received)
 
-    def accept(self, arrival: ReceivedGroup) -> None:
+    def accept(self, received: ReceivedGroup) -> None:
         """Use a group that is where it has to be, and acknowledge it."""
-        held, group = arrival.held, arrival.group
-        self._leases.receive(held)
-        self._work.done(held.work, group)
-        if held.work.purpose == "train":
-            self._buffer.add(group, held.work.prompt_index)
-        self._ack(held.holder, held.lease, "accepted", "")
+        lease, group = received.lease, received.group
+        self._leases.receive(lease)
+        self._work.done(lease.work, group)
+        if lease.work.purpose == "train":
+            self._buffer.add(group, lease.work.prompt_index)
+        self._ack(lease.holder, lease.number, "accepted", "")
 
     def _limits(self, work: Work) -> GroupLimits:
         return replace(
@@ -153,12 +153,12 @@ class Leasing:
             newest_version=self.trainer_version,
         )
 
-    def _invalid(self, actor: ActorState, held: OutstandingLease, cause: str) -> None:
+    def _invalid(self, actor: ActorState, lease: OutstandingLease, cause: str) -> None:
         self._registry.counters.bad_messages += 1
-        self._end(actor, held, "invalid_group")
-        self._ack(actor.session, held.lease, "rejected", cause)
-        self._work.failed(held.work)
-        self._count_failure(actor, held.work, cause)
+        self._end(actor, lease, "invalid_group")
+        self._ack(actor.session, lease.number, "rejected", cause)
+        self._work.failed(lease.work)
+        self._count_failure(actor, lease.work, cause)
 
     def _ack(self, session: str, lease: int, verdict: Verdict, cause: str) -> None:
         self._registry.counters.verdicts[verdict] += 1
@@ -171,16 +171,16 @@ class Leasing:
     def failed(self, actor: ActorState, message: Failed) -> None:
         """End a lease that its actor gives up."""
         actor.overrun.discard(message.lease)
-        held = self._leases.find(message.lease, actor.session)
-        if held is None:
+        lease = self._leases.find(message.lease, actor.session)
+        if lease is None:
             return
         cause = one_line(message.cause)
-        log.warning("lease %d failed on actor %d: %s", held.lease, actor.number, cause)
+        log.warning("lease %d failed on actor %d: %s", lease.number, actor.number, cause)
         if message.kind == "reward":
-            self._reward_failed(actor, held.work, message.reward, cause)
-        self._end(actor, held, "actor_failed")
-        self._work.failed(held.work)
-        self._count_failure(actor, held.work, cause)
+            self._reward_failed(actor, lease.work, message.reward, cause)
+        self._end(actor, lease, "actor_failed")
+        self._work.failed(lease.work)
+        self._count_failure(actor, lease.work, cause)
 
     def status(self, actor: ActorState, status: Status) -> None:
         """Note what an actor works on and has room for; a lease that it cannot know of was lost."""
@@ -189,31 +189,31 @@ class Leasing:
         actor.overrun.intersection_update(status.leases)
         first_unheard = next((first for seq, first in actor.pongs if seq == status.heard), 0)
         working_on = set(status.leases)
-        for held in self._leases.held_by(actor.session):
-            if held.lease < first_unheard and held.lease not in working_on:
+        for lease in self._leases.held_by(actor.session):
+            if lease.number < first_unheard and lease.number not in working_on:
                 log.warning(
-                    "lease %d was lost on the way to or from actor %d", held.lease, actor.number
+                    "lease %d was lost on the way to or from actor %d", lease.number, actor.number
                 )
-                self._end(actor, held, "lost")
-                self._work.again(held.work)
+                self._end(actor, lease, "lost")
+                self._work.again(lease.work)
         actor.pongs.append((status.sequence, self._leases.next_lease))
         pong = Pong(sequence=status.sequence, version=self.trainer_version)
         self._registry.send(actor.session, pong)
 
     def end_overdue(self, now: float) -> None:
         """Give up the leases whose deadline has passed."""
-        for held in self._leases.overdue(now):
-            log.warning("lease %d overran its deadline; issued again", held.lease)
-            holder = self._registry.live[held.holder]
-            self._end(holder, held, "deadline")
-            holder.overrun.add(held.lease)
-            self._work.failed(held.work)
+        for lease in self._leases.overdue(now):
+            log.warning("lease %d overran its deadline; issued again", lease.number)
+            holder = self._registry.live[lease.holder]
+            self._end(holder, lease, "deadline")
+            holder.overrun.add(lease.number)
+            self._work.failed(lease.work)
 
-    def _end(self, holder: ActorState, held: OutstandingLease, cause: str) -> None:
+    def _end(self, holder: ActorState, lease: OutstandingLease, cause: str) -> None:
         """Close a lease as failed."""
-        self._leases.fail(held, cause)
-        holder.held -= 1
-        if held.work.purpose == "check":
+        self._leases.fail(lease, cause)
+        holder.num_leases -= 1
+        if lease.work.purpose == "check":
             self._admission.lease_failed(holder)
 
     def _reward_failed(self, actor: ActorState, work: Work, name: str, cause: str) -> None:
@@ -228,7 +228,7 @@ class Leasing:
             self._registry.fail(TrainingError(problem))
 
     def _count_failure(self, actor: ActorState, work: Work, cause: str) -> None:
-        """Let an actor go from which nothing but failures comes; the last such one ends the run."""
+        """Refuse an actor from which only failures come; where all are like that, end the run."""
         if work.attempts:
             # The row is known to be difficult. Such rows come before new ones, many in a row.
             return

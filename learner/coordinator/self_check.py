@@ -2,8 +2,8 @@
 
 A new actor first gets one prompt. The log-probabilities that its engine recorded are compared with
 those of the learner's model, at the version of the weights that each token was sampled from. Only
-then it gets work. Importance ratios are built from the same two numbers, and a wrong temperature or
-attention would train on without any other sign.
+then does it get work. Importance ratios are built from the same two numbers, and nothing else would
+show a wrong temperature or attention.
 
     joined ──► due ──► out (a lease) ──► scoring (on a side thread) ──► passed
                 ▲                           │         └──────────────► refused, with the figure
@@ -177,7 +177,7 @@ class LearnerLogprobs:
 
     def __init__(self, policy: Policy) -> None:
         self._specs = policy.specs
-        # Its own: what is set in it below would reach into the model in training.
+        # A copy: what is set in it below would reach into the model in training.
         config = copy.deepcopy(policy.model.config)
         attention = config._attn_implementation
         try:

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def check_rows(source: str, split: str) -> None:
-    """Raises what `load_rows` does about a file; the hub is not asked."""
+    """Check a file, and raise what `load_rows` does; the hub is not asked."""
     if Path(source).suffix in _FILE_TYPES:
         load_rows(source, split)
 

@@ -11,7 +11,7 @@ from protocol.leases import Work
 class PromptStream:
     """Every row once an epoch, in an order that depends on seed and epoch only.
 
-    A place in the stream has a number, the prompt index: 0, 1, 2, ... without end.
+    A prompt has an index, its place in the stream: 0, 1, 2, ... without end.
     """
 
     def __init__(self, rows: list[Row], config: RunConfig) -> None:
@@ -29,12 +29,12 @@ class PromptStream:
         return self.work(self.next_prompt_index - 1)
 
     def work(self, prompt_index: int) -> Work:
-        """Return what is at one place."""
-        epoch, place = divmod(prompt_index, len(self.rows))
+        """Return the prompt with this index."""
+        epoch, position = divmod(prompt_index, len(self.rows))
         if epoch != self._epoch:
             random = np.random.default_rng([self._config.seed, epoch])
             self._epoch, self._order = epoch, random.permutation(len(self.rows)).tolist()
-        index = self._order[place]
+        index = self._order[position]
         return Work(
             prompt_id=f"train/{epoch}/{index}",
             row=self.rows[index],

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside and renamed, with a manifest of digests, while training goes on.
+"""Checkpoints: written aside and renamed, with a manifest of digests, while training continues.
 
     checkpoints/step-00000025/
         model/          Hugging Face form: opens with AutoModelForCausalLM.from_pretrained
@@ -7,7 +7,7 @@
         manifest.json   size and BLAKE2b digest of every other file
 
 Training waits only while weights and optimiser are copied to CPU memory; a thread writes the copy.
-Everything is safetensors and JSON: nothing is unpickled, also not by torch.distributed.checkpoint,
+Everything is safetensors and JSON: nothing is unpickled, not even by torch.distributed.checkpoint,
 which would pickle its metadata in its own format.
 """
 
@@ -169,7 +169,7 @@ class Checkpoints:
         self._idle.set()
 
     def _fail(self, error: AsyncGdpoError) -> None:
-        """On the thread, which has ended: whoever waits for a checkpoint gets the error."""
+        """Give the error to whoever waits for a checkpoint; on the thread, which has ended."""
         self._failure = error
         self._idle.set()
 
@@ -263,7 +263,7 @@ def _alone() -> Iterator[None]:
 
 
 def _copies(tensors: Tensors) -> Tensors:
-    """In CPU memory; what shares memory still does, so that tied weights are written once."""
+    """Copy to CPU memory; what shares memory still does, so that tied weights are written once."""
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
@@ -285,7 +285,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """At once, for whoever looks for complete ones."""
+    """Remove a checkpoint: at once, as seen by code that looks for complete ones."""
     partial = folder.with_name(folder.name + _PARTIAL)
     folder.rename(partial)
     shutil.rmtree(partial)
@@ -304,7 +304,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _verify(folder: Path) -> None:
-    """Raises ValueError unless all files are there and are what the manifest says."""
+    """Raise ValueError unless all files are there and are what the manifest says."""
     expected = json.loads((folder / "manifest.json").read_text())["files"]
     for name, entry in expected.items():
         path = folder / name
@@ -321,7 +321,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    """On disk, not only handed to the operating system; of a folder: its list of names."""
+    """Put a file on disk, not only into the system's cache; of a folder, its list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,11 @@
 """What lets a run continue after its learner was killed: the journal and the checkpoints.
 
-    training:   cut of step v+1 ──► journal ─┐
-                step v+1 ────────────────────┴─► both done: version v+1 may be published
+    training:   batch of step v+1 ──► journal ─┐
+                step v+1 ──────────────────────┴─► both done: version v+1 may be published
                 every few steps: checkpoint ──► journal loses what the oldest checkpoint has used
 
-    resume:     newest good checkpoint (v) ──► cuts v+1, v+2, ... of the journal are trained again
-                ──► groups without a cut go into the buffer ──► the ports open
+    resume:     newest good checkpoint (v) ──► the batches v+1, v+2, ... are trained again, from
+                the journal ──► groups of no batch go into the buffer ──► the ports open
 
 The batches that are trained again consist of the same groups in the same order, with the same
 weights of the rewards, so they make the same versions (bit for bit where the arithmetic is
@@ -48,16 +48,16 @@ class History:
         self.checkpoints = Checkpoints(
             folder.checkpoints, policy, keep=config.checkpoints.keep, on_written=self._prune
         )
-        self._last_cut: Future[None] | None = None
+        self._last_batch: Future[None] | None = None
         self._lock = Lock()
         self._finished: deque[tuple[int, tuple[int, ...]]] = deque()
         """(step, prompt indices of the groups that nobody needs after it)."""
 
-    def begin(self, step: int, cut: TrainingBatch) -> None:
+    def begin(self, step: int, batch: TrainingBatch) -> None:
         """Record a batch that is going to be trained on."""
-        self.note_finished(step, cut.finished)
+        self.note_finished(step, batch.finished)
         if self.journal is not None:
-            self._last_cut = self.journal.cut(step, cut)
+            self._last_batch = self.journal.batch(step, batch)
 
     def note_finished(self, step: int, prompt_indices: tuple[int, ...]) -> None:
         """Note groups that nobody needs after ``step``, by their prompts: they may be deleted."""
@@ -68,8 +68,8 @@ class History:
 
     def wait(self) -> None:
         """Wait until what `begin` was told is on disk; raises `TrainingError` if it cannot be."""
-        if self._last_cut is not None:
-            wait_until_stored(self._last_cut, JOURNAL_TIMEOUT_S)
+        if self._last_batch is not None:
+            wait_until_stored(self._last_batch, JOURNAL_TIMEOUT_S)
 
     def checkpoint(self, state: RunState, trainer: Tensors) -> None:
         """Begin a checkpoint: training waits for the copy, not for the disk.

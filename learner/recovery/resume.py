@@ -54,15 +54,15 @@ class Resumed:
         train: Callable[[TrainingBatch, RewardSetting], None],
         finished: Callable[[int, tuple[int, ...]], None] = lambda step, prompt_indices: None,
     ) -> None:
-        """Cut the journal's batches again and ``train`` on them, then fill the buffer.
+        """Take the journal's batches again and ``train`` on them, then fill the buffer.
 
         ``finished`` is told the prompt indices of groups that nobody needs after a step. Raises
         `ConfigError` if the journal and the checkpoint do not belong together, or the run is to end
-        before where it is.
+        before the step that it is at.
         """
-        cuts = self.journal.cuts() if self.journal is not None else []
-        before = [cut for cut in cuts if cut.step <= self.version]
-        after = [cut for cut in cuts if cut.step > self.version]
+        batches = self.journal.batches() if self.journal is not None else []
+        before = [batch for batch in batches if batch.step <= self.version]
+        after = [batch for batch in batches if batch.step > self.version]
         self._check_steps(after)
         if self.state is not None:
             buffer.restore(self.state.groups)
@@ -71,10 +71,10 @@ class Resumed:
             if self.state is not None:
                 buffer.lose(self.state.groups)
             return
-        uses = Counter(prompt_index for cut in before for prompt_index in cut.prompt_indices)
+        uses = Counter(prompt_index for batch in before for prompt_index in batch.prompt_indices)
         ended = self._ended(before, uses)
         finished(self.version, tuple(ended))
-        alive = dict.fromkeys(t for t in self.journal.prompt_indices() if t not in ended)
+        alive = dict.fromkeys(p for p in self.journal.prompt_indices() if p not in ended)
 
         def fetch(prompt_indices: Iterable[int]) -> None:
             """Load groups into memory, only when their turn comes."""
@@ -91,13 +91,13 @@ class Resumed:
                 if command.number > rewards.num_commands:
                     rewards.command(command.updates)
 
-        for cut in after:
-            log.info("training on the batch of step %d again, from the journal", cut.step)
-            fetch((*cut.prompt_indices, *(prompt_index for prompt_index, _ in cut.evicted)))
-            command_up_to(cut.step)
-            setting = rewards.begin(cut.step)
-            again = self._retake(buffer, cut)
-            finished(cut.step, again.finished)
+        for batch in after:
+            log.info("training on the batch of step %d again, from the journal", batch.step)
+            fetch((*batch.prompt_indices, *(prompt_index for prompt_index, _ in batch.evicted)))
+            command_up_to(batch.step)
+            setting = rewards.begin(batch.step)
+            again = self._retake(buffer, batch)
+            finished(batch.step, again.finished)
             train(again, setting)
             buffer.step_done()
         command_up_to(self.config.training.steps)
@@ -106,7 +106,7 @@ class Resumed:
     def restore_work(
         self, stream: PromptStream, work: WorkQueue, leases: LeaseBook, buffer: ReplayBuffer
     ) -> None:
-        """Lease again what did not come in, continue in the stream, and carry the books on."""
+        """Lease again what did not come in, continue in the stream, and carry the counts on."""
         prompts = self.state.prompts if self.state else OpenPrompts()
         stored = set(self.journal.prompt_indices()) if self.journal else set()
         # Prompts are leased in order: what is before one that came in was leased too.
@@ -122,41 +122,43 @@ class Resumed:
         for prompt_index in sorted(open_indices - stored):
             work.retries.append(stream.work(prompt_index))
         if self.state is not None:
-            for purpose, books in self.state.leases.items():
+            for purpose, counts in self.state.leases.items():
                 arrived = stored.intersection(prompts.leased) if purpose == "train" else ()
-                gone = books.outstanding - len(arrived)
-                leases.books[purpose] = LeaseCounts.after_loss(books.received, books.failed, gone)
+                gone = counts.outstanding - len(arrived)
+                leases.counts[purpose] = LeaseCounts.after_loss(
+                    counts.received, counts.failed, gone
+                )
             leases.next_lease = self.state.next_lease
-        train = leases.books["train"]
-        train.received = buffer.books.accepted
+        train = leases.counts["train"]
+        train.received = buffer.counts.accepted
         train.leased = train.received + train.failed.total()
 
-    def _check_steps(self, cuts: Sequence[RecordedBatch]) -> None:
-        """Check that the cuts follow the checkpoint, and that the run is to go as far as that."""
-        reached, steps = self.version + len(cuts), self.config.training.steps
+    def _check_steps(self, batches: Sequence[RecordedBatch]) -> None:
+        """Check that the batches follow the checkpoint, and that the run is to go that far."""
+        reached, steps = self.version + len(batches), self.config.training.steps
         if reached > steps:
             raise ConfigError(
                 f"training.steps = {steps}, but the run is at step {reached} already; give more"
             )
-        if [cut.step for cut in cuts] != list(range(self.version + 1, reached + 1)):
+        if [batch.step for batch in batches] != list(range(self.version + 1, reached + 1)):
             assert self.journal is not None
             raise ConfigError(
                 f"{self.journal.path} has no record of the steps after {self.version}: checkpoint "
                 "and journal are not of one run"
             )
 
-    def _ended(self, cuts: Iterable[RecordedBatch], uses: Mapping[int, int]) -> set[int]:
-        """Return the prompt indices of groups that nobody needs after ``cuts``."""
+    def _ended(self, batches: Iterable[RecordedBatch], uses: Mapping[int, int]) -> set[int]:
+        """Return the prompt indices of groups that nobody needs after ``batches``."""
         max_uses = self.config.buffer.max_uses
         used_up = {prompt_index for prompt_index, n in uses.items() if n >= max_uses}
-        return used_up | {prompt_index for cut in cuts for prompt_index, _ in cut.evicted}
+        return used_up | {prompt_index for batch in batches for prompt_index, _ in batch.evicted}
 
-    def _retake(self, buffer: ReplayBuffer, cut: RecordedBatch) -> TrainingBatch:
+    def _retake(self, buffer: ReplayBuffer, batch: RecordedBatch) -> TrainingBatch:
         try:
-            return buffer.retake(cut.prompt_indices, cut.evicted, cut.step - 1)
+            return buffer.retake(batch.prompt_indices, batch.evicted, batch.step - 1)
         except KeyError as error:
             raise ConfigError(
-                f"a group of step {cut.step} is missing (prompt {error}): checkpoint "
+                f"a group of step {batch.step} is missing (prompt {error}): checkpoint "
                 "and journal are not of one run"
             ) from error
 
@@ -200,16 +202,18 @@ def replay(folder: RunFolder, config: RunConfig, on_step: Callable[[StepResult],
     Raises `ConfigError`.
     """
     journal = JournalReader.open(folder.journal)
-    cuts = journal.cuts()
+    batches = journal.batches()
     # Nothing is deleted before there are two checkpoints.
     from_start = (
-        bool(cuts) and cuts[0].step == 1 and cuts[0].prompt_indices[0] in journal.prompt_indices()
+        bool(batches)
+        and batches[0].step == 1
+        and batches[0].prompt_indices[0] in journal.prompt_indices()
     )
     checkpoint = None if from_start else oldest(folder.checkpoints)
     policy, trainer = load_trainer(config, checkpoint)
 
-    def train(cut: TrainingBatch, setting: RewardSetting) -> None:
-        on_step(trainer.step(cut.groups, setting))
+    def train(batch: TrainingBatch, setting: RewardSetting) -> None:
+        on_step(trainer.step(batch.groups, setting))
 
     Resumed(config, checkpoint, journal, group_limits(config, policy.vocab_size)).replay(
         ReplayBuffer.of(config), RewardSchedule(config.rewards, config.training.steps), train

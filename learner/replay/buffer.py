@@ -101,7 +101,7 @@ class ReplayBuffer:
         self.size_bytes = 0
         self.largest_staleness = 0
         """The largest of any group that `take` returned."""
-        self.books = GroupCounts()
+        self.counts = GroupCounts()
 
     @classmethod
     def of(cls, config: RunConfig) -> Self:
@@ -125,10 +125,10 @@ class ReplayBuffer:
             return tuple(entry.prompt_index for entry in self._entries if not entry.uses)
 
     def state(self) -> GroupState:
-        """Return the books as they were when the last batch was cut."""
+        """Return the counts as they were when the last batch was cut."""
         with self._changed:
-            books = self.books
-            evicted, tokens = Counter(books.evicted), Counter(books.evicted_tokens)
+            counts = self.counts
+            evicted, tokens = Counter(counts.evicted), Counter(counts.evicted_tokens)
             for entry, cause in self._evicted:
                 if not entry.uses:
                     evicted[cause] -= 1
@@ -137,8 +137,8 @@ class ReplayBuffer:
             reusable = [entry.group.num_tokens for entry in self._entries if entry.uses]
             pending = sum(entry.group.num_tokens for entry, _ in self._evicted)
             return GroupState(
-                trained=books.trained - sum(1 for entry, _ in self._evicted if entry.uses),
-                ended_tokens=books.accepted_tokens - sum(buffered) - sum(reusable) - pending,
+                trained=counts.trained - sum(1 for entry, _ in self._evicted if entry.uses),
+                ended_tokens=counts.accepted_tokens - sum(buffered) - sum(reusable) - pending,
                 buffered=len(buffered),
                 buffered_tokens=sum(buffered),
                 reusable=len(reusable),
@@ -149,9 +149,9 @@ class ReplayBuffer:
             )
 
     def restore(self, state: GroupState) -> None:
-        """Empty the buffer, and carry on the books of ``state``."""
+        """Empty the buffer, and carry on the counts of ``state``."""
         self.largest_staleness = state.largest_staleness
-        self.books = GroupCounts(
+        self.counts = GroupCounts(
             accepted=state.trained + sum(state.evicted.values()),
             accepted_tokens=state.ended_tokens,
             trained=state.trained,
@@ -161,17 +161,17 @@ class ReplayBuffer:
 
     def lose(self, state: GroupState) -> None:
         """Count what was buffered in ``state`` as lost."""
-        self.books.accepted += state.buffered + state.reusable
-        self.books.accepted_tokens += state.buffered_tokens + state.reusable_tokens
-        self.books.trained += state.reusable
+        self.counts.accepted += state.buffered + state.reusable
+        self.counts.accepted_tokens += state.buffered_tokens + state.reusable_tokens
+        self.counts.trained += state.reusable
         if state.buffered:
-            self.books.evicted["learner_lost"] += state.buffered
-            self.books.evicted_tokens["learner_lost"] += state.buffered_tokens
+            self.counts.evicted["learner_lost"] += state.buffered
+            self.counts.evicted_tokens["learner_lost"] += state.buffered_tokens
 
     def put_back(self, group: Group, prompt_index: int, uses: int) -> None:
         """Store a group that was in the buffer before, whatever the bounds are now.
 
-        The cuts that follow are those that were made then.
+        The batches that follow are those that were cut then.
         """
         with self._changed:
             self._accept(_Entry(group, prompt_index, uses))
@@ -235,10 +235,10 @@ class ReplayBuffer:
             staleness = version - entry.group.oldest_version
             self.largest_staleness = max(self.largest_staleness, staleness)
             if entry.uses == self._max_uses:
-                # First: who counts groups without the lock may count one twice, never none.
+                # First: a count of groups without the lock may find one twice, but misses none.
                 self.in_training += 1
                 self._remove(entry)
-                self.books.trained += 1
+                self.counts.trained += 1
         evicted, self._evicted = tuple((e.prompt_index, cause) for e, cause in self._evicted), []
         used_up = [entry.prompt_index for entry in chosen if entry.uses == self._max_uses]
         return TrainingBatch(
@@ -262,23 +262,23 @@ class ReplayBuffer:
         return len(self._entries)
 
     def _accept(self, entry: _Entry) -> None:
-        self.books.accepted += 1
-        self.books.accepted_tokens += entry.group.num_tokens
+        self.counts.accepted += 1
+        self.counts.accepted_tokens += entry.group.num_tokens
         bisect.insort(self._entries, entry, key=lambda e: e.prompt_index)
         self.size_bytes += entry.group.size_bytes
-        self.books.buffered += 1
+        self.counts.buffered += 1
 
     def _remove(self, entry: _Entry) -> None:
         self._entries.remove(entry)
         self.size_bytes -= entry.group.size_bytes
-        self.books.buffered -= 1
+        self.counts.buffered -= 1
 
     def _evict(self, entry: _Entry, cause: str) -> None:
         self._remove(entry)
         self._evicted.append((entry, cause))
         if entry.uses:
             # It was trained on, if fewer times than allowed.
-            self.books.trained += 1
+            self.counts.trained += 1
         else:
-            self.books.evicted[cause] += 1
-            self.books.evicted_tokens[cause] += entry.group.num_tokens
+            self.counts.evicted[cause] += 1
+            self.counts.evicted_tokens[cause] += entry.group.num_tokens

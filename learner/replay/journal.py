@@ -1,7 +1,7 @@
 """The journal: what a learner that is killed must not lose, on disk before anybody is told.
 
     group arrives ──► append ─┐                       ┌─► replay buffer, acknowledgement
-    batch is cut  ──► cut ────┼─► one transaction ────┼─► version may be published
+    batch is cut  ──► batch ──┼─► one transaction ────┼─► version may be published
     rewards set   ──► command ┘   (writer thread)     └─► the user is answered
 
 It is one SQLite file in WAL mode with full synchronisation. The writer takes everything that waits
@@ -51,7 +51,7 @@ CREATE TABLE IF NOT EXISTS commands (
 class ReceivedGroup:
     """A valid group and the lease that it fulfils."""
 
-    held: OutstandingLease
+    lease: OutstandingLease
     group: Group
 
 
@@ -69,7 +69,7 @@ def wait_until_stored(stored: Future[None], timeout_s: float) -> None:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     statements: Sequence[tuple[str, tuple[Any, ...]]]
-    arrival: ReceivedGroup | None
+    received: ReceivedGroup | None
     stored: Future[None]
 
 
@@ -113,17 +113,17 @@ class Journal(JournalReader):
         self._worker.start(self._fail)
 
     def append(
-        self, arrival: ReceivedGroup, header: GroupHeader, payloads: Sequence[Buffer]
+        self, received: ReceivedGroup, header: GroupHeader, payloads: Sequence[Buffer]
     ) -> None:
         """Store a group; ``on_stored`` is told of it when that is done."""
         encoded, *frames = encode(header, payloads)
-        values = (arrival.held.work.prompt_index, header.lease, encoded, b"".join(frames))
-        self._add(("INSERT INTO groups VALUES (?, ?, ?, ?)", values), arrival=arrival)
+        values = (received.lease.work.prompt_index, header.lease, encoded, b"".join(frames))
+        self._add(("INSERT INTO groups VALUES (?, ?, ?, ?)", values), received=received)
 
-    def cut(self, step: int, cut: TrainingBatch) -> Future[None]:
+    def batch(self, step: int, batch: TrainingBatch) -> Future[None]:
         """Store which groups a batch consists of."""
-        prompt_indices = np.array(cut.prompt_indices, dtype="<i8").tobytes()
-        values = (step, prompt_indices, json.dumps(cut.evicted))
+        prompt_indices = np.array(batch.prompt_indices, dtype="<i8").tobytes()
+        values = (step, prompt_indices, json.dumps(batch.evicted))
         return self._add(("INSERT INTO cuts VALUES (?, ?, ?)", values))
 
     def command(self, from_step: int, updates: Any) -> Future[None]:
@@ -131,14 +131,14 @@ class Journal(JournalReader):
         values = (from_step, json.dumps(updates))
         return self._add(("INSERT INTO commands (from_step, updates) VALUES (?, ?)", values))
 
-    def prune(self, finished: Iterable[int], cuts_up_to: int) -> Future[None]:
-        """Delete the groups of these prompts, and the cuts up to a step."""
+    def prune(self, finished: Iterable[int], batches_up_to: int) -> Future[None]:
+        """Delete the groups of these prompts, and the batches up to a step."""
         return self._add(
             *(
                 ("DELETE FROM groups WHERE prompt_index = ?", (prompt_index,))
                 for prompt_index in finished
             ),
-            ("DELETE FROM cuts WHERE step <= ?", (cuts_up_to,)),
+            ("DELETE FROM cuts WHERE step <= ?", (batches_up_to,)),
         )
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Journal(JournalReader):
         self._database.close()
 
     def _add(
-        self, *statements: tuple[str, tuple[Any, ...]], arrival: ReceivedGroup | None = None
+        self, *statements: tuple[str, tuple[Any, ...]], received: ReceivedGroup | None = None
     ) -> Future[None]:
         stored: Future[None] = Future()
         with self._worker.adding():
@@ -156,7 +156,7 @@ class Journal(JournalReader):
             elif self._worker.closing:
                 stored.set_exception(TrainingError(f"the journal {self.path} is closed"))
             else:
-                self._waiting.append(_Entry(statements, arrival, stored))
+                self._waiting.append(_Entry(statements, received, stored))
         return stored
 
     def _take(self) -> list[_Entry] | None:
@@ -165,11 +165,11 @@ class Journal(JournalReader):
         return entries or None
 
     def _store(self, entries: list[_Entry]) -> None:
-        """Write and tell; raises `TrainingError` if that is not possible."""
+        """Write, and report what is stored; raises `TrainingError` if that is not possible."""
         try:
             self._write(entries)
-            if arrivals := [entry.arrival for entry in entries if entry.arrival]:
-                self._on_stored(arrivals)
+            if received := [entry.received for entry in entries if entry.received]:
+                self._on_stored(received)
         except Exception as error:
             if not isinstance(error, sqlite3.Error):
                 log.exception("the journal's thread died")
@@ -184,7 +184,7 @@ class Journal(JournalReader):
             entry.stored.set_result(None)
 
     def _write(self, entries: list[_Entry]) -> None:
-        """All of them or none."""
+        """Write all of them or none."""
         self._database.execute("BEGIN IMMEDIATE")
         for entry in entries:
             for statement, values in entry.statements:

@@ -27,7 +27,7 @@ class RecordedBatch:
     step: int
     prompt_indices: tuple[int, ...]
     evicted: tuple[tuple[int, str], ...]
-    """(prompt_index, cause) since the cut before."""
+    """(prompt_index, cause) since the batch before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class JournalReader:
             if found := self._frames(prompt_index):
                 yield (prompt_index, *found)
 
-    def cuts(self) -> list[RecordedBatch]:
+    def batches(self) -> list[RecordedBatch]:
         """Return all batches, in order."""
         rows = self._read("SELECT step, prompt_indices, evicted FROM cuts ORDER BY step")
         return [

@@ -10,12 +10,12 @@ Every loop has a thread of its own:
 |------------|----------------|--------------|-----------------|------------------|----------------|
 | training   | MainThread     | batches      | fresh groups    | intake, journal  | versions       |
 | intake     | intake         | messages     | a tick at most  | actors, a wake   | groups, leases |
-| journal    | journal        | groups, cuts | either          | any other thread | stored groups  |
+| journal    | journal        | records      | a record        | any other thread | stored records |
 | stream     | weights-stream | pulls        | pulls, versions | intake, pushes   | chunks         |
 | publisher  | publisher      | versions     | actors' answers | intake, clock    | actors in step |
 | checkpoint | checkpoint     | copies       | a copy          | training         | checkpoints    |
 | self-check | self-check     | first groups | a first group   | intake           | verdicts       |
-| pages      | http           | requests     | a request       | who asks         | pages          |
+| pages      | http           | requests     | a request       | clients          | pages          |
 | broadcast  | broadcast      | one version  | its members     | members, clock   | sent buckets   |
 | call       | collective     | one call     | its peers       | peers            | its result     |
 | abort      | nccl-abort     | one epoch    | CUDA kernels    | CUDA             | freed memory   |
@@ -54,9 +54,9 @@ class Learner:
     def __init__(self, config: RunConfig, folder: RunFolder, *, resume: bool = False) -> None:
         """Build everything and open the ports; raises `ConfigError`.
 
-        ``resume`` goes on where the learner before in this folder ended, or was killed.
+        ``resume`` continues where the learner before in this folder ended, or was killed.
         """
-        folder.take()
+        folder.claim()
         checkpoint = newest(folder.checkpoints) if resume else None
         self.parts = assemble(load(config, folder, checkpoint))
         if resume:
@@ -108,7 +108,7 @@ class Learner:
         self.parts.progress.stop(cause)
 
     def close(self) -> None:
-        """Threads and ports; after `run`."""
+        """Close threads and ports; to be called after `run`."""
         self.connections.publisher.close()
         self.parts.weights_stream.close()
         self.connections.intake.close()

@@ -87,7 +87,7 @@ class TrainingLoop:
         self._publisher.publish(snapshot, time.monotonic() - started)
 
     def _record(self, step: StepResult, started: float) -> None:
-        """Tell of a step that began at ``started``, wherever it is told."""
+        """Record a step that began at ``started``, everywhere."""
         parts, seconds = self._parts, time.monotonic() - started
         parts.progress.training_seconds = time.monotonic() - self._began_at
         parts.note(step)
@@ -114,13 +114,13 @@ class _Patience:
         deadlines = parts.config.deadlines
         self._parts = parts
         self._limit_s = deadlines.lease_timeout_s + deadlines.wait_for_actors_s
-        self._accepted = parts.buffer.books.accepted
+        self._accepted = parts.buffer.counts.accepted
         self._since = time.monotonic()
 
     def check(self) -> None:
-        """Raise `TrainingError` if the last group is too long ago."""
-        if self._parts.buffer.books.accepted > self._accepted:
-            self._since, self._accepted = time.monotonic(), self._parts.buffer.books.accepted
+        """Raise `TrainingError` if the last group came too long ago."""
+        if self._parts.buffer.counts.accepted > self._accepted:
+            self._since, self._accepted = time.monotonic(), self._parts.buffer.counts.accepted
         if time.monotonic() - self._since > self._limit_s:
             raise TrainingError(
                 f"no group came in for {self._limit_s:.0f} s, though "

@@ -86,7 +86,7 @@ class StepMetrics:
         )
 
     def step(self, result: StepResult, seconds: float) -> None:
-        """Export a training step that took so long, publishing its weights included."""
+        """Export a training step of ``seconds``, publishing its weights included."""
         self._counters["tokens"].inc(result.num_tokens)
         self._counters["groups"].inc(len(result.staleness))
         self._gauges["version"].set(result.version)
@@ -123,22 +123,22 @@ class StateCollector(Collector):
         yield from self._leases()
 
     def _groups(self) -> Iterator[Metric]:
-        buffer, books = self._parts.buffer, self._parts.buffer.books
+        buffer, counts = self._parts.buffer, self._parts.buffer.counts
         yield _gauge("gdpo_buffer_groups", "Groups in the replay buffer", len(buffer))
         yield _gauge("gdpo_buffer_bytes", "Memory of the groups", buffer.size_bytes)
         if (journal := self._parts.history.journal) is not None:
             yield _gauge("gdpo_journal_bytes", "Size of the journal", journal.size_bytes)
-        yield _counter("gdpo_groups_accepted", "Groups accepted for training", books.accepted)
+        yield _counter("gdpo_groups_accepted", "Groups accepted for training", counts.accepted)
         yield _counter(
-            "gdpo_tokens_accepted", "Completion tokens of groups accepted", books.accepted_tokens
+            "gdpo_tokens_accepted", "Completion tokens of groups accepted", counts.accepted_tokens
         )
-        yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", books.trained)
-        yield _by("gdpo_groups_evicted", "Groups evicted", "cause", books.evicted)
+        yield _counter("gdpo_groups_trained", "Groups that left the buffer trained", counts.trained)
+        yield _by("gdpo_groups_evicted", "Groups evicted", "cause", counts.evicted)
         yield _by(
             "gdpo_tokens_evicted",
             "Completion tokens of groups evicted",
             "cause",
-            books.evicted_tokens,
+            counts.evicted_tokens,
         )
 
     def _actors(self) -> Iterator[Metric]:
@@ -238,12 +238,12 @@ class StateCollector(Collector):
         outstanding = GaugeMetricFamily(
             "gdpo_leases_outstanding", "Leases being worked on", labels=["purpose"]
         )
-        for purpose, books in self._parts.coordinator.leases.books.items():
-            issued.add_metric([purpose], books.leased)
-            ended.add_metric([purpose, "received"], books.received)
-            for cause, count in dict(books.failed).items():
+        for purpose, counts in self._parts.coordinator.leases.counts.items():
+            issued.add_metric([purpose], counts.leased)
+            ended.add_metric([purpose, "received"], counts.received)
+            for cause, count in dict(counts.failed).items():
                 ended.add_metric([purpose, f"failed_{cause}"], count)
-            outstanding.add_metric([purpose], books.outstanding)
+            outstanding.add_metric([purpose], counts.outstanding)
         yield issued
         yield ended
         yield outstanding

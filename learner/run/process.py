@@ -25,7 +25,7 @@ def run_learner(
 ) -> Summary:
     """Train until done, or until SIGTERM or SIGINT; returns the summary.
 
-    ``resume`` goes on with the run of ``folder``. ``on_start`` is called once, when actors can
+    ``resume`` continues the run of ``folder``. ``on_start`` is called once, when actors can
     join. Raises the errors of `protocol.errors`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -167,7 +167,7 @@ def evaluation_report(evaluation: Evaluation, names: tuple[str, ...]) -> Evaluat
 
 
 def _books(coordinator: Coordinator, buffer: ReplayBuffer) -> Books:
-    groups = buffer.books
+    groups = buffer.counts
     return Books(
         leases={
             purpose: LeaseBooks(
@@ -177,7 +177,7 @@ def _books(coordinator: Coordinator, buffer: ReplayBuffer) -> Books:
                 outstanding=leases.outstanding,
                 balanced=leases.balanced,
             )
-            for purpose, leases in coordinator.leases.books.items()
+            for purpose, leases in coordinator.leases.counts.items()
         },
         groups=GroupBooks(
             accepted=groups.accepted,
@@ -198,7 +198,7 @@ def _actor(actor: ActorState, throughput: Throughput) -> ActorStatus:
         pid=actor.hello.pid,
         version=actor.version,
         route=actor.route,
-        leases=actor.held,
+        leases=actor.num_leases,
         groups=actor.groups,
         check=actor.check,
         check_difference=actor.check_difference,
@@ -223,5 +223,5 @@ def _push(report: PushReport) -> PushStatus:
 
 
 def _seconds_left(seconds: float, done: int, total: int) -> float | None:
-    """At the mean pace so far; None while there is none."""
+    """Time left at the mean pace so far; None while there is none."""
     return seconds / done * (total - done) if done and seconds > 0 else None

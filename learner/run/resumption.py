@@ -15,7 +15,7 @@ log = logging.getLogger("learner")
 
 
 def resume(parts: Parts, checkpoint: Checkpoint | None) -> None:
-    """Go on from ``checkpoint``, or from the start without one, and train its later batches again.
+    """Continue from ``checkpoint``, or else from the start, and train on later batches again.
 
     Raises `ConfigError` if what was left does not fit together, `TrainingError` if a step fails.
     """

@@ -31,7 +31,7 @@ class _Sample:
 
 
 class _Counters(NamedTuple):
-    """What one actor has reached."""
+    """Totals of one actor."""
 
     tokens: int
     groups: int
@@ -55,7 +55,7 @@ class _Counters(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Over the last `WINDOW_S` seconds or `WINDOW_STEPS` steps, whichever are more."""
+    """Rates over the last `WINDOW_S` seconds or `WINDOW_STEPS` steps, whichever are more."""
 
     tokens_generated_per_s: float = 0.0
     tokens_trained_per_s: float = 0.0
@@ -127,7 +127,7 @@ class Throughput:
     def shares(self, session: str) -> tuple[float, float] | None:
         """Shares of one actor's time since it was first heard: idle, and stalled for weights.
 
-        They are those of the last `sample`; None if it had not told anything then.
+        They are those of the last `sample`; None if it had reported nothing then.
         """
         with self._lock:
             if session not in self._last:

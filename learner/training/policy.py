@@ -98,7 +98,7 @@ def load_model(config: RunConfig, folder: Path) -> Any:
 
 
 def check_model(config: RunConfig) -> None:
-    """Raises `ConfigError` for what can be told without its weights; the hub is not asked."""
+    """Check what needs no weights; raises `ConfigError`. The hub is not asked."""
     path = config.model.path
     if not Path(path).is_dir() and not _names_folder(path):
         return

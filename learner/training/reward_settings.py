@@ -71,7 +71,7 @@ class RewardSetting:
 
 @dataclass(frozen=True, slots=True)
 class RewardChange:
-    """One change, for the books."""
+    """One change, for the summary."""
 
     from_step: int
     source: Literal["schedule", "command"]

@@ -58,12 +58,12 @@ class ChunkSource:
     width: int
     """Bytes of one number."""
     compress: bool = False
-    """Whole chunks, too."""
+    """Whether whole chunks are compressed, too."""
     _steps: deque[_Step] = field(default_factory=deque)
     _lock: Lock = field(default_factory=Lock)
 
     def keep_differences(self, previous: Snapshot, new: Snapshot) -> None:
-        """Prepare the differences for those who have ``previous`` and are going to pull ``new``."""
+        """Prepare the differences for actors that have ``previous`` and will pull ``new``."""
         chunks = num_chunks(len(new.packed))
         step = _Step(previous, new, (previous.version, new.version), [None] * chunks)
         with self._lock:
@@ -121,7 +121,7 @@ class ChunkSource:
         return patches if base == version else None
 
     def _patch(self, step: _Step, chunk: int) -> bytes | None:
-        """Made when it is first needed."""
+        """Return one patch, made when it is first needed."""
         if step.patches[chunk] is None and step.previous is not None and step.new is not None:
             before, after = _chunk(step.previous, chunk), _chunk(step.new, chunk)
             patch = chunk_codec.encode_patch(before, after, self.width)

@@ -91,7 +91,7 @@ class Epochs:
         return self._epoch is not None
 
     def enter(self, members: dict[str, int], version: int) -> tuple[str, ...]:
-        """Be in an epoch of exactly these; returns those that were not in the one before.
+        """Enter an epoch of exactly these; returns those that were not in the one before.
 
         Numbers decide it: an actor that said hello again has left, and kept its session.
         """
@@ -162,7 +162,7 @@ class Epochs:
         self.records[-1].ended = cause
 
     def _send(self, epoch: _Epoch, snapshot: Snapshot, result: Broadcast) -> None:
-        """On the side thread."""
+        """Meet and send, on the side thread."""
         started = time.monotonic()
         process_group = self._meet(epoch)
         result.join_seconds = time.monotonic() - started
@@ -187,7 +187,7 @@ class Epochs:
 
 
 def _change(before: dict[str, int], after: dict[str, int]) -> str:
-    """What made the members others."""
+    """What changed the members."""
     left = [f"actor {number} left" for s, number in before.items() if after.get(s) != number]
     joined = [f"actor {number} joined" for s, number in after.items() if before.get(s) != number]
     return ", ".join(left + joined)

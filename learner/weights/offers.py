@@ -42,10 +42,10 @@ class Offers:
     # --- pushes ---------------------------------------------------------------------------------
 
     def begin_push(self, version: int) -> list[ActorState]:
-        """Return who is pushed ``version`` to: the actors that kept up with the push before.
+        """Return the actors that ``version`` is pushed to: those that kept up with the push before.
 
-        Until `end_push` the push takes care of them; whoever else confirms an older version from
-        now on is told of the newest at once, as no push will come to it.
+        Until `end_push` the push takes care of them; any other actor that confirms an older version
+        from now on is told of the newest at once, as no push will come to it.
         """
         kept_up = self._registry.ready_actors(self.pushed)
         # One that joined just now may have pulled it already.
@@ -55,7 +55,7 @@ class Offers:
         return actors
 
     def end_push(self) -> None:
-        """Leave whoever has not confirmed the version yet to pull from now on."""
+        """Leave actors that have not confirmed the version to pull from now on."""
         self._pushed_to = {}
 
     def count_as_pushed(self) -> None:
@@ -170,7 +170,7 @@ class Offers:
         return self._pushed_to.get(actor.session) != actor.number
 
     def _wrong_weights(self, actor: ActorState, version: int, digests: bytes) -> None:
-        """Offer the weights again; an actor whose weights are wrong time and again leaves."""
+        """Offer the weights again; an actor whose weights are wrong again and again is refused."""
         self._registry.counters.digest_mismatches += 1
         wrong = _names(self._snapshots.wrong_tensors(version, digests))
         log.error("actor %d holds other weights than version %d: %s", actor.number, version, wrong)

@@ -2,9 +2,9 @@
 
     publish(v) ─► newest wins ─► begin_push: who kept up ─► routes ─► Push ─► report
 
-The members of an epoch are fixed (see `learner.weights.epochs`); who joined since the last push,
-or has caught up, is in the next one. A push never waits longer than its deadlines, and training
-never waits for a push: actors whose weights are too old just get no leases.
+The members of an epoch are fixed (see `learner.weights.epochs`); actors that joined since the last
+push, or have caught up, are in the next one. A push never waits longer than its deadlines, and
+training never waits for a push: actors whose weights are too old just get no leases.
 """
 
 from collections import Counter, deque
@@ -62,7 +62,7 @@ class Publisher:
         self._pending: tuple[Snapshot, float] | None = None
         """The newest version that no push has begun with, and the seconds to pack it."""
         self._base: Snapshot | None = None
-        """The last one pushed, while somebody pulls every version."""
+        """The last one pushed, while somebody pulls."""
         self.history: deque[PushReport] = deque(maxlen=PUSHES_REMEMBERED)
         """The newest last."""
         self.pushes = 0
@@ -81,7 +81,7 @@ class Publisher:
 
     @property
     def epochs(self) -> tuple[EpochRecord, ...]:
-        """The last ones, the newest last."""
+        """The last epochs, the newest last."""
         return tuple(self._epochs.records) if self._epochs else ()
 
     def publish(self, snapshot: Snapshot, pack_seconds: float) -> None:
@@ -132,7 +132,7 @@ class Publisher:
         self.history.append(report)
 
     def _plan(self, actors: list[ActorState]) -> dict[str, Route]:
-        # Not only these: who is behind may be so because the broadcast did not reach it.
+        # Not only these: an actor may be behind because the broadcast did not reach it.
         self._probation.next_push(self._audience.sessions)
         routes = plan_routes(actors, self._topology)
         for session in routes:
@@ -143,7 +143,7 @@ class Publisher:
     def _prepare_stream(
         self, snapshot: Snapshot, routes: dict[str, Route], pushed_before: int
     ) -> None:
-        """Make differences for those who pull: all versions, or the next if it takes that long."""
+        """Make differences for actors that pull this version, or still pull the one before."""
         wanted = "stream" in routes.values() or self._snapshots.is_pulled
         base = self._base or self._snapshots.kept(pushed_before)
         if wanted and base is not None:

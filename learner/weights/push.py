@@ -34,10 +34,10 @@ class Audience(Protocol):
         """Version of the last push that began."""
 
     def begin_push(self, version: int) -> list[ActorState]:
-        """Return who is pushed ``version`` to; until `end_push` nobody else offers them it."""
+        """Return the actors to push ``version`` to; until `end_push` nothing else offers it."""
 
     def end_push(self) -> None:
-        """Leave whoever has not confirmed the version yet to pull from now on."""
+        """Leave actors that have not confirmed the version to pull from now on."""
 
     def announce(self, session: str, weights: Weights, snapshot: Snapshot) -> None:
         """Offer a snapshot to an actor, if it still lives."""
@@ -57,7 +57,7 @@ class Audience(Protocol):
         """Whether the run is over, so that nobody needs weights any more."""
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for what depends on actors, or on who calls `notify`; whether it came in time."""
+        """Wait for what depends on actors, or on a call of `notify`; returns whether it came."""
 
     def notify(self) -> None:
         """Have every `wait_until` look again."""
@@ -140,7 +140,7 @@ class Push:
         self._audience.announce(session, self._snapshot.announcement(route), self._snapshot)
 
     def _broadcast(self, epochs: Epochs) -> None:
-        """Return when it is done, or has failed and its members were told to pull."""
+        """Broadcast; returns when it is done, or has failed and its members were told to pull."""
         self._new_members = epochs.enter(self._members, self._snapshot.version)
         if not self._members:
             return
@@ -184,7 +184,7 @@ class Push:
         """Wait for all, as long as there is progress.
 
         Without progress the epoch ends, because one member holds up those that get the bytes from
-        it: they pull. Who is behind after that is late.
+        it: they pull. An actor that is behind after that is late.
         """
         audience, epochs = self._audience, self._epochs
         while (behind := self._behind()) and not audience.draining:
@@ -220,8 +220,8 @@ class Push:
         """Find out who broke the epoch, and keep it out of broadcasts for a while.
 
         A killed member breaks it before anybody knows that it is gone: then nobody else is to
-        blame. Otherwise it is who did not come, or is late; if everybody could pull, most likely
-        who is new.
+        blame. Otherwise it is those that did not come, or are late; if everybody could pull, most
+        likely the new ones.
         """
         if epochs.lasts or self._audience.draining:
             for session in self._members:

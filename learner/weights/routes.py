@@ -18,7 +18,7 @@ MAX_PUSHES_OUT = 63
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The place of the learner, as far as routes depend on it."""
+    """Where the learner is, as far as routes depend on it."""
 
     backend: Literal["gloo", "nccl", "shared", "stream"]
     machine: str
@@ -68,7 +68,7 @@ def plan_routes(actors: Sequence[ActorState], learner: Topology) -> dict[str, Ro
 
 @dataclass(slots=True)
 class Probation:
-    """Actors because of which broadcasts failed stay out of some: of 0, 1, 3, 7 ... pushes.
+    """Actors that made broadcasts fail stay out of the next 0, 1, 3, 7 ... pushes.
 
     So one that no broadcast reaches costs the others a deadline less and less often, and one that
     was unlucky once costs nothing.

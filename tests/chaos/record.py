@@ -89,24 +89,24 @@ def record_learner(record: Record) -> None:
             session=holder,
         )
 
-    def taken(arguments: tuple[Any, ...], cut: Any) -> None:
-        if cut is not None:
+    def taken(arguments: tuple[Any, ...], batch: Any) -> None:
+        if batch is not None:
             record.write(
                 "trained",
                 version=arguments[2],
-                leases=[group.lease for group in cut.groups],
-                prompt_indices=cut.prompt_indices,
-                oldest=[group.oldest_version for group in cut.groups],
+                leases=[group.lease for group in batch.groups],
+                prompt_indices=batch.prompt_indices,
+                oldest=[group.oldest_version for group in batch.groups],
             )
 
     wrap("protocol.leases:LeaseBook.issue", after=leased)
     wrap(
         "protocol.leases:LeaseBook.receive",
-        before=lambda a: record.write("received", lease=a[1].lease, session=a[1].holder),
+        before=lambda a: record.write("received", lease=a[1].number, session=a[1].holder),
     )
     wrap(
         "protocol.leases:LeaseBook.fail",
-        before=lambda a: record.write("failed", lease=a[1].lease, cause=a[2]),
+        before=lambda a: record.write("failed", lease=a[1].number, cause=a[2]),
     )
 
     def added(arguments: tuple[Any, ...]) -> None:
@@ -122,8 +122,8 @@ def record_learner(record: Record) -> None:
             content=content(snapshot.packed),
         )
 
-    def retaken(arguments: tuple[Any, ...], cut: Any) -> None:
-        record.write("trained_again", version=arguments[3], prompt_indices=cut.prompt_indices)
+    def retaken(arguments: tuple[Any, ...], batch: Any) -> None:
+        record.write("trained_again", version=arguments[3], prompt_indices=batch.prompt_indices)
 
     wrap("learner.replay.buffer:ReplayBuffer.take", after=taken)
     wrap("learner.replay.buffer:ReplayBuffer.retake", after=retaken)

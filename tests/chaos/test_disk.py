@@ -117,11 +117,11 @@ class OnDisk(System):
     def lines(self) -> dict[int, dict[str, Any]]:
         return {step["step"]: step for step in steps(self)}
 
-    def cuts(self) -> list[RecordedBatch]:
+    def batches(self) -> list[RecordedBatch]:
         # SQLite resolves the path by itself, out of the namespace: it gets a copy.
         for path in self.run_folder.glob("journal.sqlite*"):
             shutil.copy(path, self.folder)
-        return JournalReader.open(self.folder / "journal.sqlite").cuts()
+        return JournalReader.open(self.folder / "journal.sqlite").batches()
 
     def stored(self) -> set[int]:
         """Prompt indices, as far as ``gdpo journal`` can read them."""
@@ -169,9 +169,9 @@ def assert_goes_on(run: OnDisk, before: dict[int, dict[str, Any]], stored: set[i
     assert sorted(after) == list(range(1, max(after) + 1))
     for step, line in before.items():
         assert after[step]["loss"] == line["loss"]
-    cuts = run.cuts()
-    assert len({t for cut in cuts for t in cut.prompt_indices}) == sum(
-        len(c.prompt_indices) for c in cuts
+    batches = run.batches()
+    assert len({index for batch in batches for index in batch.prompt_indices}) == sum(
+        len(batch.prompt_indices) for batch in batches
     )
     groups = summary["books"]["groups"]
     assert groups["accepted"] >= len(stored)

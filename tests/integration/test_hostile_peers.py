@@ -172,7 +172,7 @@ def test_ten_thousand_hostile_messages_leave_no_trace(context, learner, good):
     assert learner.num_bad - bad_before > NUM_HOSTILE / 2
     assert grown < MAX_GROWTH_BYTES
     assert learner.heartbeat.healthy
-    assert all(books.balanced for books in learner.coordinator.leases.books.values())
+    assert all(books.balanced for books in learner.coordinator.leases.counts.values())
     learner.coordinator.raise_if_failed()
 
 

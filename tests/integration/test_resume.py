@@ -31,13 +31,13 @@ def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: Syst
     system.learner.signal(signal.SIGKILL)
     system.learner.wait()
     with_journal = JournalReader.open(system.run_folder / "journal.sqlite")
-    stored, cuts = set(with_journal.prompt_indices()), with_journal.cuts()
+    stored, batches = set(with_journal.prompt_indices()), with_journal.batches()
     with_journal.close()
     before = {line["step"]: line for line in steps(system)}
 
     system.resume_learner()
-    assert f"from step {cuts[-1].step // 4 * 4 - 4}" in system.learner.output or (
-        f"from step {cuts[-1].step // 4 * 4}" in system.learner.output
+    assert f"from step {batches[-1].step // 4 * 4 - 4}" in system.learner.output or (
+        f"from step {batches[-1].step // 4 * 4}" in system.learner.output
     )
     system.wait_for_step(40)
     assert system.learner.wait(40) == 0, system.learner.output
@@ -69,7 +69,7 @@ def test_a_resumed_learner_pushes_the_versions_that_it_would_have_pushed(system:
     system.learner.signal(signal.SIGKILL)
     system.learner.wait()
     journal = JournalReader.open(system.run_folder / "journal.sqlite")
-    reached = journal.cuts()[-1].step
+    reached = journal.batches()[-1].step
     journal.close()
     before = {line["step"]: line["loss"] for line in steps(system)}
 

@@ -17,10 +17,10 @@ from tests.unit.learner.replay.test_journal import Writer
 writer = Writer(Path({path!r}), start=False)
 told = 0
 
-def on_stored(arrivals):
+def on_stored(groups):
     global told
-    for arrival in arrivals:
-        os.write(1, b"%d\\n" % arrival.held.work.prompt_index)
+    for received in groups:
+        os.write(1, b"%d\\n" % received.lease.work.prompt_index)
         told += 1
         if told >= {after}:
             os._exit(9)

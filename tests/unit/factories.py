@@ -291,8 +291,8 @@ class Cluster:
 
     def train(self) -> bool:
         """One training step, if there is a batch."""
-        cut = self.buffer.take(self.config.training.batch_groups, self.version, timeout_s=0)
-        if cut is None:
+        batch = self.buffer.take(self.config.training.batch_groups, self.version, timeout_s=0)
+        if batch is None:
             return False
         self.version += 1
         self.coordinator.advance(self.version)

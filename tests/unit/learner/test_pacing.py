@@ -295,7 +295,7 @@ def runs(draw: st.DrawFn, /, max_uses: int = 1, lag: int | None = None, **values
 @given(runs(in_order=True))
 def test_nothing_becomes_too_stale_when_groups_arrive_in_order(run):
     run.finish()
-    books = run.buffer.books
+    books = run.buffer.counts
     assert books.evicted.total() == 0
     assert books.trained == run.pacing.steps * run.pacing.batch_groups
     # Nothing was generated in vain either.
@@ -307,8 +307,8 @@ def test_nothing_becomes_too_stale_when_groups_arrive_in_order(run):
 @given(runs(in_order=False, failure_rate=0.2) | runs(in_order=False, sampling="freshest"))
 def test_no_order_of_arrival_or_failure_stops_training_or_exceeds_the_limit(run):
     run.finish()
-    assert run.buffer.books.balanced
-    assert run.buffer.books.evicted["overflow"] == 0
+    assert run.buffer.counts.balanced
+    assert run.buffer.counts.evicted["overflow"] == 0
     assert run.buffer.largest_staleness <= run.pacing.max_staleness
 
 
@@ -316,7 +316,7 @@ def test_no_order_of_arrival_or_failure_stops_training_or_exceeds_the_limit(run)
 @given(runs(in_order=True, max_uses=2))
 def test_groups_that_are_used_twice_do_not_make_those_behind_them_too_stale(run):
     run.finish()
-    assert run.buffer.books.evicted == {}
+    assert run.buffer.counts.evicted == {}
 
 
 @settings(max_examples=100, deadline=None)
@@ -325,9 +325,9 @@ def test_with_a_lag_every_batch_is_exactly_so_stale(run):
     run.finish()
     # All batches that were sampled before the first step are from version 0.
     assert run.staleness == [{min(step, run.pacing.lag)} for step in range(run.pacing.steps)]
-    assert run.buffer.books.evicted.total() == 0
+    assert run.buffer.counts.evicted.total() == 0
     # Nothing is left at the end.
-    assert run.buffer.books.trained == run.pacing.steps * run.pacing.batch_groups
+    assert run.buffer.counts.trained == run.pacing.steps * run.pacing.batch_groups
     assert len(run.buffer) == 0
 
 
@@ -355,7 +355,7 @@ def test_no_resume_stops_a_run_whose_pushes_are_not_too_rare(data, max_uses, jou
         )
     )
     run.finish()
-    assert run.buffer.books.balanced
+    assert run.buffer.counts.balanced
     assert run.buffer.largest_staleness <= run.pacing.max_staleness
 
 

@@ -105,12 +105,12 @@ def test_what_groups_and_batches_depend_on_may_not(recipe, tmp_path, override, k
 
 def test_one_learner_works_in_a_folder_at_a_time(recipe, tmp_path):
     first = make_folder(recipe, tmp_path)
-    first.take()
+    first.claim()
     second = RunFolder(first.path)
     with pytest.raises(ConfigError, match="another learner works in"):
-        second.take()
+        second.claim()
     first.close()
-    second.take()
+    second.claim()
     second.close()
 
 
@@ -118,7 +118,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(recipe, tmp_path):
     folder = make_folder(recipe, tmp_path)
     folder.write_summary(make_summary())
     before = (folder.path / "config.toml").read_bytes()
-    folder.take()
+    folder.claim()
     folder.close()
     assert (folder.path / "config.toml").read_bytes() == before
     assert (folder.path / "summary.json").exists()

@@ -149,7 +149,7 @@ class Learner:
 
     def lease_of(self, session: str) -> int:
         held = self.cluster.coordinator.leases.held_by(session)
-        return held[0].lease if held else 1
+        return held[0].number if held else 1
 
     def lease_for(self, session: str) -> int:
         """A lease that it holds: without one no mutant of a group comes far."""
@@ -179,19 +179,19 @@ class Learner:
                 cluster.heard(session, kind)
         held = [h for s in SESSIONS for h in coordinator.leases.held_by(s)]
         assert held
-        assert cluster.finish(held[0].holder, held[0].lease).verdict == "accepted"
+        assert cluster.finish(held[0].holder, held[0].number).verdict == "accepted"
         self._check()
         self._forget()
 
     def _check(self) -> None:
         coordinator = self.cluster.coordinator
-        books = coordinator.leases.books
+        books = coordinator.leases.counts
         assert all(book.balanced and book.outstanding >= 0 for book in books.values())
-        assert self.cluster.buffer.books.balanced
-        assert books["train"].received == self.cluster.buffer.books.accepted == self.num_accepted
+        assert self.cluster.buffer.counts.balanced
+        assert books["train"].received == self.cluster.buffer.counts.accepted == self.num_accepted
         assert coordinator.num_live == len(SESSIONS)
         for actor in coordinator.actors():
-            assert actor.held == len(coordinator.leases.held_by(actor.session))
+            assert actor.num_leases == len(coordinator.leases.held_by(actor.session))
         # From actors that all send nothing but nonsense the run ends, and in no other way.
         assert coordinator.failure is None or isinstance(coordinator.failure, TrainingError)
         rates = self.progress.sample()

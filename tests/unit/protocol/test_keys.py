@@ -273,7 +273,7 @@ def test_key_files_are_looked_at_before_a_run(tmp_path):
 def causes(*events: tuple[int, int]) -> list[str | None]:
     """What a sequence of events counts as, one by one, without those that count as nothing."""
     handshakes = Handshakes()
-    return [cause for event in events if (cause := handshakes.take(*event))]
+    return [cause for event in events if (cause := handshakes.observe(*event))]
 
 
 ACCEPTED, ENDED = zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED

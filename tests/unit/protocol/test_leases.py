@@ -45,7 +45,7 @@ def test_only_the_holder_finds_its_lease():
     lease = book.issue(make_work(), "a", now=0).lease
     assert found(book, lease, "a").holder == "a"
     assert book.find(lease, "b") is None
-    assert [held.lease for held in book.held_by("a")] == [lease]
+    assert [held.number for held in book.held_by("a")] == [lease]
     assert book.held_by("b") == []
 
 
@@ -54,8 +54,8 @@ def test_a_lease_is_overdue_from_its_deadline_on():
     early = book.issue(make_work(), "a", now=0).lease
     late = book.issue(make_work(), "a", now=1).lease
     assert list(book.overdue(9.9)) == []
-    assert [held.lease for held in book.overdue(10)] == [early]
-    assert [held.lease for held in book.overdue(11)] == [early, late]
+    assert [held.number for held in book.overdue(10)] == [early]
+    assert [held.number for held in book.overdue(11)] == [early, late]
 
 
 def receive(book: LeaseBook, lease: int, holder: str) -> None:
@@ -68,13 +68,13 @@ def test_a_group_that_is_being_stored_is_neither_held_nor_received():
     book = make_book()
     held = found(book, book.issue(make_work(), "a", now=0).lease, "a")
     book.arrive(held)
-    assert book.find(held.lease, "a") is None
+    assert book.find(held.number, "a") is None
     assert book.held_by("a") == list(book.overdue(1000)) == []
     # It will be answered when it is stored.
-    assert book.why_not(held.lease) is None
-    assert (book.books["train"].outstanding, book.books["train"].received) == (1, 0)
+    assert book.why_not(held.number) is None
+    assert (book.counts["train"].outstanding, book.counts["train"].received) == (1, 0)
     book.receive(held)
-    assert (book.books["train"].outstanding, book.books["train"].received) == (0, 1)
+    assert (book.counts["train"].outstanding, book.counts["train"].received) == (0, 1)
 
 
 def test_books_go_on_after_the_loss_of_a_learner():
@@ -103,10 +103,10 @@ def test_a_settled_lease_cannot_be_settled_again(first, second):
     held = found(book, book.issue(make_work(), "a", now=0).lease, "a")
     settle = {"arrive": book.arrive, "fail": lambda held: book.fail(held, "again")}
     settle[first](held)
-    before = repr(book.books)
+    before = repr(book.counts)
     with pytest.raises(KeyError):
         settle[second](held)
-    assert repr(book.books) == before
+    assert repr(book.counts) == before
 
 
 def test_failures_are_remembered_in_bounded_memory(monkeypatch):
@@ -185,11 +185,11 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     def end_as_failed(self, held, cause):
         self.book.fail(held, cause)
-        self.ends[held.lease] += 1
+        self.ends[held.number] += 1
 
     @invariant()
     def every_lease_is_open_or_has_one_end(self):
-        open_leases = {held.lease for actor in "abc" for held in self.book.held_by(actor)}
+        open_leases = {held.number for actor in "abc" for held in self.book.held_by(actor)}
         assert set(self.ends.values()) <= {1}
         assert open_leases | self.arrived.keys() | self.ends.keys() == self.holders.keys()
         assert not (open_leases | self.arrived.keys()) & self.ends.keys()
@@ -197,7 +197,7 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     @invariant()
     def the_books_balance(self):
-        for purpose, books in self.book.books.items():
+        for purpose, books in self.book.counts.items():
             mine = {lease for lease, of in self.purposes.items() if of == purpose}
             assert books.balanced
             assert books.leased == len(mine)

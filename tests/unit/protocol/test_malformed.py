@@ -124,9 +124,9 @@ def assert_goes_on(cluster: Cluster, accepted: int = 0) -> None:
     held = cluster.coordinator.leases.held_by("a")
     assert held
     assert len(cluster.buffer) == accepted
-    assert cluster.finish("a", held[0].lease).verdict == "accepted"
-    assert cluster.buffer.books.accepted == len(cluster.buffer) == accepted + 1
-    assert all(books.balanced for books in cluster.coordinator.leases.books.values())
+    assert cluster.finish("a", held[0].number).verdict == "accepted"
+    assert cluster.buffer.counts.accepted == len(cluster.buffer) == accepted + 1
+    assert all(books.balanced for books in cluster.coordinator.leases.counts.values())
     cluster.coordinator.raise_if_failed()
 
 
@@ -141,7 +141,7 @@ def test_a_malformed_message_is_counted_answered_and_changes_nothing(frames):
     assert error.message.isprintable()
     assert len(error.message) < 1000
     [after] = cluster.coordinator.actors()
-    assert (after.status, after.held, after.version) == (before.status, 4, 0)
+    assert (after.status, after.num_leases, after.version) == (before.status, 4, 0)
     assert_goes_on(cluster)
 
 
@@ -193,7 +193,7 @@ def test_an_invalid_group_is_rejected_and_its_row_leased_again(frames_for):
     [ack] = cluster.heard("a", Ack)
     assert (ack.lease, ack.verdict) == (lease, "rejected")
     assert cluster.coordinator.counters.bad_messages == 1
-    assert cluster.coordinator.leases.books["train"].failed == {"invalid_group": 1}
+    assert cluster.coordinator.leases.counts["train"].failed == {"invalid_group": 1}
     assert_goes_on(cluster)
 
 
@@ -318,7 +318,7 @@ def test_a_flood_of_hellos_leaves_one_actor_and_balanced_books():
         cluster.join("a")
     assert cluster.coordinator.num_live == 1
     [actor] = cluster.coordinator.actors()
-    assert actor.held == len(cluster.coordinator.leases.held_by("a")) == 4
+    assert actor.num_leases == len(cluster.coordinator.leases.held_by("a")) == 4
     assert_goes_on(cluster)
 
 

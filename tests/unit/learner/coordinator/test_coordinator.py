@@ -79,7 +79,7 @@ def test_whoever_has_not_said_hello_is_told_so():
         cluster.say("stranger", message, payloads)
         assert [e.code for e in cluster.heard("stranger", Error)] == ["unknown_session"]
     assert cluster.coordinator.counters.unknown_session == 4
-    assert cluster.coordinator.leases.books["train"].outstanding == 4
+    assert cluster.coordinator.leases.counts["train"].outstanding == 4
 
 
 def test_a_second_hello_gives_the_actors_leases_to_others():
@@ -88,7 +88,7 @@ def test_a_second_hello_gives_the_actors_leases_to_others():
     cluster.hello("a")
     cluster.join("b")
     assert cluster.leases("b") == [5, 6, 7, 8]
-    assert cluster.coordinator.leases.books["train"].failed == {"actor_lost": 4}
+    assert cluster.coordinator.leases.counts["train"].failed == {"actor_lost": 4}
 
 
 def test_a_status_is_answered_with_the_trainers_version():
@@ -195,7 +195,7 @@ def test_a_group_is_accepted_once():
     assert cluster.finish("a", lease) == Ack(lease=lease, verdict="accepted")
     again = cluster.finish("a", lease)
     assert (again.verdict, again.cause) == ("duplicate", f"lease {lease} is settled")
-    assert len(cluster.buffer) == cluster.buffer.books.accepted == 1
+    assert len(cluster.buffer) == cluster.buffer.counts.accepted == 1
     assert cluster.coordinator.counters.verdicts == {"accepted": 1, "duplicate": 1}
 
 
@@ -214,7 +214,7 @@ def test_an_invalid_group_is_rejected_with_its_problem_and_its_row_leased_again(
     assert (ack.verdict, ack.cause) == ("rejected", "group: a completion over max_tokens")
     assert cluster.coordinator.counters.bad_messages == 1
     assert [lease.prompt_id for lease in cluster.heard("a", Lease)] == [first.prompt_id]
-    assert cluster.coordinator.leases.books["train"].failed == {"invalid_group": 1}
+    assert cluster.coordinator.leases.counts["train"].failed == {"invalid_group": 1}
 
 
 def test_a_group_of_a_version_that_does_not_exist_yet_is_rejected():

@@ -68,7 +68,7 @@ class Chaos:
             self.num_evaluated = number
 
     def check(self):
-        coordinator, books = self.cluster.coordinator, self.cluster.coordinator.leases.books
+        coordinator, books = self.cluster.coordinator, self.cluster.coordinator.leases.counts
         for session, leases in self.received.items():
             leases += self.cluster.leases(session)
             for ack in self.cluster.heard(session, Ack):
@@ -76,13 +76,13 @@ class Chaos:
             self.cluster.heard(session, Pong)
         actors = {actor.session: actor for actor in coordinator.actors()}
         for session, actor in actors.items():
-            assert actor.held == len(coordinator.leases.held_by(session)) >= 0
+            assert actor.num_leases == len(coordinator.leases.held_by(session)) >= 0
         outstanding = {purpose: book.outstanding for purpose, book in books.items()}
-        assert sum(actor.held for actor in actors.values()) == sum(outstanding.values())
+        assert sum(actor.num_leases for actor in actors.values()) == sum(outstanding.values())
         assert all(book.balanced for book in books.values())
         assert max(self.accepted.values(), default=0) <= 1
-        assert books["train"].received == self.cluster.buffer.books.accepted
-        assert self.cluster.buffer.books.balanced
+        assert books["train"].received == self.cluster.buffer.counts.accepted
+        assert self.cluster.buffer.counts.balanced
         # (2 + 1) batches of 2
         assert outstanding["train"] + len(self.cluster.buffer) <= 6
         ended = self.evaluation.num_prompts + self.evaluation.num_failed

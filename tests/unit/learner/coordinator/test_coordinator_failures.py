@@ -57,7 +57,7 @@ def test_a_group_that_arrives_ends_the_row_of_failures():
 def test_a_failure_report_of_somebody_elses_lease_changes_nothing():
     cluster = joined("a", "b")
     fail(cluster, "b", cluster.leases("a")[0])
-    assert cluster.coordinator.leases.books["train"].failed == {}
+    assert cluster.coordinator.leases.counts["train"].failed == {}
 
 
 # ---- Failing rewards ---------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_a_dead_or_hung_actor_delays_nobody_for_longer_than_its_deadline():
     again = cluster.heard("alive", Lease)
     assert [lease.prompt_id for lease in again] == [lease.prompt_id for lease in lost]
     assert cluster.coordinator.counters.actors_lost == 1
-    assert cluster.coordinator.leases.books["train"].failed == {"actor_lost": 2}
+    assert cluster.coordinator.leases.counts["train"].failed == {"actor_lost": 2}
 
 
 def test_the_late_group_of_a_lost_actor_is_refused():
@@ -174,7 +174,7 @@ def test_a_lease_that_overruns_its_deadline_is_issued_again_under_a_new_number()
     again = cluster.heard("a", Lease) + cluster.heard("b", Lease)
     assert {lease.prompt_id for lease in again} == {*overdue.values()}
     assert not {lease.lease for lease in again} & overdue.keys()
-    assert cluster.coordinator.leases.books["train"].failed == {"deadline": 2}
+    assert cluster.coordinator.leases.counts["train"].failed == {"deadline": 2}
     for lease in overdue:
         assert cluster.finish("a", lease).verdict == "rejected"
 
@@ -246,7 +246,7 @@ def test_an_actor_that_cannot_be_reached_is_lost():
     cluster.coordinator.unreachable("a")
     assert cluster.coordinator.num_live == 0
     assert cluster.coordinator.counters.actors_lost == 1
-    assert cluster.coordinator.leases.books["train"].outstanding == 0
+    assert cluster.coordinator.leases.counts["train"].outstanding == 0
 
 
 def test_a_run_without_actors_for_too_long_ends_with_what_to_do():

@@ -16,8 +16,8 @@ class FakeJournal:
 
     waiting: list[ReceivedGroup] = field(default_factory=list)
 
-    def append(self, arrival: ReceivedGroup, header: Any, payloads: Any) -> None:
-        self.waiting.append(arrival)
+    def append(self, received: ReceivedGroup, header: Any, payloads: Any) -> None:
+        self.waiting.append(received)
 
     def store(self, cluster: Cluster) -> None:
         arrivals, self.waiting = self.waiting, []
@@ -55,7 +55,7 @@ def test_guarantee_2_a_group_is_acknowledged_and_trained_on_only_when_it_is_stor
     [first, second, *_] = cluster.leases("a")
     assert send(cluster, "a", first) == send(cluster, "a", second) == []
     assert len(cluster.buffer) == 0
-    books = cluster.coordinator.leases.books["train"]
+    books = cluster.coordinator.leases.counts["train"]
     assert (books.received, books.outstanding) == (0, 4)
     journal.store(cluster)
     assert cluster.heard("a", Ack) == [accepted(first), accepted(second)]
@@ -73,7 +73,7 @@ def test_guarantee_1_a_duplicate_of_what_is_being_stored_is_not_answered_and_not
     assert cluster.heard("a", Ack) == [accepted(lease)]
     [again] = send(cluster, "a", lease)
     assert again.verdict == "duplicate"
-    assert cluster.buffer.books.accepted == 1
+    assert cluster.buffer.counts.accepted == 1
 
 
 def test_a_group_that_is_being_stored_counts_as_outstanding(cluster, journal):
@@ -90,7 +90,7 @@ def test_a_group_is_kept_when_its_actor_is_lost_while_it_is_stored(cluster, jour
     leases = cluster.leases("a")
     send(cluster, "a", leases[0])
     cluster.coordinator.unreachable("a")
-    books = cluster.coordinator.leases.books["train"]
+    books = cluster.coordinator.leases.counts["train"]
     assert books.failed == {"actor_lost": 3}
     journal.store(cluster)
     assert (books.received, books.outstanding, books.balanced) == (1, 0, True)
@@ -110,7 +110,7 @@ def test_an_actor_that_comes_back_while_its_group_is_stored_does_not_fulfil_it_t
     assert send(cluster, "a", lease) == []
     journal.store(cluster)
     assert cluster.heard("a", Ack) == [accepted(lease)]
-    assert cluster.buffer.books.accepted == 1
+    assert cluster.buffer.counts.accepted == 1
 
 
 def test_a_lease_that_is_being_stored_does_not_overrun_its_deadline(cluster, journal):
@@ -119,7 +119,7 @@ def test_a_lease_that_is_being_stored_does_not_overrun_its_deadline(cluster, jou
     cluster.clock.advance(61)
     cluster.status("a")
     cluster.coordinator.tick()
-    assert cluster.coordinator.leases.books["train"].failed == {"deadline": 3}
+    assert cluster.coordinator.leases.counts["train"].failed == {"deadline": 3}
     journal.store(cluster)
     assert accepted(lease) in cluster.heard("a", Ack)
 
@@ -171,7 +171,7 @@ def test_a_lease_that_was_lost_on_the_way_is_issued_again_at_once():
     [again] = cluster.heard("a", Lease)
     assert again.prompt_id == lost.prompt_id
     assert again.lease != lost.lease
-    books = cluster.coordinator.leases.books["train"]
+    books = cluster.coordinator.leases.counts["train"]
     assert (books.failed, books.outstanding, books.balanced) == ({"lost": 1}, 4, True)
     # What turns up for it all the same is refused.
     assert cluster.finish("a", lost.lease).verdict == "rejected"
@@ -184,10 +184,10 @@ def test_a_lease_that_was_sent_after_the_last_answer_is_not_lost():
     cluster.finish("a", leases[0])
     [new] = cluster.leases("a")
     cluster.status("a", sequence=3, heard=heard, leases=tuple(leases[1:]))
-    assert cluster.coordinator.leases.books["train"].failed == {}
+    assert cluster.coordinator.leases.counts["train"].failed == {}
     # With the answer to that status it has to be there.
     cluster.status("a", sequence=4, heard=3, leases=tuple(leases[1:]))
-    assert cluster.coordinator.leases.books["train"].failed == {"lost": 1}
+    assert cluster.coordinator.leases.counts["train"].failed == {"lost": 1}
     assert cluster.finish("a", new).verdict == "rejected"
 
 
@@ -198,7 +198,7 @@ def test_a_lease_whose_group_is_not_acknowledged_yet_is_not_lost(cluster, journa
     # The actor lists it until it is acknowledged; the learner knows better all the same.
     for listed in (leases, leases[1:]):
         heard = pong(cluster, "a", heard + 1, heard=heard, leases=listed)
-    assert cluster.coordinator.leases.books["train"].failed == {}
+    assert cluster.coordinator.leases.counts["train"].failed == {}
     journal.store(cluster)
     assert cluster.heard("a", Ack) == [accepted(leases[0])]
 
@@ -208,7 +208,7 @@ def test_an_actor_that_heard_no_answer_yet_loses_nothing():
     cluster.leases("a")
     for sequence in (2, 3, 4):
         pong(cluster, "a", sequence, heard=-1, leases=())
-    assert cluster.coordinator.leases.books["train"].failed == {}
+    assert cluster.coordinator.leases.counts["train"].failed == {}
 
 
 def test_an_answer_of_an_earlier_session_says_nothing_of_this_one():
@@ -219,5 +219,5 @@ def test_an_answer_of_an_earlier_session_says_nothing_of_this_one():
     cluster.join("a")
     cluster.leases("a")
     cluster.status("a", sequence=9, heard=heard + 5, leases=())
-    assert "lost" not in cluster.coordinator.leases.books["train"].failed
+    assert "lost" not in cluster.coordinator.leases.counts["train"].failed
     assert cluster.heard("a", Error) == []

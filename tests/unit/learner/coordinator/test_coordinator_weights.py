@@ -258,7 +258,7 @@ def test_an_evaluation_ends_with_the_means_over_the_rollouts_that_a_reward_appli
     assert evaluation.means(("format", "correctness")) == {"format": 0.75, "correctness": 4.0}
     assert (evaluation.mean_tokens, evaluation.num_prompts, evaluation.num_failed) == (5, 2, 0)
     assert len(cluster.buffer) == 0
-    assert cluster.coordinator.leases.books["eval"].received == 2
+    assert cluster.coordinator.leases.counts["eval"].received == 2
 
 
 def test_a_prompt_that_always_fails_is_left_out_of_the_evaluation():

@@ -287,7 +287,7 @@ def test_a_failed_check_lease_is_leased_again():
     [lease] = cluster.leases("a")
     cluster.say("a", Failed(lease=lease, kind="prompt", cause="no luck"))
     assert purposes(cluster, "a") == ["check"]
-    books = cluster.coordinator.leases.books["check"]
+    books = cluster.coordinator.leases.counts["check"]
     assert (books.leased, books.failed.total(), books.outstanding) == (2, 1, 1)
 
 
@@ -329,7 +329,7 @@ def test_check_groups_are_not_trained_on():
     cluster.join("a")
     cluster.finish("a", *cluster.leases("a"))
     check.judge(PASSED)
-    assert len(cluster.buffer) == cluster.buffer.books.accepted == 0
+    assert len(cluster.buffer) == cluster.buffer.counts.accepted == 0
 
 
 def test_actors_that_still_start_keep_no_snapshots_and_those_that_pull_only_some():

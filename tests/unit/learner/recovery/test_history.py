@@ -86,7 +86,7 @@ class Life:
         self.cluster = Cluster(run.config, num_rows=7, journal=self.journal)
         self.coordinator, self.buffer = self.cluster.coordinator, self.cluster.buffer
         self.rewards = RewardSchedule(run.config.rewards, run.config.training.steps)
-        self.cut: TrainingBatch | None = None
+        self.batch: TrainingBatch | None = None
         self.unwritten: RunState | None = None
         self.replayed: list[Step] = []
         self.prompt_indices: dict[int, int] = {}
@@ -117,9 +117,9 @@ class Life:
         self.cluster.snapshots.publish(make_snapshot(self.cluster.version))
         self._check_resumed(resumed)
 
-    def _train_again(self, cut: TrainingBatch, setting: RewardSetting) -> None:
+    def _train_again(self, batch: TrainingBatch, setting: RewardSetting) -> None:
         self.cluster.version += 1
-        self.replayed.append((self.cluster.version, cut.prompt_indices, setting.as_json()))
+        self.replayed.append((self.cluster.version, batch.prompt_indices, setting.as_json()))
 
     # --- events -------------------------------------------------------------------------------
 
@@ -151,21 +151,21 @@ class Life:
 
     def begin(self, session: str, number: int) -> None:
         config = self.run.config.training
-        if self.cut is not None or self.cluster.version >= config.steps:
+        if self.batch is not None or self.cluster.version >= config.steps:
             return
-        self.cut = self.buffer.take(config.batch_groups, self.cluster.version, timeout_s=0)
-        if self.cut is not None:
+        self.batch = self.buffer.take(config.batch_groups, self.cluster.version, timeout_s=0)
+        if self.batch is not None:
             step = self.cluster.version + 1
-            self.history.begin(step, self.cut)
+            self.history.begin(step, self.batch)
             setting = self.rewards.begin(step)
-            self.run.begun.append((step, self.cut.prompt_indices, setting.as_json()))
+            self.run.begun.append((step, self.batch.prompt_indices, setting.as_json()))
 
     def publish(self, session: str, number: int) -> None:
-        if self.cut is None:
+        if self.batch is None:
             return
         self.store(session, number)
         self.history.wait()
-        self.cut = None
+        self.batch = None
         self.cluster.version += 1
         self.run.published = self.cluster.version
         self.coordinator.advance(self.cluster.version)
@@ -196,7 +196,7 @@ class Life:
             self.rewards.command({})
 
     def copy_checkpoint(self, session: str, number: int) -> None:
-        if self.cut is None and self.cluster.version:
+        if self.batch is None and self.cluster.version:
             prompts, leases = self.coordinator.state()
             self.unwritten = RunState(
                 run_id="test",
@@ -242,10 +242,10 @@ class Life:
     # --- what is checked ------------------------------------------------------------------------
 
     def check(self) -> None:
-        assert all(books.balanced for books in self.coordinator.leases.books.values())
-        assert self.buffer.books.balanced
-        received = self.coordinator.leases.books["train"].received
-        assert received == self.buffer.books.accepted
+        assert all(books.balanced for books in self.coordinator.leases.counts.values())
+        assert self.buffer.counts.balanced
+        received = self.coordinator.leases.counts["train"].received
+        assert received == self.buffer.counts.accepted
         uses = Counter(
             prompt_index
             for _, prompt_indices, _ in self.run.begun
@@ -273,7 +273,7 @@ class Life:
 
     def _check_groups(self) -> None:
         """None is lost, and each of the others is going to be leased exactly once."""
-        run, books = self.run, self.buffer.books
+        run, books = self.run, self.buffer.counts
         assert books.accepted == len(run.stored)
         trained = {
             prompt_index for _, prompt_indices, _ in run.begun for prompt_index in prompt_indices
@@ -305,11 +305,11 @@ class Life:
         return [*prompts.leased, *prompts.waiting]
 
     def _lease(self, session: str, number: int) -> int | None:
-        held = sorted(held.lease for held in self.coordinator.leases.held_by(session))
+        held = sorted(held.number for held in self.coordinator.leases.held_by(session))
         return held[number % len(held)] if held else None
 
     def _stored(self, arrivals) -> None:
-        new = {arrival.held.work.prompt_index for arrival in arrivals}
+        new = {received.lease.work.prompt_index for received in arrivals}
         assert not new & self.run.stored
         self.run.stored |= new
         self.coordinator.stored(arrivals)
@@ -321,7 +321,7 @@ class Life:
 
     def _hear(self) -> None:
         for held in self.coordinator.leases._held.values():
-            self.prompt_indices[held.lease] = held.work.prompt_index
+            self.prompt_indices[held.number] = held.work.prompt_index
         for session in "ab":
             self.cluster.heard(session, Lease)
             for ack in self.cluster.heard(session, Ack):
@@ -393,7 +393,7 @@ def test_guarantees_1_2_3_and_7_hold_wherever_a_learner_with_a_journal_is_killed
         run = Run(Path(name), run_config(max_uses=max_uses))
         life = live(run, events)
         event(f"{min(len(run.begun) // 3 * 3, 12)} steps or more")
-        event(f"{'some' if life.buffer.books.evicted else 'none'} evicted")
+        event(f"{'some' if life.buffer.counts.evicted else 'none'} evicted")
 
 
 @pytest.mark.timeout(120)

@@ -33,9 +33,9 @@ def add(buffer: ReplayBuffer, group: Group) -> None:
     buffer.add(group, group.lease)
 
 
-def leases(cut: TrainingBatch | None) -> list[int]:
-    assert cut is not None
-    return [group.lease for group in cut.groups]
+def leases(batch: TrainingBatch | None) -> list[int]:
+    assert batch is not None
+    return [group.lease for group in batch.groups]
 
 
 # ---- Taking ------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_nothing_is_taken_before_a_batch_is_complete():
     buffer = filled((1, 0), (2, 0))
     assert buffer.take(3, version=0, timeout_s=0) is None
     assert len(buffer) == 2
-    assert buffer.books.trained == 0
+    assert buffer.counts.trained == 0
 
 
 def test_take_gives_up_after_its_timeout():
@@ -91,9 +91,9 @@ def test_what_was_taken_is_in_training_until_the_step_is_done():
 def test_a_group_is_used_max_uses_times_and_no_more():
     buffer = filled((1, 0), (2, 0), max_uses=2)
     assert leases(buffer.take(1, version=0, timeout_s=0)) == [1]
-    assert (buffer.books.trained, buffer.in_training, len(buffer)) == (0, 0, 2)
+    assert (buffer.counts.trained, buffer.in_training, len(buffer)) == (0, 0, 2)
     assert leases(buffer.take(1, version=0, timeout_s=0)) == [1]
-    assert (buffer.books.trained, buffer.in_training, len(buffer)) == (1, 1, 1)
+    assert (buffer.counts.trained, buffer.in_training, len(buffer)) == (1, 1, 1)
     assert leases(buffer.take(1, version=0, timeout_s=0)) == [2]
 
 
@@ -115,8 +115,8 @@ def test_groups_that_became_too_stale_in_the_queue_are_evicted_and_counted():
     buffer = filled((1, 0), (2, 1), (3, 1))
     # At version 3 with a limit of 2 the oldest version allowed is 1.
     assert leases(buffer.take(2, version=3, timeout_s=0)) == [2, 3]
-    assert buffer.books.evicted == {"stale": 1}
-    assert buffer.books.evicted_tokens == {"stale": 5}
+    assert buffer.counts.evicted == {"stale": 1}
+    assert buffer.counts.evicted_tokens == {"stale": 5}
     assert buffer.largest_staleness == 2
 
 
@@ -127,13 +127,13 @@ def test_staleness_counts_from_the_oldest_token_of_the_group():
     buffer = make_buffer()
     add(buffer, group)
     assert buffer.take(1, version=4, timeout_s=0) is None
-    assert buffer.books.evicted == {"stale": 1}
+    assert buffer.counts.evicted == {"stale": 1}
 
 
 def test_a_full_buffer_makes_room_by_evicting_the_oldest_lease():
     buffer = filled((2, 0), (1, 0), (3, 0), max_groups=2)
-    assert buffer.books.evicted == {"overflow": 1}
-    assert buffer.books.evicted_tokens == {"overflow": 5}
+    assert buffer.counts.evicted == {"overflow": 1}
+    assert buffer.counts.evicted_tokens == {"overflow": 5}
     assert leases(buffer.take(2, version=0, timeout_s=0)) == [2, 3]
 
 
@@ -141,16 +141,16 @@ def test_a_group_that_is_larger_than_the_buffer_does_not_stay():
     buffer = make_buffer(max_bytes=100)
     add(buffer, make_group(1, lengths=(8, 8)))  # 16 * 8 + 8 + 16 bytes
     assert (len(buffer), buffer.size_bytes) == (0, 0)
-    assert buffer.books.evicted == {"overflow": 1}
+    assert buffer.counts.evicted == {"overflow": 1}
 
 
 def test_a_group_that_was_trained_once_and_then_evicted_counts_as_trained():
     buffer = filled((1, 0), max_uses=2)
     buffer.take(1, version=0, timeout_s=0)
     assert buffer.take(1, version=3, timeout_s=0) is None
-    assert buffer.books.trained == 1
-    assert buffer.books.evicted.total() == buffer.books.evicted_tokens.total() == 0
-    assert buffer.books.balanced
+    assert buffer.counts.trained == 1
+    assert buffer.counts.evicted.total() == buffer.counts.evicted_tokens.total() == 0
+    assert buffer.counts.balanced
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_guarantees_1_3_4_and_5_hold_for_any_history(values, history, random):
 
 
 def check_books(buffer, added, uses, values):
-    books = buffer.books
+    books = buffer.counts
     kept = [entry.group for entry in buffer._entries]
     assert max(uses.values(), default=0) <= values["max_uses"]  # guarantee 1
     assert len(buffer) <= values["max_groups"]  # guarantee 4

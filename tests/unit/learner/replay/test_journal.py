@@ -53,7 +53,7 @@ class Writer:
         wait_until_stored(self.journal.prune((), -1), TIMEOUT_S)
 
     def _on_stored(self, arrivals) -> None:
-        self.stored.append([arrival.held.work.prompt_index for arrival in arrivals])
+        self.stored.append([received.lease.work.prompt_index for received in arrivals])
 
     def _on_failure(self, error: AsyncGdpoError) -> None:
         self.failures.append(error)
@@ -76,7 +76,7 @@ def limits():
     return group_limits(make_config(), VOCAB)
 
 
-def make_cut(
+def make_batch(
     prompt_indices: tuple[int, ...], evicted: tuple[tuple[int, str], ...] = ()
 ) -> TrainingBatch:
     return TrainingBatch([], prompt_indices, evicted, prompt_indices)
@@ -114,13 +114,13 @@ def test_groups_come_back_bit_for_bit(path, writer):
     ]
 
 
-def test_cuts_and_commands_come_back_in_order(path, writer):
-    writer.journal.cut(1, make_cut((3, 1), ((2, "stale"),)))
+def test_batches_and_commands_come_back_in_order(path, writer):
+    writer.journal.batch(1, make_batch((3, 1), ((2, "stale"),)))
     writer.journal.command(2, {"format": {"weight": 0.5}})
     writer.journal.command(2, {"format": {"when": None}})
-    writer.journal.cut(2, make_cut((2**40,)))
+    writer.journal.batch(2, make_batch((2**40,)))
     writer.settle()
-    assert read(path).cuts() == [
+    assert read(path).batches() == [
         RecordedBatch(1, (3, 1), ((2, "stale"),)),
         RecordedBatch(2, (2**40,), ()),
     ]
@@ -134,11 +134,11 @@ def test_what_is_pruned_is_gone_and_the_rest_is_not(path, writer):
     for prompt_index in range(4):
         writer.append(prompt_index)
     for step in (1, 2, 3):
-        writer.journal.cut(step, make_cut((step,)))
+        writer.journal.batch(step, make_batch((step,)))
     writer.journal.command(1, {"format": {"weight": 1.0}})
     wait_until_stored(writer.journal.prune([1, 3, 99], 2), TIMEOUT_S)
     assert read(path).prompt_indices() == (0, 2)
-    assert [cut.step for cut in read(path).cuts()] == [3]
+    assert [batch.step for batch in read(path).batches()] == [3]
     assert len(read(path).commands()) == 1
     with pytest.raises(ConfigError, match="no group of prompt 3"):
         read(path).group(3, limits())
@@ -171,7 +171,7 @@ def test_what_comes_after_closing_is_told_so_at_once(path):
     writer = Writer(path)
     writer.journal.close()
     with pytest.raises(TrainingError, match="is closed"):
-        wait_until_stored(writer.journal.cut(1, make_cut((1,))), TIMEOUT_S)
+        wait_until_stored(writer.journal.batch(1, make_batch((1,))), TIMEOUT_S)
 
 
 # ---- Acknowledgements --------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_everything_that_waits_is_one_transaction(path):
     writer.journal._database.set_trace_callback(commits.append)
     for prompt_index in range(50):
         writer.append(prompt_index)
-    writer.journal.cut(1, make_cut((1, 2)))
+    writer.journal.batch(1, make_batch((1, 2)))
     writer.start()
     writer.settle()
     assert commits.count("COMMIT") <= 2  # the 51, and perhaps `settle` alone
@@ -209,10 +209,10 @@ def test_an_error_of_the_store_settles_all_that_wait_and_acknowledges_nothing(pa
     with sqlite3.connect(path) as other:
         other.execute("DROP TABLE cuts")
     writer.append(1)
-    cut = writer.journal.cut(1, make_cut((1,)))
+    batch = writer.journal.batch(1, make_batch((1,)))
     command = writer.journal.command(1, {})
     writer.start()
-    for stored in (cut, command):
+    for stored in (batch, command):
         with pytest.raises(TrainingError, match=r"cannot write the journal .*no such table"):
             wait_until_stored(stored, TIMEOUT_S)
     assert writer.failed.wait(TIMEOUT_S)
@@ -234,7 +234,7 @@ def test_a_mistake_of_who_is_told_ends_the_run_instead_of_hanging_it(path, caplo
     writer.journal.start(mistake, writer._on_failure)
     writer.append(1)
     with pytest.raises(TrainingError, match="oh"):
-        wait_until_stored(writer.journal.cut(1, make_cut((1,))), TIMEOUT_S)
+        wait_until_stored(writer.journal.batch(1, make_batch((1,))), TIMEOUT_S)
     assert writer.failed.wait(TIMEOUT_S)
     writer.journal.close()
 
@@ -242,7 +242,7 @@ def test_a_mistake_of_who_is_told_ends_the_run_instead_of_hanging_it(path, caplo
 def test_a_journal_that_does_not_write_in_time_is_an_error(path):
     writer = Writer(path, start=False)
     with pytest.raises(TrainingError, match="has not written for 0 s"):
-        wait_until_stored(writer.journal.cut(1, make_cut((1,))), 0.01)
+        wait_until_stored(writer.journal.batch(1, make_batch((1,))), 0.01)
     writer.journal.close()
 
 
@@ -274,7 +274,7 @@ def test_guarantee_4_the_file_does_not_grow_for_ever(path, writer):
     for step in range(60):
         for prompt_index in range(10 * step, 10 * step + 10):
             writer.append(prompt_index, large_group(prompt_index))
-        writer.journal.cut(step, make_cut(tuple(range(10 * step, 10 * step + 10))))
+        writer.journal.batch(step, make_batch(tuple(range(10 * step, 10 * step + 10))))
         wait_until_stored(
             writer.journal.prune(range(10 * step - 10, 10 * step), step - 3), TIMEOUT_S
         )

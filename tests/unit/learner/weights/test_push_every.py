@@ -79,9 +79,9 @@ def test_guarantee_5_holds_however_rare_pushes_are(seed, push_every, max_stalene
     run.finish()
     buffer, coordinator = run.cluster.buffer, run.cluster.coordinator
     assert buffer.largest_staleness <= max_staleness
-    assert buffer.books.balanced
-    assert coordinator.leases.books["train"].balanced
-    assert coordinator.leases.books["train"].received == buffer.books.accepted
+    assert buffer.counts.balanced
+    assert coordinator.leases.counts["train"].balanced
+    assert coordinator.leases.counts["train"].received == buffer.counts.accepted
     assert run.trained <= set(range(0, 12, push_every))
     # Twelve divides by three, but not by five: the last version is there in any case.
     assert run.cluster.snapshots.latest.version == 12

@@ -1,8 +1,8 @@
-"""Sections ``[model]``, ``[data]``, ``[eval]`` and ``[launch]``: what a run is made from."""
+"""Sections ``[model]``, ``[data]`` and ``[eval]``: what a run is made from."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from protocol.config import StrictModel
 from protocol.messages import MAX_TEMPERATURE
@@ -47,16 +47,3 @@ class EvalConfig(StrictModel):
     """Sampling temperature; 0 takes the likeliest token."""
     timeout_s: PositiveFloat = 600.0
     """Seconds that one evaluation may take; what is missing by then is left out."""
-
-
-class LaunchConfig(StrictModel):
-    """What ``gdpo run`` starts on this machine."""
-
-    actors: PositiveInt = 2
-    """Actors to start, and to start again when they die."""
-    actor_threads: PositiveInt = 1
-    """CPU threads of each actor."""
-    start_timeout_s: PositiveFloat = 3600.0
-    """Seconds for the learner to load model and data, downloads included."""
-    max_restarts: NonNegativeInt = 10
-    """Restarts of dead actors in the whole run; the next death ends it."""

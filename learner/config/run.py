@@ -6,18 +6,17 @@ from typing import Annotated, Self
 import tomli_w
 from pydantic import Field, model_validator
 
-from learner.config.algorithm import AlgorithmConfig
-from learner.config.data import DataConfig, EvalConfig, LaunchConfig, ModelConfig
-from learner.config.training import (
+from learner.config.actors import (
     AdmissionConfig,
-    BufferConfig,
-    CheckpointsConfig,
     DeadlinesConfig,
     EndpointsConfig,
-    OptimizerConfig,
-    TrainingConfig,
+    KeysConfig,
+    LaunchConfig,
 )
-from learner.config.weights import KeysConfig, WeightsConfig, is_ipv4
+from learner.config.algorithm import AlgorithmConfig
+from learner.config.data import DataConfig, EvalConfig, ModelConfig
+from learner.config.training import BufferConfig, CheckpointsConfig, OptimizerConfig, TrainingConfig
+from learner.config.weights import WeightsConfig, is_ipv4
 from learner.pacing import Pacing, largest_group_bytes
 from protocol.config import ActorConfig, ActorSection, RewardConfig, SamplingConfig, StrictModel
 from protocol.errors import ConfigError

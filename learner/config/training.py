@@ -1,9 +1,8 @@
-"""Sections of the learner: training, optimiser, replay buffer, checkpoints, and its actors."""
+"""Sections ``[training]``, ``[optimizer]``, ``[buffer]`` and ``[checkpoints]``."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -13,14 +12,8 @@ from pydantic import (
 )
 
 from protocol.config import StrictModel
-from protocol.sockets import parse_tcp
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _is_address(url: str) -> str:
-    parse_tcp(url)
-    return url
 
 
 class TrainingConfig(StrictModel):
@@ -96,40 +89,3 @@ class CheckpointsConfig(StrictModel):
     """Training batches between two checkpoints; there is one at the end of the run as well."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that stay; the others are deleted."""
-
-
-class EndpointsConfig(StrictModel):
-    """Where the learner listens."""
-
-    bind: Annotated[str, AfterValidator(_is_address)] = "tcp://127.0.0.1:5555"
-    """Address that actors connect to, ``tcp://HOST:PORT``; port 0 takes any free one, and ``*`` is
-    every interface. Beyond loopback it needs ``[keys]``."""
-    metrics_host: str = "127.0.0.1"
-    """Interface of the HTTP pages, which are neither encrypted nor authenticated."""
-    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 9400
-    """Port of the HTTP pages: Prometheus metrics, health and status; 0 takes any free one."""
-
-
-class DeadlinesConfig(StrictModel):
-    """How long the learner waits for its actors."""
-
-    lease_timeout_s: PositiveFloat = 600.0
-    """Seconds after which a group that an actor has not returned is leased to another."""
-    actor_timeout_s: PositiveFloat = 10.0
-    """Seconds of silence after which an actor counts as lost."""
-    join_timeout_s: PositiveFloat = 300.0
-    """Longest time in seconds from an actor's hello to its first weights."""
-    wait_for_actors_s: PositiveFloat = 600.0
-    """Seconds without any live actor after which the run ends with an error."""
-
-
-class AdmissionConfig(StrictModel):
-    """Which actors may join."""
-
-    max_actors: PositiveInt = 1024
-    """Actors connected at once; more are refused."""
-    self_check: bool = True
-    """Compare the log-probabilities of every new actor with the learner's before it gets work."""
-    check_limit: PositiveFloat | None = None
-    """Mean difference in nats above which an actor is refused; None: 0.001 in float32, else
-    0.05."""

@@ -1,9 +1,9 @@
-"""Sections ``[weights]`` and ``[keys]``: how weights travel, and who may connect."""
+"""Section ``[weights]``: how weights travel."""
 
 from ipaddress import IPv4Address
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from protocol.config import StrictModel
 from protocol.messages import MAX_COLLECTIVE_S
@@ -38,25 +38,6 @@ class WeightsConfig(StrictModel):
     address: IPv4Address | None = None
     """IPv4 address of this machine where actors reach the broadcast; None: that of
     endpoints.bind."""
-
-
-class KeysConfig(StrictModel):
-    """CURVE keys, made by ``gdpo keygen``: who may connect, over an encrypted link."""
-
-    secret: str | None = None
-    """File of the learner's own key, ``NAME.key_secret``; None: no encryption, loopback only."""
-    allowed: str | None = None
-    """Folder of the actors' public keys, ``NAME.key``; they may come and go while it runs."""
-    actor: str | None = None
-    """File of the key of the actors that ``gdpo run`` starts, ``NAME.key_secret``."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if (self.secret is None) != (self.allowed is None):
-            raise ValueError("set keys.secret and keys.allowed, or none of them")
-        if self.actor is not None and self.secret is None:
-            raise ValueError("keys.actor needs keys.secret and keys.allowed")
-        return self
 
 
 def is_ipv4(host: str) -> bool:

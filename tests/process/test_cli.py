@@ -44,6 +44,18 @@ def test_help_imports_nothing_heavy(arguments):
     assert result.stdout.endswith("heavy: []\n")
 
 
+def test_reading_a_configuration_does_not_import_torch(recipe):
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from learner.config.file import load_config\n"
+        f"load_config(Path({str(recipe)!r}), ['algorithm.weight_cap=3'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help(capsys, command):
     with pytest.raises(SystemExit) as caught:

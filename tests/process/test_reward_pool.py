@@ -19,7 +19,8 @@ from tests.integration.processes import children_of, is_alive, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-LIMIT_S = 0.5
+LIMIT_S = 1.5
+"""A call may take as long: a call that does nothing must not come near it on a busy machine."""
 ROW = {"prompt": "2 + 2"}
 
 MISBEHAVING = """
@@ -132,11 +133,11 @@ def nothing_is_left_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "kind", "problem"),
     [
-        ("sleeps", "timeout", "took longer than 0.5 s and was killed (my_rewards:sleeps)"),
-        ("sleeps_async", "timeout", "took longer than 0.5 s"),
-        ("holds_the_lock", "timeout", "took longer than 0.5 s"),
-        ("ignores_signals", "timeout", "took longer than 0.5 s"),
-        ("stops_itself", "timeout", "took longer than 0.5 s"),
+        ("sleeps", "timeout", "took longer than 1.5 s and was killed (my_rewards:sleeps)"),
+        ("sleeps_async", "timeout", "took longer than 1.5 s"),
+        ("holds_the_lock", "timeout", "took longer than 1.5 s"),
+        ("ignores_signals", "timeout", "took longer than 1.5 s"),
+        ("stops_itself", "timeout", "took longer than 1.5 s"),
         ("exits", "died", "ended its process: exit code 3 (my_rewards:exits)"),
         ("exits_well", "died", "ended its process: exit code 0"),
         ("segfaults", "died", "ended its process: killed by SIGSEGV"),
@@ -321,24 +322,31 @@ def test_nothing_outlives_an_actor_that_is_killed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "kind", "problem"),
+    ("source", "limit_s", "kind", "problem"),
     [
-        ("1 / 0", "raised", "my_rewards:f does not import: ZeroDivisionError: division by zero"),
-        ("import sys; sys.exit(1)", "raised", "my_rewards:f does not import: SystemExit: 1"),
-        ("g = 1", "raised", "my_rewards defines no function f"),
-        ("import os; os._exit(5)", "died", "the import of reward 'f' ended its process: exit code"),
-        ("while True: pass", "timeout", "the import of reward 'f' took longer than 0.5 s"),
+        (
+            "1 / 0",
+            30,
+            "raised",
+            "my_rewards:f does not import: ZeroDivisionError: division by zero",
+        ),
+        ("import sys; sys.exit(1)", 30, "raised", "my_rewards:f does not import: SystemExit: 1"),
+        ("g = 1", 30, "raised", "my_rewards defines no function f"),
+        ("import os; os._exit(5)", 30, "died", "the import of reward 'f' ended its process: exit"),
+        ("while True: pass", 0.5, "timeout", "the import of reward 'f' took longer than 0.5 s"),
     ],
 )
-async def test_a_function_that_does_not_import_fails_the_start(tmp_path, source, kind, problem):
+async def test_a_function_that_does_not_import_fails_the_start(
+    tmp_path, source, limit_s, kind, problem
+):
     with pytest.raises(RewardFailure) as caught:
-        async with make_pool(tmp_path, "f", source=source, import_timeout_s=0.5):
+        async with make_pool(tmp_path, "f", source=source, import_timeout_s=limit_s):
             pass
     assert problem in str(caught.value)
     assert (caught.value.reward, caught.value.kind) == ("f", kind)
 
 
 async def test_a_slow_import_does_not_count_as_a_slow_call(tmp_path):
-    source = "import time; time.sleep(0.3)\ndef f(**_): return [1.0]"
-    async with make_pool(tmp_path, "f", source=source, timeout_s=0.2) as pool:
+    source = "import time; time.sleep(2)\ndef f(**_): return [1.0]"
+    async with make_pool(tmp_path, "f", source=source) as pool:
         assert [*await asyncio.gather(call(pool, "f"), call(pool, "f"))] == [[1.0]] * 2

@@ -41,7 +41,7 @@ class Builder:
 
     link: LearnerLink
     device: torch.device
-    """Where weights are received by NCCL."""
+    """Device that receives weights by NCCL."""
     allowed_modules: tuple[str, ...]
     folder: Path
     """Reward modules that lie here may be imported too."""

@@ -63,7 +63,7 @@ class Session:
         self._link = link
         self._clock = clock
         self._hello: Hello | None = None
-        """What is said after a silence; None before the first welcome."""
+        """The hello to say after a silence; None before the first welcome."""
         self._unacknowledged: dict[int, _Unacknowledged] = {}
         self._rejoining_since = -math.inf
         self.groups_generated = 0

@@ -3,6 +3,6 @@
 # Exit codes, which the launcher reads from its children.
 FAILURE = 1
 USER_ERROR = 2
-"""It would happen again in the same way."""
+"""An error that would happen again in the same way."""
 INTERRUPTED = 130
 """Ended in order, on request, before it was done."""

@@ -37,7 +37,7 @@ class ActorState:
     route: str = ""
     offered: int = -1
     """Version that it was last told of."""
-    fed_at: float = 0.0
+    weights_active_at: float = 0.0
     """When it was last offered weights, asked for a chunk, or confirmed a version."""
     status: Status | None = None
     failures: int = 0
@@ -158,7 +158,7 @@ class Registry:
         self.live: dict[str, ActorState] = {}
         """The actors by session, in the order in which they joined."""
         self.last_actor_at = clock()
-        """When any actor was heard, or left."""
+        """When an actor was last heard, or left."""
         self.draining = False
         """Whether the run is over."""
         self.failure: AsyncGdpoError | None = None

@@ -29,7 +29,7 @@ from protocol.keys import public_key_text
 
 def how_to_go_on(run: Path) -> str:
     """Return the end of an error text about something outside of the run."""
-    return f"put that right and go on with: gdpo learner --resume {run}"
+    return f"put that right and continue with: gdpo learner --resume {run}"
 
 
 class RunFolder:

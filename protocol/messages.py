@@ -157,7 +157,7 @@ class Status(Header, tag="status", frozen=True):
     Messages keep their order, so a lease that was sent before that answer and is not listed was
     lost on the way."""
     tokens_generated: Count
-    """Since the start of the process, like the four below."""
+    """Tokens since the start of the process, which the four below count from too."""
     groups_generated: Count
     idle_seconds: Seconds
     """Time in which the engine had nothing to generate."""

@@ -79,7 +79,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=Path,
         metavar="FOLDER",
-        help="instead of CONFIG: go on with a run that was interrupted, or whose learner was lost",
+        help="instead of CONFIG: continue a run that was interrupted, or whose learner was lost",
     )
 
 

@@ -94,7 +94,7 @@ def by_setting(result: Result) -> dict[str, list[Run]]:
 
 
 def levels(result: Result) -> dict[str, float]:
-    """For each reward, the level that counts as reached: `REACHED` of the whole range."""
+    """Find the level of each reward that counts as reached: `REACHED` of the whole range."""
     found = {}
     for name in reward_names(result):
         values = [value for run in result["runs"] for value in smooth(run["curves"][name])]

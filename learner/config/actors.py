@@ -1,4 +1,4 @@
-"""Sections about a learner and its actors: where they meet, who may join, how long is waited.
+"""Sections about a learner and its actors: where they meet, who may join, how long to wait.
 
 ``[endpoints]``, ``[keys]``, ``[admission]``, ``[deadlines]`` and ``[launch]``.
 """

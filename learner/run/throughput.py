@@ -15,7 +15,7 @@ from learner.status import Bottleneck
 WINDOW_S = 15.0
 WINDOW_STEPS = 3
 _REMEMBERED_ACTORS = 10_000
-"""Those that left long before are summed up: an actor that comes and goes has a new session."""
+"""Actors that left long before are summed up: an actor that comes and goes has a new session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class _Counters(NamedTuple):
     stalled: float
 
     def within(self, first: "_Counters", seconds: float) -> "_Counters":
-        """Only what can be true: ``seconds`` after ``first`` no clock shows more than that."""
+        """Keep what can be true: ``seconds`` after ``first`` no clock shows more than that."""
         uptime, idle, stalled = (
             min(max(value, start), start + seconds)
             for value, start in zip(self[2:], first[2:], strict=True)
@@ -48,7 +48,7 @@ class _Counters(NamedTuple):
         return self._replace(uptime=uptime, idle=idle, stalled=stalled)
 
     def since(self, first: "_Counters") -> "_Counters":
-        """What counts: only time from ``first`` on, so that shares do not jump at a join."""
+        """Keep what counts: only time from ``first`` on, so that shares do not jump at a join."""
         times = (last - start for last, start in zip(self[2:], first[2:], strict=True))
         return _Counters(self.tokens, self.groups, *times)
 

@@ -153,7 +153,7 @@ def _check_lengths(config: RunConfig, model_config: Any) -> None:
 
 
 def _check_buffers(config: RunConfig, model: Any) -> None:
-    """Only parameters are trained and sent: a persistent buffer would differ on the actors."""
+    """Refuse persistent buffers, which actors would lack: only parameters are trained and sent."""
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     if buffers:
         raise ConfigError(

@@ -65,7 +65,7 @@ class _Epoch:
 
 
 class Epochs:
-    """At most one epoch at a time; all methods are for the publisher's thread."""
+    """One epoch at a time, or none; all methods are for the publisher's thread."""
 
     def __init__(
         self, backend: Backend, address: str, *, timeout_s: float, bucket_bytes: int

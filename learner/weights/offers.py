@@ -18,7 +18,7 @@ log = logging.getLogger("learner")
 
 MAX_WRONG_DIGESTS = 3
 MAX_SNAPSHOTS_HELD = 8
-"""For new actors that load them; each is as large as the model."""
+"""Versions kept for new actors that load them; each is as large as the model."""
 OFFER_AGAIN_S = 10.0
 """Time without a sign that an actor which is behind takes what it was offered."""
 
@@ -87,7 +87,7 @@ class Offers:
         self._offer(actor, latest.announcement("stream"), latest)
 
     def _offer(self, actor: ActorState, weights: Weights, snapshot: Snapshot) -> None:
-        actor.fed_at, actor.offered = self._registry.clock(), weights.version
+        actor.weights_active_at, actor.offered = self._registry.clock(), weights.version
         self._registry.send(actor.session, weights, (snapshot.digests,))
 
     def pulls(self, actor: ActorState, version: int) -> None:
@@ -95,7 +95,7 @@ class Offers:
 
         A new one is going to be checked with what it pulls, however long it takes to load it.
         """
-        actor.fed_at = self._registry.clock()
+        actor.weights_active_at = self._registry.clock()
         held = self._held.get(actor.session)
         if actor.check == "due" and (held is None or held.version != version):
             others = {s.version for session, s in self._held.items() if session != actor.session}
@@ -136,7 +136,7 @@ class Offers:
         """Offer again what may have been lost with a connection, or the answer to it."""
         for actor in self._registry.live.values():
             owed = max(actor.offered, self.pushed if actor.is_checked else -1)
-            silent = now - actor.fed_at > OFFER_AGAIN_S
+            silent = now - actor.weights_active_at > OFFER_AGAIN_S
             if actor.version < owed and silent and self._is_on_its_own(actor):
                 log.info("actor %d is behind, and has asked for nothing", actor.number)
                 self.announce_latest(actor)
@@ -155,7 +155,7 @@ class Offers:
             return
         actor.wrong_digests = 0
         actor.version, actor.route = ready.version, ready.route
-        actor.fed_at = self._registry.clock()
+        actor.weights_active_at = self._registry.clock()
         self._registry.record_phase(actor, "weights_receive", ready.receive_seconds)
         self._registry.record_phase(actor, "weights_load", ready.load_seconds)
         if actor.is_checked and self._is_on_its_own(actor):

@@ -34,8 +34,8 @@ class Memory(NamedTuple):
     """uint8 [num_bytes]. Whatever is made from it without a copy keeps the memory from its next
     use: slices, other types, NumPy arrays, memoryviews, storages."""
     path: str
-    """To map the same pages from another process of this user, while this one lives. They are not
-    kept for that process: what it reads after the snapshot has gone may be of another version."""
+    """File by which other processes of this user map the same pages, while this one lives. They are
+    not kept for those: what they read after the snapshot has gone may be of another version."""
 
 
 class MemoryPool:

@@ -68,7 +68,7 @@ class Publisher:
         self.pushes = 0
         """Versions offered, those included that nobody was there to take, or that were replaced."""
         self.evictions: Counter[str] = Counter()
-        """From epochs, by cause."""
+        """Actors put out of epochs, by cause."""
         self._worker = Worker(
             "publisher", self._take, self._serve, drains=False, after=self._end_epochs
         )

@@ -75,7 +75,7 @@ class PushReport:
     phases: dict[str, float]
     """Seconds to pack, join, broadcast and confirm."""
     seconds: float = 0.0
-    """From the announcement to the last confirmation, or the deadline."""
+    """Seconds from the announcement to the last confirmation, or the deadline."""
     evicted: dict[int, str] = field(default_factory=dict)
     """Why the epoch ended, by the actor's number: ``gone``, ``absent`` (it did not come to the
     epoch) or ``late``."""
@@ -217,7 +217,7 @@ class Push:
             self.report.evicted.setdefault(self._members[session], "late")
 
     def _judge(self, epochs: Epochs, probation: Probation) -> None:
-        """Find out who broke the epoch, and keep it out of broadcasts for a while.
+        """Find the actors that broke the epoch, and keep them out of broadcasts for a while.
 
         A killed member breaks it before anybody knows that it is gone: then nobody else is to
         blame. Otherwise it is those that did not come, or are late; if everybody could pull, most

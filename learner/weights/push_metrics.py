@@ -10,7 +10,7 @@ from protocol.messages import Route
 
 
 class PushMetrics:
-    """Counts pushes, who got them and who broke them, and how long their phases took."""
+    """Counts pushes, the actors that got them or broke them, and the seconds of their phases."""
 
     def __init__(self, registry: CollectorRegistry, phases: Phases) -> None:
         """Metrics are exported by ``registry``; durations go to ``phases``."""

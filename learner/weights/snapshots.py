@@ -43,7 +43,7 @@ class Snapshot:
 
 
 class SnapshotStore:
-    """At most two snapshots, whatever the number of actors that are behind."""
+    """Keeps at most two snapshots, whatever the number of actors that are behind."""
 
     def __init__(self, first: Snapshot, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -76,7 +76,7 @@ class ActorState:
 
 @dataclass(slots=True)
 class WireCounters:
-    """Counts of messages, and of what went wrong with them."""
+    """Counts of messages and of failures."""
 
     bad_messages: int = 0
     unknown_session: int = 0

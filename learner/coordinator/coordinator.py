@@ -384,7 +384,7 @@ class Coordinator:
 
     @property
     def counters(self) -> WireCounters:
-        """Counts of messages, and of what went wrong with them."""
+        """Counts of messages and of failures."""
         return self._registry.counters
 
     @property

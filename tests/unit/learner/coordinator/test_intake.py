@@ -77,12 +77,13 @@ def test_many_messages_wake_intake_once_while_it_waits(cluster, peer, monkeypatc
 
     monkeypatch.setattr(os, "write", count)
     with cluster.coordinator._lock:
-        for number in range(1000):
+        # Fewer than ZeroMQ queues for one peer: none is dropped, however late that one reads.
+        for number in range(200):
             cluster.coordinator._registry.send("a", Drain(cause=f"number {number}"))
-    while peer.hear(Drain).cause != "number 999":
+    while peer.hear(Drain).cause != "number 199":
         pass
     # It may have gone to wait again in between, but not for every message.
-    assert len(written) < 500
+    assert len(written) < 100
 
 
 def test_what_is_at_an_end_is_not_woken(cluster, peer):

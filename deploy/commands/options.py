@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add the configuration file and its overrides; `load` and `read_config` read them."""
     nargs = "?" if optional else None
-    parser.add_argument("config", type=Path, nargs=nargs, metavar="CONFIG", help="a TOML file")
+    # No Path yet: after --resume the first override stands here, and a Path would change its "//".
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a TOML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="for example optimizer.lr=1e-6"
     )
@@ -72,7 +73,7 @@ def read_config(options: Any) -> "RunConfig":
 
     if options.config is None:
         raise ConfigError("give a CONFIG file, or --resume FOLDER")
-    return load_config(options.config, options.overrides)
+    return load_config(Path(options.config), options.overrides)
 
 
 def import_rewards(config: "RunConfig", options: Any) -> None:

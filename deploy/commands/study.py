@@ -97,13 +97,13 @@ def _compare(options: Any) -> int:
     corrections = options.corrections or config.algorithm.correction
     return compare(
         Comparison(
-            config=options.config,
+            config=Path(options.config),
             overrides=tuple(options.overrides),
             estimators=parse_names(options.estimators, get_args(EstimatorName), "estimator"),
             corrections=parse_names(corrections, get_args(CorrectionName), "correction"),
             lags=options.lags or (None,),
             num_seeds=options.seeds,
-            out=options.out or Path(config.runs_folder) / f"compare-{options.config.stem}",
+            out=options.out or Path(config.runs_folder) / f"compare-{Path(options.config).stem}",
             jobs=options.jobs or os.cpu_count() or 1,
             allowed_modules=tuple(options.allow_rewards),
         )

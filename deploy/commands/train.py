@@ -154,7 +154,7 @@ def _resumed(options: Any) -> "tuple[RunConfig, RunFolder]":
 
     if options.config is not None:
         # The configuration is in the folder: what stands first is an override.
-        options.overrides.insert(0, str(options.config))
+        options.overrides.insert(0, options.config)
         options.config = None
     for override in options.overrides:
         if "=" not in override:

@@ -148,7 +148,7 @@ def _plain(location: Sequence[str]) -> list[str]:
 def _section_text(section: Section) -> str:
     lines = [section.header, *_wrap(section.meaning), ""]
     width = max((len(key.name) for key in section.keys), default=0)
-    lines += [f"  {key.name:{width}}  {key.type}; default {key.default}" for key in section.keys]
+    lines += [f"  {key.name:{width}}  {key.type}; {_or_default(key)}" for key in section.keys]
     inner = [s.path for s in sections() if s.path.startswith(f"{section.path}.")]
     lines += [f"  and section {path}" for path in inner]
     return "\n".join(lines)
@@ -239,6 +239,10 @@ def _range(value: dict[str, Any]) -> str:
     }
     limits = [f"{text} {value[limit]}" for limit, text in words.items() if limit in value]
     return ", ".join(limits)
+
+
+def _or_default(key: Key) -> str:
+    return key.default if key.default == "required" else f"default {key.default}"
 
 
 def _default(value: Any) -> str:

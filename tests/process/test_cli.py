@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from deploy import USER_ERROR
 from deploy.cli import main
+from learner.config.file import load_config
+from learner.run_folder import RunFolder
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "zmq", "pydantic", "rich")
 COMMANDS = (
@@ -134,6 +137,16 @@ def test_an_error_of_the_user_is_one_line(
     [line] = printed.err.splitlines()
     assert line.startswith("gdpo: error: ")
     assert problem in line
+
+
+@pytest.mark.parametrize("command", ["run", "learner"])
+def test_what_stands_first_after_resume_is_an_override_as_it_was_written(
+    recipe, tmp_path, capsys, command
+):
+    folder = RunFolder.create(load_config(recipe, [f"runs_folder={tmp_path}"]))
+    arguments = [command, "--resume", str(folder.path), "endpoints.bind=tcp://127.0.0.1:99999"]
+    assert main(arguments) == USER_ERROR
+    assert "'tcp://127.0.0.1:99999'" in capsys.readouterr().err
 
 
 def test_a_process_prints_no_traceback_for_an_error_of_the_user(tmp_path):

@@ -73,8 +73,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[st
 def _configuration() -> Iterator[str]:
     yield "A configuration is a TOML file of these sections. Every key may also be given behind the"
     yield "file's name, as in `optimizer.lr=1e-6`; for a reward it is `rewards.NAME.weight=0.5`."
-    yield "`gdpo check --explain KEY` prints what stands here. `none` and None mean that the key is left"
-    yield "out: TOML has no word for it."
+    yield "`gdpo check --explain KEY` prints what stands here. `none` and None mean that the key is"
+    yield "left out: TOML has no word for it."
     yield ""
     for section in sections():
         yield f"## `{section.header}`" if section.header else "## Before the first section"

@@ -1,7 +1,6 @@
 """The run folder: configuration, a line per step, checkpoints, and the summary at the end."""
 
 import fcntl
-import json
 import os
 import shutil
 import uuid
@@ -9,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Self, TextIO
+
+from pydantic import ValidationError
 
 from learner.config.file import load_config
 from learner.config.resume import check_resumable
@@ -200,10 +201,10 @@ class RunFolder:
         kept = []
         for line in self._steps.read_text(errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if Step.model_validate_json(line).step <= step:
                     kept.append(f"{line}\n")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                # The end of what a killed learner was writing.
+            except ValidationError:
+                # The end of what a killed learner was writing, or damage: nobody could read it.
                 continue
         self._write(self._steps, "".join(kept))
 
@@ -220,10 +221,7 @@ class RunFolder:
     @property
     def run_id(self) -> str:
         """The run's own id, whichever learner continues it; raises `ConfigError`."""
-        try:
-            return read_record(self._run, RunIdentity).run_id
-        except ConfigError as error:
-            raise ConfigError(f"{self._run} is missing or damaged: {error}") from error
+        return read_record(self._run, RunIdentity).run_id
 
     def read_config(self) -> RunConfig:
         """Return the resolved configuration."""

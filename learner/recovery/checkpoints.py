@@ -193,7 +193,7 @@ class Checkpoints:
             raise TrainingError(
                 f"cannot write the checkpoint {target}: {_reason(error)}; the last good one: "
                 f"{last}; {how_to_go_on(self.folder.parent)}"
-            ) from error
+            ) from None  # A cause would keep the frames above, and with them the copy of the model.
         self._on_written()
 
 

@@ -16,7 +16,7 @@ from protocol.framing import decode_to_learner
 from protocol.groups import Group, GroupLimits, unpack_group
 from protocol.messages import GroupHeader
 
-FORMAT = 1
+FORMAT = 2
 BUSY_TIMEOUT_S = 5.0
 
 

@@ -121,6 +121,10 @@ class Outbox:
         """Call ``wake`` after every message from now on, on the thread that put it in."""
         self._wake = wake
 
+    def wake(self) -> None:
+        """Have whoever sends the messages look for more of them."""
+        self._wake()
+
     def put(self, message: Outgoing) -> None:
         """Have a message sent."""
         self._messages.append(message)

@@ -6,12 +6,15 @@ anything. Every text in it is fit to be shown.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 from learner.records import AnyFloat, Count, Record, Version
 from protocol.errors import one_line
 
 LABEL_CHARACTERS = 80
+TEXT_CHARACTERS = 2000
+FROM_A_PORT = {"texts": "cut"}
+"""Context in which a status is validated that some process told."""
 
 
 def label(text: str) -> str:
@@ -19,8 +22,13 @@ def label(text: str) -> str:
     return one_line(text, LABEL_CHARACTERS)
 
 
-Label = Annotated[str, AfterValidator(label)]
-"""A text of somebody else's that is going to be shown; longer ones are cut."""
+def _fit_to_be_shown(text: str, info: ValidationInfo) -> str:
+    """A learner tells its texts in full; what comes from a port is cut for a display."""
+    return label(text) if info.context == FROM_A_PORT else one_line(text, TEXT_CHARACTERS)
+
+
+Label = Annotated[str, AfterValidator(_fit_to_be_shown)]
+"""A text of somebody else's that is going to be shown."""
 Bottleneck = Literal["actors", "learner", "balanced"]
 
 

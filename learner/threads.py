@@ -40,8 +40,8 @@ class GuardedThread:
     def start(self, fail: Fail) -> None:
         """Begin, once.
 
-        ``fail`` is called on the thread with the error that ``run`` raised, if it is one of
-        `protocol.errors`, or else with a `TrainingError` that names the thread and the cause.
+        ``fail`` is called on the thread with the error that ``run`` raised, if it is a
+        `TrainingError`, or else with one that names the thread and the cause.
         """
         self._thread = Thread(target=self._guarded, args=(fail,), name=self._name, daemon=True)
         self._thread.start()
@@ -54,7 +54,7 @@ class GuardedThread:
     def _guarded(self, fail: Fail) -> None:
         try:
             self._run()
-        except AsyncGdpoError as error:
+        except TrainingError as error:
             fail(error)
         except Exception as error:
             log.exception("%s died", self._name)

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from deploy.watch.http import get_json
 from learner.records import first_problem
-from learner.status import Status
+from learner.status import FROM_A_PORT, Status
 from protocol.errors import BadMessage
 
 TIMEOUT_S = 2.0
@@ -15,7 +15,7 @@ TIMEOUT_S = 2.0
 def read_status(answer: Any) -> Status:
     """Return decoded JSON as a status; raises `BadMessage` if it is none."""
     try:
-        return Status.model_validate(answer)
+        return Status.model_validate(answer, context=FROM_A_PORT)
     except ValidationError as error:
         raise BadMessage(f"no status of a learner: {first_problem(error)}") from error
 

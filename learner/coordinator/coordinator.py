@@ -7,7 +7,8 @@ The rule of the lock: there is one, and it is taken in this file only. Every pub
 `Coordinator` takes it, and no part below does: their methods are called with the lock held. So a
 thread sees the state between two whole calls, never in the middle of one; only properties that are
 one value, and the counts, are read without it. A message that is put into the outbox wakes intake,
-which sends it, whatever thread it came from.
+which sends it, whatever thread it came from. Room for leases wakes it too: it issues them, so that
+the trainer does not look through all actors itself.
 
 An actor's life:   hello ──► joining ──► has weights ──► checked, gets leases ──► gone
                                                                    │              ▲
@@ -101,6 +102,7 @@ class Coordinator:
         self._clock = clock
         self._on_pull = on_pull
         self._bad_message_logged_at = float("-inf")
+        self._has_room = False
         self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
         self._lock = RLock()
         self._changed = Condition(self._lock)
@@ -218,6 +220,19 @@ class Coordinator:
             self._offers.tick(now)
             self._leasing.issue(now)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there may be leases for `issue`."""
+        return self._has_room
+
+    def issue(self) -> None:
+        """Issue the leases for which somebody has made room; costs nothing if nobody has."""
+        if self._has_room:
+            # Before the look at it: what is made from here on is for the next time.
+            self._has_room = False
+            with self._lock:
+                self._leasing.issue(self._clock())
+
     # --- called by any thread -------------------------------------------------------------------
 
     def fail(self, error: AsyncGdpoError) -> None:
@@ -289,19 +304,19 @@ class Coordinator:
         """Issue training leases from now on."""
         with self._lock:
             self._leasing.training = True
-            self._leasing.issue(self._clock())
+            self.make_room()
 
     def advance(self, trainer_version: int) -> None:
-        """Note that the trainer finished a step; leases that this allows are issued."""
+        """Note that the trainer finished a step, which may make room for leases."""
         with self._lock:
             self._leasing.trainer_version = trainer_version
             self._buffer.step_done()
-            self._leasing.issue(self._clock())
+            self.make_room()
 
-    def issue(self) -> None:
-        """Issue the leases for which there is room since the trainer took from the buffer."""
-        with self._lock:
-            self._leasing.issue(self._clock())
+    def make_room(self) -> None:
+        """Have intake issue leases, as the trainer took groups from the buffer, say."""
+        self._has_room = True
+        self.outbox.wake()
 
     def count_as_pushed(self) -> None:
         """Take the newest snapshot as pushed: it was made before anybody could be there."""
@@ -317,7 +332,7 @@ class Coordinator:
         """Have ``works`` rolled out by actors that sample from ``version`` or later."""
         with self._lock:
             evaluation = self._work.start_evaluation(works, version)
-            self._leasing.issue(self._clock())
+            self.make_room()
             return evaluation
 
     def end_evaluation(self) -> None:

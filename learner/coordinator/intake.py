@@ -28,7 +28,7 @@ _MESSAGES_PER_TURN = 200
 
 
 class Intake:
-    """Runs until `close`; a message in the outbox makes it send at once."""
+    """Runs until `close`; a message in the outbox, or room for leases, ends its wait at once."""
 
     def __init__(
         self,
@@ -101,6 +101,7 @@ class Intake:
                     self._coordinator.tick()
                     self._heartbeat.beat()
                     next_tick = time.monotonic() + TICK_S
+                self._coordinator.issue()
                 self._send()
             self._send()
         finally:
@@ -109,8 +110,9 @@ class Intake:
     def _wait(self, poller: zmq.Poller) -> dict[Any, int]:
         """Return what is ready, at the latest after `TICK_S`."""
         self._asleep = True
-        # In this order: what is put in from here on wakes, what was before is seen.
-        busy = self._closing or len(self._coordinator.outbox) > 0
+        # In this order: what comes from here on wakes, what was before is seen.
+        waiting = self._coordinator.has_room or len(self._coordinator.outbox) > 0
+        busy = self._closing or waiting
         ready = dict(poller.poll(0 if busy else int(TICK_S * 1000)))
         self._asleep = False
         if self._wake_read in ready:

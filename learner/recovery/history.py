@@ -15,17 +15,18 @@ run continues from the checkpoint, and prompts whose groups were lost are leased
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 from learner.config.run import RunConfig
 from learner.phases import Phases
-from learner.recovery.checkpoints import Checkpoints, Tensors
+from learner.recovery.checkpoints import Checkpoints
 from learner.replay.buffer import TrainingBatch
 from learner.replay.journal import Journal, wait_until_stored
 from learner.run_folder import RunFolder
-from learner.state import RunState
 from learner.training.policy import Policy
 
 JOURNAL_TIMEOUT_S = 60.0
@@ -71,13 +72,11 @@ class History:
         if self._last_batch is not None:
             wait_until_stored(self._last_batch, JOURNAL_TIMEOUT_S)
 
-    def checkpoint(self, state: RunState, trainer: Tensors) -> None:
-        """Begin a checkpoint: training waits for the copy, not for the disk.
-
-        Raises `TrainingError` if the one before could not be written.
-        """
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Count how long training waits for a checkpoint: for the copy, not for the disk."""
         started = time.monotonic()
-        self.checkpoints.begin(state, trainer)
+        yield
         self._phases.checkpoint(time.monotonic() - started)
 
     def record_command(self, from_step: int, updates: Any) -> None:

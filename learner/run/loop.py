@@ -77,7 +77,7 @@ class TrainingLoop:
             batches_after=config.steps - parts.trainer.version - 1,
         )
         # Room in the buffer.
-        parts.coordinator.issue()
+        parts.coordinator.make_room()
         return batch
 
     def _publish(self) -> None:

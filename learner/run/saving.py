@@ -9,7 +9,8 @@ def checkpoint(parts: Parts) -> None:
 
     Raises `TrainingError` if the one before could not be written.
     """
-    parts.history.checkpoint(run_state(parts), parts.trainer.state_tensors())
+    with parts.history.copying():
+        parts.history.checkpoints.begin(run_state(parts), parts.trainer.state_tensors())
 
 
 def save(parts: Parts) -> None:

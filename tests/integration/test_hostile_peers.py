@@ -4,6 +4,7 @@ import gc
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import TypeVar
@@ -68,6 +69,8 @@ class Peer:
             self.socket.setsockopt(option, value)
         self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(url)
+        # Also for a peer that a test forgets before its context ends.
+        weakref.finalize(self, self.socket.close)
 
     def send(self, frames: Sequence[Buffer]) -> None:
         self.socket.send_multipart(frames)
@@ -127,7 +130,7 @@ def good(context: zmq.Context[zmq.Socket[bytes]], learner: Learner) -> Callable[
         # Its weights stay those of version 0, so what it made is left to the buffer's limit.
         learner.cluster.buffer.take(1, 0, timeout_s=0)
         learner.cluster.buffer.step_done()
-        learner.coordinator.issue()
+        learner.coordinator.make_room()
 
     return roll_out
 
@@ -183,6 +186,8 @@ def test_a_frame_over_the_limit_disconnects_its_peer_and_nobody_else(context, le
     hostile.hear(Welcome)
     hostile.send([bytes(MAX_FRAME_BYTES + 1)])
     assert monitor.poll(10_000), "still connected"
+    hostile.socket.disable_monitor()
+    monitor.close()
     good()
     assert learner.num_bad == 0
 

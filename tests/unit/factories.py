@@ -218,6 +218,8 @@ class Cluster:
     def heard_with_payloads(
         self, session: str, kind: type[HeaderT]
     ) -> list[tuple[HeaderT, tuple[Buffer, ...]]]:
+        # As intake does before it sends.
+        self.coordinator.issue()
         while self.coordinator.outbox:
             message = self.coordinator.outbox.pop()
             self._inboxes.setdefault(message.session, []).append((message.header, message.payloads))

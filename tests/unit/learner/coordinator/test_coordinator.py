@@ -1,5 +1,6 @@
 """The coordinator without sockets: joining, leases, groups, and the end."""
 
+from collections.abc import Callable
 from threading import Timer
 
 import pytest
@@ -244,8 +245,8 @@ def test_nobody_gets_a_lease_after_the_drain():
     assert cluster.leases("a") == []
 
 
-def test_whatever_makes_room_for_leases_puts_them_into_the_outbox_which_wakes_intake():
-    """At once, and not at the next tick: nobody has to tell intake."""
+def test_whatever_makes_room_for_leases_wakes_intake_which_issues_them():
+    """At once, and not at the next tick; the trainer does not look through all actors itself."""
     cluster = Cluster()
     cluster.join("a", capacity=100)
     cluster.leases("a")
@@ -253,7 +254,19 @@ def test_whatever_makes_room_for_leases_puts_them_into_the_outbox_which_wakes_in
     cluster.coordinator.outbox.wakes(lambda: woken.append(1))
     cluster.coordinator.issue()
     assert woken == []
-    cluster.coordinator.start_evaluation([make_work("h", "eval")], version=0)
-    assert len(woken) == len(cluster.leases("a")) == 1
-    cluster.coordinator.open_training()
-    assert len(woken) == 1 + len(cluster.leases("a")) > 1
+    events: list[Callable[[], object]] = [
+        lambda: cluster.coordinator.start_evaluation([make_work("h", "eval")], version=0),
+        cluster.coordinator.open_training,
+        cluster.coordinator.make_room,
+        lambda: cluster.coordinator.advance(1),
+    ]
+    leases: list[int] = []
+    for makes_room in events:
+        woken.clear()
+        makes_room()
+        assert woken == [1]
+        assert cluster.coordinator.has_room
+        assert len(cluster.coordinator.outbox) == 0
+        leases += cluster.leases("a")
+        assert not cluster.coordinator.has_room
+    assert len(leases) > 1

@@ -314,7 +314,7 @@ def test_a_journal_of_another_format_is_refused(path):
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA user_version = 7")
     for opened in (lambda: Journal(path, MAX_BYTES), lambda: read(path)):
-        with pytest.raises(ConfigError, match=r"no journal of this version \(format 7, not 1\)"):
+        with pytest.raises(ConfigError, match=r"no journal of this version \(format 7, not 2\)"):
             opened()
 
 

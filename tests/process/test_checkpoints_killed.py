@@ -40,17 +40,16 @@ def test_guarantee_7_one_that_was_killed_while_it_was_written_is_never_read(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     program = textwrap.dedent(KILLED).format(root=root, recipe=str(recipe), folder=str(folder))
     for delay_s in (0.05, 0.12, 0.3):
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment
-        )
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == b"go\n"
-            time.sleep(delay_s)
-        finally:
-            process.send_signal(signal.SIGKILL)
-        written = [int(line) for line in process.stdout.read().split()]
-        process.wait(10)
+        ) as process:
+            assert process.stdout is not None
+            try:
+                assert process.stdout.readline() == b"go\n"
+                time.sleep(delay_s)
+            finally:
+                process.send_signal(signal.SIGKILL)
+            written = [int(line) for line in process.stdout.read().split()]
         found = newest(folder)
         if written:
             assert found is not None

@@ -56,6 +56,7 @@ def test_actors_join_die_and_drain_while_the_learner_trains(system: System):
     assert summary["weights"]["digest_mismatches"] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_actor_leaves_no_files_behind(system: System, monkeypatch):
     temporary = system.folder / "tmp"
     temporary.mkdir()
@@ -68,6 +69,7 @@ def test_a_killed_actor_leaves_no_files_behind(system: System, monkeypatch):
     assert list(temporary.glob("gdpo-actor-*")) == []
 
 
+@pytest.mark.slow
 def test_prometheus_reads_learner_and_actors_while_they_train(system: System):
     system.start_learner(*LONG_RUN)
     system.start_actor("actor")
@@ -87,6 +89,7 @@ def test_prometheus_reads_learner_and_actors_while_they_train(system: System):
         assert http_get(f"http://{discovered['targets'][0]}{path}")
 
 
+@pytest.mark.slow
 def test_a_hung_actor_holds_nobody_up_and_comes_back(system: System):
     """SIGSTOP leaves its connection open and its place in the collective taken."""
     system.start_learner(*LONG_RUN)
@@ -104,6 +107,7 @@ def test_a_hung_actor_holds_nobody_up_and_comes_back(system: System):
     assert_books_balance(system.summary)
 
 
+@pytest.mark.slow
 def test_actors_wait_for_a_slow_learner(system: System):
     """Back-pressure: the buffer stays within its bound, nothing grows and nothing goes stale."""
     system.start_learner(
@@ -129,6 +133,7 @@ def test_actors_wait_for_a_slow_learner(system: System):
     assert_books_balance(summary)
 
 
+@pytest.mark.slow
 def test_a_learner_that_was_frozen_goes_on_with_its_actors(system: System):
     """Longer than any silence that is forgiven, with more messages waiting than a queue holds."""
     system.start_learner(*LONG_RUN)

@@ -16,6 +16,7 @@ def settings_by_step(system: System) -> list[dict[str, Any]]:
     return [step["reward_settings"] for step in steps(system)]
 
 
+@pytest.mark.slow
 def test_a_running_learner_takes_weights_and_conditions_from_schedule_and_command(system: System):
     system.start_learner("training.steps=1000", SCHEDULE)
     control = system.run_folder / "control.json"

@@ -52,6 +52,7 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
         assert float(printed[1]) == pytest.approx(mean, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_third_version_is_pushed_and_the_last_one(system):
     run = start_run(system, "training.steps=10", "training.max_staleness=4", "weights.push_every=3")
     assert run.wait(100) == 0, run.output
@@ -70,6 +71,7 @@ def test_every_third_version_is_pushed_and_the_last_one(system):
     assert {0, 3} <= versions_sampled_from(system.run_folder) <= {0, 3, 6, 9}
 
 
+@pytest.mark.slow
 def test_a_dead_actor_is_started_again(system):
     run = start_run(system, "training.steps=400", "deadlines.actor_timeout_s=2")
     wait_for(lambda: system.status()["step"] >= 1, "the first step")
@@ -102,6 +104,7 @@ def test_one_ctrl_c_stops_everything_and_saves(system):
     AutoModelForCausalLM.from_pretrained(system.run_folder / "checkpoint")
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_killed_launcher(system):
     run = start_run(system, "training.steps=400")
     system.wait_for_step(1)

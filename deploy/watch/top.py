@@ -4,6 +4,7 @@ A thread asks for its /status again and again, so that the picture goes on, and 
 there is no answer, whatever the other side does with a question.
 """
 
+import os
 import re
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -46,12 +47,22 @@ def top(target: str, *, interval_s: float, once: bool) -> int:
             return 0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, questions.interrupt)
+        console = Console(highlight=False, file=_buffered_stdout())
         view = View(first, interval_s)
         ended = watch(view, questions, watched, console)
     console.print(view.draw())
     if ended:
         console.print(ended, markup=False, soft_wrap=True)
     return 0
+
+
+def _buffered_stdout() -> TextIO:
+    """Open standard output once more: what is written to it comes out whole.
+
+    Without a buffer (PYTHONUNBUFFERED, which many containers set) Python drops the rest of what was
+    being written when a signal came.
+    """
+    return os.fdopen(sys.stdout.fileno(), "w", encoding=sys.stdout.encoding, closefd=False)
 
 
 def watch(view: "View", questions: "Questions", watched: "Watched", console: Console) -> str:

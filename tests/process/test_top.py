@@ -27,7 +27,9 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self._leader, follower = pty.openpty()
         fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 100, 0, 0))
+        # A container often sets the last one: then Python itself does not buffer what is printed.
         environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
+        environment["PYTHONUNBUFFERED"] = "1"
         for name in ("COLUMNS", "LINES"):
             environment.pop(name, None)
         self.process = subprocess.Popen(

@@ -17,7 +17,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 VLLM = (
     "actor.engine=vllm",
@@ -31,7 +31,7 @@ VLLM = (
     "eval.prompts=8",
     "eval.num_rollouts=2",
 )
-JOIN_S = 120
+JOIN_S = 240
 
 
 def actors_at_work(system: System) -> dict[int, dict[str, Any]]:  # noqa: F811

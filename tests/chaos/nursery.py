@@ -63,8 +63,9 @@ class Nursery:
         return self._codes.get(pid)
 
     def close(self) -> None:
-        self._popen.kill()
-        self._popen.wait()
+        # Its end, and that of its pipes.
+        with self._popen:
+            self._popen.kill()
 
     def _answer(self) -> dict[str, int]:
         assert self._popen.stdout is not None

@@ -76,8 +76,10 @@ class Proxy:
 
     def close(self) -> None:
         self._call(lambda: self._cut(False))
+        self._call(self._end_tasks)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
 
     def _restore_if_over(self) -> None:
         if time.monotonic() >= self._down_until:
@@ -87,6 +89,12 @@ class Proxy:
 
     def _call(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         asyncio.run_coroutine_threadsafe(function(), self._loop).result(10)
+
+    async def _end_tasks(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _open(self) -> None:
         self._resetting = False

@@ -79,8 +79,9 @@ class Disk:
         self._run("mount", "-o", "remount,rw", str(self._path))
 
     def close(self) -> None:
-        self._keeper.kill()
-        self._keeper.wait()
+        # Its end, and that of its pipe.
+        with self._keeper:
+            self._keeper.kill()
 
     def _run(self, *command: str) -> None:
         result = subprocess.run([*self.enter, *command], capture_output=True, text=True, timeout=60)

@@ -8,11 +8,10 @@ from learner.prompts.evaluation import Evaluation
 from learner.prompts.stream import evaluation_work
 from learner.records import EvaluationResult
 from learner.run.parts import Parts
+from learner.run.progress import STOP_CHECK_S
 from learner.run.reports import evaluation_report
 
 log = logging.getLogger("learner")
-
-STOP_CHECK_S = 0.5
 
 
 def evaluate(parts: Parts, phase: str) -> EvaluationResult | None:

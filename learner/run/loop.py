@@ -5,13 +5,12 @@ import time
 from learner.replay.buffer import TrainingBatch
 from learner.run.metrics import StepMetrics
 from learner.run.parts import Parts
+from learner.run.progress import STOP_CHECK_S
 from learner.run.reports import step_report
 from learner.run.saving import checkpoint
 from learner.training.trainer import StepResult
 from learner.weights.publisher import Publisher
 from protocol.errors import TrainingError
-
-STOP_CHECK_S = 0.5
 
 
 class TrainingLoop:

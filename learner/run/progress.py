@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from learner.records import EvaluationResult
 from learner.training.trainer import StepResult
 
+STOP_CHECK_S = 0.5
+"""Longest wait of the main thread without a look at whether the run is to stop."""
+
 
 @dataclass(slots=True)
 class Progress:

@@ -90,7 +90,7 @@ class Checkpoints:
         self._waiting: _Contents | None = None
         self._idle = Event()
         self._idle.set()
-        self._worker = Worker("checkpoint", self._take, self._handle, drains=True)
+        self._worker = Worker("checkpoint", self._take, self._write, drains=True)
         """One for all of them: with a new one each time, the memory that writing takes would stay
         with another of the allocator's arenas each time."""
         self._started = False
@@ -139,8 +139,8 @@ class Checkpoints:
         contents = _Contents(
             state, _copies(dict(self._policy.model.state_dict())), _copies(trainer)
         )
-        self._idle.clear()
         with self._worker.adding():
+            self._idle.clear()
             self._waiting = contents
         if not self._started:
             self._started = True
@@ -162,11 +162,10 @@ class Checkpoints:
 
     def _take(self) -> _Contents | None:
         contents, self._waiting = self._waiting, None
+        if contents is None:
+            # Here, where nothing refers to the last copy any more: the next one is made then.
+            self._idle.set()
         return contents
-
-    def _handle(self, contents: _Contents) -> None:
-        self._write(contents)
-        self._idle.set()
 
     def _fail(self, error: AsyncGdpoError) -> None:
         """Give the error to whoever waits for a checkpoint; on the thread, which has ended."""
@@ -193,7 +192,7 @@ class Checkpoints:
             raise TrainingError(
                 f"cannot write the checkpoint {target}: {_reason(error)}; the last good one: "
                 f"{last}; {how_to_go_on(self.folder.parent)}"
-            ) from None  # A cause would keep the frames above, and with them the copy of the model.
+            ) from None
         self._on_written()
 
 

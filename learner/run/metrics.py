@@ -247,6 +247,11 @@ class StateCollector(Collector):
         yield issued
         yield ended
         yield outstanding
+        yield _gauge(
+            "gdpo_lease_lead_seconds",
+            "Time before a batch is needed at which its prompts are leased; 0 while unknown",
+            self._parts.coordinator.lead_s or 0.0,
+        )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -27,6 +27,9 @@ than push_every ends before.
 
 A fixed lag (see `learner.replay.buffer`) takes the place of max_staleness in the first bound.
 
+What is allowed is seldom needed: where the trainer is the slower side, `learner.coordinator.pace`
+says how much of it is worth leasing already. A fixed lag does without.
+
 Memory bounds work the same way: what is outstanding counts as if it had already arrived, at its
 largest. The constructor refuses bounds under which a batch could never fill.
 """
@@ -104,8 +107,12 @@ class Pacing:
         buffered: int,
         in_training: int,
         buffered_bytes: int,
+        wanted: int | None = None,
     ) -> int:
-        """Training leases that an actor at ``actor_version`` may be given now; 0 or more."""
+        """Training leases that an actor at ``actor_version`` may be given now; 0 or more.
+
+        No more than ``wanted`` groups are to be outstanding and buffered, however many may be.
+        """
         behind = trainer_version - actor_version
         reach = self.max_staleness if self.lag is None else self.lag
         by_staleness = (reach + 1 - behind) // self.max_uses * self.batch_groups
@@ -114,7 +121,10 @@ class Pacing:
         ahead = outstanding + buffered + in_training
         by_groups = min(by_staleness - ahead, by_need - ahead, self.max_groups - ahead)
         by_bytes = (self.max_bytes - buffered_bytes) // self.group_bytes - outstanding
-        return max(0, min(by_groups, by_bytes))
+        by_pace = by_groups
+        if wanted is not None and self.lag is None:
+            by_pace = wanted - outstanding - buffered
+        return max(0, min(by_groups, by_bytes, by_pace))
 
 
 def largest_group_bytes(num_rollouts: int, prompt: int, completion: int, rewards: int) -> int:

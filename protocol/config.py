@@ -8,8 +8,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -77,6 +79,10 @@ class ScheduledUpdate(RewardUpdate):
         return self
 
 
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "finish")
+"""What every reward function gets, besides the columns of the data."""
+
+
 class RewardConfig(StrictModel):
     """One reward: its function, and how much its score counts."""
 
@@ -84,6 +90,8 @@ class RewardConfig(StrictModel):
     """Name of the reward in metrics, overrides and conditions."""
     function: Annotated[str, AfterValidator(_is_import_path)]
     """Reward function, ``package.module:function`` with TRL's signature."""
+    arguments: dict[str, JsonValue] = {}
+    """Further arguments of the function, by name; not those that every function gets."""
     weight: Weight = 1.0
     """Multiplies the reward's normalised advantage (GDPO) or its raw score (GRPO)."""
     when: When | None = None
@@ -93,6 +101,13 @@ class RewardConfig(StrictModel):
     on_failure: Literal["drop_group", "missing", "error"] = "drop_group"
     """What happens when the function raises, hangs, ends its process or returns no scores: the
     prompt is leased again, the reward does not apply to the group, or the run ends."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _are_new(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if taken := [name for name in REWARD_ARGUMENTS if name in arguments]:
+            raise ValueError(f"every function gets {' and '.join(taken)}: give it another name")
+        return arguments
 
     @model_validator(mode="after")
     def _schedule_is_in_order(self) -> Self:

@@ -1,9 +1,10 @@
 """The search for reward functions. Imports nothing heavy: every reward process begins with it.
 
-    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+    f(prompts, completions, completion_ids, finish, **columns) -> list[float | None]
 
-plain or async, TRL's signature; every argument is a list with one entry per rollout, ``columns``
-are the data set's further columns by name. None means "does not apply". Completions are strings,
+plain or async, TRL's signature; every argument is a list with one entry per rollout. ``finish`` is
+"stop" or "length", ``columns`` are the data set's further columns by name, and the reward's own
+``arguments`` come beside them as they are. None means "does not apply". Completions are strings,
 or ``[{"role": "assistant", "content": ...}]`` where the prompt is a list of messages.
 """
 

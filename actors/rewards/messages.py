@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from protocol.messages import FinishReason
+
 LENGTH_BYTES = 4
 MAX_REPLY_BYTES = 1 << 20
 """The scores of the largest group, 65,536 rollouts, take 576 KiB."""
@@ -34,6 +36,10 @@ class Call(msgspec.Struct, frozen=True, tag="call"):
     """[G]"""
     completion_ids: list[list[int]]
     """[G][tokens]"""
+    finish: list[FinishReason]
+    """[G]"""
+    arguments: dict[str, Any] = {}
+    """What the configuration passes besides, by name."""
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -34,6 +34,7 @@ from actors.rewards.messages import (
 )
 from protocol.config import RewardConfig
 from protocol.errors import RewardError, brief
+from protocol.messages import FinishReason
 
 IMPORT_TIMEOUT_S = 120.0
 """Limit of the import of one reward function: it may import torch from a slow disk."""
@@ -71,6 +72,7 @@ class RewardPool:
         import_timeout_s: float = IMPORT_TIMEOUT_S,
     ) -> None:
         self._functions = {reward.name: reward.function for reward in rewards}
+        self._arguments = {reward.name: dict(reward.arguments) for reward in rewards}
         self._allowed_modules = tuple(allowed_modules)
         self._folder = folder
         self._timeout_s = timeout_s
@@ -89,13 +91,25 @@ class RewardPool:
                 pass
 
     async def call(
-        self, reward: str, row: dict[str, Any], completions: list[str], ids: list[list[int]]
+        self,
+        reward: str,
+        row: dict[str, Any],
+        completions: list[str],
+        ids: list[list[int]],
+        finish: list[FinishReason],
     ) -> list[float | None]:
         """Scores [G] by one reward; raises `RewardFailure`.
 
         The time limit does not count the wait for a process. A cancelled call is killed.
         """
-        request = Call(reward=reward, row=row, completions=completions, completion_ids=ids)
+        request = Call(
+            reward=reward,
+            row=row,
+            completions=completions,
+            completion_ids=ids,
+            finish=finish,
+            arguments=self._arguments[reward],
+        )
         async with self._process(reward) as process:
             reply = await self._ask(process, request, self._timeout_s, f"reward {reward!r}")
         if reply.problem:

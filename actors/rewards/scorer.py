@@ -12,6 +12,7 @@ import numpy as np
 from actors.rewards.pool import RewardFailure, RewardPool
 from protocol.config import RewardConfig
 from protocol.groups import Floats
+from protocol.messages import FinishReason
 
 log = logging.getLogger("actor")
 
@@ -43,6 +44,7 @@ class RewardScorer:
         row: dict[str, Any],
         completions: list[str],
         completion_ids: list[list[int]],
+        finish: list[FinishReason],
     ) -> Scored:
         """Score the completions of one data row, by one reward after the other.
 
@@ -52,7 +54,9 @@ class RewardScorer:
         missing = {}
         for k, reward in enumerate(self._rewards):
             try:
-                scores[:, k] = await self._pool.call(reward.name, row, completions, completion_ids)
+                scores[:, k] = await self._pool.call(
+                    reward.name, row, completions, completion_ids, finish
+                )
             except RewardFailure as failure:
                 self.failures[failure.reward, failure.kind] += 1
                 if reward.on_failure != "missing":

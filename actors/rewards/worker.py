@@ -69,7 +69,7 @@ def answer(function: RewardFunction, call: Call, runner: asyncio.Runner) -> Repl
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    """Lists with one entry per completion."""
+    """Lists with one entry per completion, and the reward's own arguments as they are."""
     num_rollouts = len(call.completions)
     conversational = not isinstance(call.row["prompt"], str)
     columns = {name: [value] * num_rollouts for name, value in call.row.items()}
@@ -81,6 +81,8 @@ def _arguments(call: Call) -> dict[str, Any]:
             for text in call.completions
         ],
         "completion_ids": call.completion_ids,
+        "finish": call.finish,
+        **call.arguments,
     }
 
 

@@ -57,7 +57,8 @@ class RolloutWorker:
             shape = (len(ids), len(self._scorer.names))
             scored = Scored(np.full(shape, np.nan, dtype=np.float32), {})
         else:
-            scored = await self._scorer.score(lease.prompt_id, lease.row, texts, ids)
+            finish = [rollout.finish for rollout in rollouts]
+            scored = await self._scorer.score(lease.prompt_id, lease.row, texts, ids, finish)
         return Group(
             lease=lease.lease,
             prompt_tokens=np.array(prompt_tokens, dtype=np.int32),

@@ -90,6 +90,10 @@ class AlgorithmConfig(StrictModel):
     aggregation: AggregationName = "token_mean"
     """How the tokens' objectives are averaged: all tokens alike, all sequences alike, or divided
     by a constant, the tokens of the longest possible responses."""
+    overlong: Literal["keep", "mask"] = "keep"
+    """Completions that were cut off at ``sampling.max_tokens``: ``mask`` leaves their tokens out of
+    the loss, but not their scores out of the group's statistics. To penalise long ones, add the
+    reward ``actors.tasks.lengths:soft_overlong``."""
     kl_coefficient: NonNegativeFloat = 0.0
     """Weight of the KL divergence to the model that training began with; above 0 keeps a copy of
     it."""

@@ -223,6 +223,7 @@ def _type(value: dict[str, Any]) -> str:
     if value.get("format") == "ipv4":
         return "IPv4 address"
     names = {"string": "text", "integer": "whole number", "boolean": "true or false"}
+    names["object"] = "table"
     return names.get(value["type"], str(value["type"]))
 
 

@@ -33,6 +33,7 @@ from threading import Condition, RLock
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission, Greeting
 from learner.coordinator.leasing import Leasing
+from learner.coordinator.pace import Pace
 from learner.coordinator.self_check import CheckResult, SelfCheck
 from learner.pacing import Pacing
 from learner.phases import Phases
@@ -122,6 +123,7 @@ class Coordinator:
             self_check=self_check,
             on_result=self._judged,
         )
+        self._pace = Pace(config.training.batch_groups, config.buffer.max_uses)
         self._leasing = Leasing(
             config,
             self._registry,
@@ -130,6 +132,7 @@ class Coordinator:
             work=work,
             buffer=buffer,
             pacing=pacing,
+            pace=self._pace,
             journal=journal,
             vocab_size=vocab_size,
         )
@@ -319,6 +322,16 @@ class Coordinator:
             self._buffer.step_done()
             self.make_room()
 
+    def batch_wanted(self) -> None:
+        """Note that the trainer asks for a batch: how long its steps take paces the leases."""
+        with self._lock:
+            self._pace.batch_wanted(self._clock())
+
+    def batch_taken(self) -> None:
+        """Note that the trainer has the batch that it asked for."""
+        with self._lock:
+            self._pace.batch_taken(self._clock())
+
     def make_room(self) -> None:
         """Have intake issue leases, as the trainer took groups from the buffer, say."""
         self._has_room = True
@@ -391,6 +404,12 @@ class Coordinator:
         """The live actors in the order in which they joined (copies)."""
         with self._lock:
             return [replace(actor) for actor in self._registry.live.values()]
+
+    @property
+    def lead_s(self) -> float | None:
+        """How long before it is needed a batch is leased; None while that is not known."""
+        with self._lock:
+            return self._pace.lead_s(self._clock())
 
     @property
     def num_live(self) -> int:

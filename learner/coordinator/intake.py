@@ -14,6 +14,7 @@ import zmq
 
 from learner.coordinator.access import Access
 from learner.coordinator.coordinator import Coordinator
+from learner.coordinator.pace import TICK_S
 from learner.threads import GuardedThread
 from protocol.errors import BadMessage
 from protocol.framing import decode_to_learner, encode
@@ -23,7 +24,6 @@ from protocol.sockets import LearnerSockets
 
 log = logging.getLogger("learner")
 
-TICK_S = 0.1
 _MESSAGES_PER_TURN = 200
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission
+from learner.coordinator.pace import Pace
 from learner.pacing import Pacing
 from learner.prompts.work_queue import MAX_ATTEMPTS, WorkQueue, group_limits
 from learner.registry import ActorState, Registry
@@ -40,6 +41,7 @@ class Leasing:
         work: WorkQueue,
         buffer: ReplayBuffer,
         pacing: Pacing,
+        pace: Pace,
         journal: Journal | None,
         vocab_size: int,
     ) -> None:
@@ -51,6 +53,7 @@ class Leasing:
         self._work = work
         self._buffer = buffer
         self._pacing = pacing
+        self._pace = pace
         self._journal = journal
         self._any_group = group_limits(config, vocab_size)
         self.training = False
@@ -64,9 +67,11 @@ class Leasing:
         with_room = [actor for actor in self._registry.live.values() if actor.room > 0]
         while with_room:
             actor = min(with_room, key=lambda a: a.num_leases / (a.num_leases + a.room))
-            work = self._work_for(actor)
+            work = self._work_for(actor, now)
             if work is not None:
                 lease = self._leases.issue(work, actor.session, now)
+                if work.purpose == "train":
+                    self._pace.leased(work.prompt_index, now)
                 actor.num_leases += 1
                 self._registry.send(actor.session, lease)
             if work is None or actor.room == 0:
@@ -80,17 +85,19 @@ class Leasing:
             self._work.again(lease.work)
         return len(unfinished)
 
-    def _work_for(self, actor: ActorState) -> Work | None:
+    def _work_for(self, actor: ActorState, now: float) -> Work | None:
         if self._registry.draining:
             return None
         if not actor.is_checked:
             return self._admission.work_for(actor)
         work = self._work.next_evaluation(actor.version)
-        if work is None and self._may_train(actor):
-            work = self._work.next_training()
+        if work is None:
+            if self._may_train(actor, now):
+                return self._work.next_training()
+            self._pace.burst_over()
         return work
 
-    def _may_train(self, actor: ActorState) -> bool:
+    def _may_train(self, actor: ActorState, now: float) -> bool:
         return (
             self.training
             and self._pacing.allowed(
@@ -100,6 +107,7 @@ class Leasing:
                 buffered=len(self._buffer),
                 in_training=self._buffer.in_training,
                 buffered_bytes=self._buffer.size_bytes,
+                wanted=self._pace.groups_wanted(now),
             )
             > 0
         )
@@ -143,6 +151,7 @@ class Leasing:
         self._work.done(lease.work, group)
         if lease.work.purpose == "train":
             self._buffer.add(group, lease.work.prompt_index)
+            self._pace.stored(lease.work.prompt_index, self._registry.clock())
         self._ack(lease.holder, lease.number, "accepted", "")
 
     def _limits(self, work: Work) -> GroupLimits:
@@ -157,7 +166,7 @@ class Leasing:
         self._registry.counters.bad_messages += 1
         self._end(actor, lease, "invalid_group")
         self._ack(actor.session, lease.number, "rejected", cause)
-        self._work.failed(lease.work)
+        self._try_again(lease.work)
         self._count_failure(actor, lease.work, cause)
 
     def _ack(self, session: str, lease: int, verdict: Verdict, cause: str) -> None:
@@ -179,7 +188,7 @@ class Leasing:
         if message.kind == "reward":
             self._reward_failed(actor, lease.work, message.reward, cause)
         self._end(actor, lease, "actor_failed")
-        self._work.failed(lease.work)
+        self._try_again(lease.work)
         self._count_failure(actor, lease.work, cause)
 
     def status(self, actor: ActorState, status: Status) -> None:
@@ -207,7 +216,12 @@ class Leasing:
             holder = self._registry.live[lease.holder]
             self._end(holder, lease, "deadline")
             holder.overrun.add(lease.number)
-            self._work.failed(lease.work)
+            self._try_again(lease.work)
+
+    def _try_again(self, work: Work) -> None:
+        """Lease work again that failed, unless it did so too often."""
+        if not self._work.failed(work):
+            self._pace.gave_up(work.prompt_index)
 
     def _end(self, holder: ActorState, lease: OutstandingLease, cause: str) -> None:
         """Close a lease as failed."""

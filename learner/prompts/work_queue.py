@@ -63,18 +63,19 @@ class WorkQueue:
         elif evaluation := self._evaluation_of(work):
             evaluation.waiting.append(work)
 
-    def failed(self, work: Work) -> None:
-        """Try a row again that could not be rolled out, or took too long.
+    def failed(self, work: Work) -> bool:
+        """Try a row again that could not be rolled out, or took too long; returns whether it is.
 
         After `MAX_ATTEMPTS` it is left out: the fault may be the actor's or the row's.
         """
         work = replace(work, attempts=work.attempts + 1)
         if work.attempts < MAX_ATTEMPTS:
             self.again(work)
-            return
+            return True
         log.error("%s is left out after %d failures", work.prompt_id, work.attempts)
         if evaluation := self._evaluation_of(work):
             evaluation.give_up(work)
+        return False
 
     def _evaluation_of(self, work: Work) -> Evaluation | None:
         """The current evaluation, if ``work`` belongs to it and not to an earlier one."""

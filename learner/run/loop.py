@@ -56,6 +56,7 @@ class TrainingLoop:
         if parts.trainer.version >= parts.config.training.steps:
             return None
         patience = _Patience(parts)
+        parts.coordinator.batch_wanted()
         with parts.throughput.waiting():
             while not parts.progress.interrupted:
                 parts.coordinator.raise_if_failed()
@@ -63,6 +64,7 @@ class TrainingLoop:
                 parts.heartbeat.beat()
                 batch = self._take()
                 if batch is not None:
+                    parts.coordinator.batch_taken()
                     return batch
         return None
 

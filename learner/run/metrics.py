@@ -44,6 +44,7 @@ _BATCH = {
     "mismatch_kl": _Family("gdpo_mismatch_kl", "KL of behaviour and current policy (k3)"),
     "loss": _Family("gdpo_loss", "Policy loss"),
     "grad_norm": _Family("gdpo_gradient_norm", "Gradient norm before clipping"),
+    "overlong": _Family("gdpo_overlong_ratio", "Share of completions cut off at max_tokens"),
     "groups/dead": _Family("gdpo_groups_dead", "Groups of the batch without any signal"),
     "groups/collapsed": _Family(
         "gdpo_groups_collapsed", "Groups of the batch whose rewards cancel out"
@@ -247,6 +248,11 @@ class StateCollector(Collector):
         yield issued
         yield ended
         yield outstanding
+        yield _gauge(
+            "gdpo_lease_lead_seconds",
+            "Time before a batch is needed at which its prompts are leased; 0 while unknown",
+            self._parts.coordinator.lead_s or 0.0,
+        )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -103,7 +103,7 @@ async def make_pool(
 
 
 async def call(pool: RewardPool, name: str, completion: str = "a") -> list[float | None]:
-    return await pool.call(name, ROW, [completion], [[1]])
+    return await pool.call(name, ROW, [completion], [[1]], ["stop"])
 
 
 async def failure(pool: RewardPool, name: str, completion: str = "a") -> RewardFailure:
@@ -242,7 +242,9 @@ async def test_a_large_row_and_many_tokens_arrive_whole(tmp_path):
     async with make_pool(tmp_path, "f", source=source) as pool:
         ids = [[1] * 4096] * 16
         row = {**ROW, "c": "x" * 1_000_000}
-        assert await pool.call("f", row, ["a" * 20_000] * 16, ids) == [1_004_096.0] * 16
+        assert (
+            await pool.call("f", row, ["a" * 20_000] * 16, ids, ["stop"] * 16) == [1_004_096.0] * 16
+        )
 
 
 # ---- The end -----------------------------------------------------------------------------------

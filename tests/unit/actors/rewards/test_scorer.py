@@ -12,6 +12,7 @@ from actors.rewards.functions import DEFAULT_MODULES, load_reward
 from actors.rewards.messages import Call, Reply
 from actors.rewards.worker import answer
 from protocol.errors import RewardError
+from protocol.messages import FinishReason
 
 NAN = math.nan
 ROW = {"prompt": "2 + 2", "answer": "4"}
@@ -142,7 +143,8 @@ def test_a_package_that_does_not_import_is_refused_with_its_error(tmp_path):
 def call(folder: Path, source: str, *completions: str, row: dict[str, Any] = ROW) -> Reply:
     """The answer of the function f of ``source``, called in this process."""
     write_module(folder, source)
-    request = Call("f", row, list(completions), [[1, 2] for _ in completions])
+    finish: list[FinishReason] = ["stop" for _ in completions]
+    request = Call("f", row, list(completions), [[1, 2] for _ in completions], finish)
     with asyncio.Runner() as runner:
         return answer(load_reward("my_rewards:f", (), folder), request, runner)
 
@@ -164,7 +166,9 @@ def test_async_functions_may_keep_what_belongs_to_their_loop(tmp_path):
     )
     function = load_reward("my_rewards:f", (), tmp_path)
     with asyncio.Runner() as runner:
-        replies = [answer(function, Call("f", ROW, ["a"], [[1]]), runner) for _ in range(2)]
+        replies = [
+            answer(function, Call("f", ROW, ["a"], [[1]], ["stop"]), runner) for _ in range(2)
+        ]
     assert replies[0] == replies[1]
 
 
@@ -173,10 +177,28 @@ def test_functions_get_every_column_by_name_once_per_completion(tmp_path):
 def f(prompts, completions, completion_ids, answer, **rest):
     assert (prompts, completions) == (["2 + 2"] * 2, ["4", "5"]), (prompts, completions)
     assert completion_ids == [[1, 2], [1, 2]], completion_ids
-    assert rest == {"level": [3, 3]}, rest
+    assert rest == {"level": [3, 3], "finish": ["stop", "stop"]}, rest
     return [float(a == c) for a, c in zip(answer, completions)]
 """
     assert call(tmp_path, source, "4", "5", row={**ROW, "level": 3}) == Reply([1.0, 0.0])
+
+
+def test_functions_get_the_finish_of_each_completion_and_their_own_arguments(tmp_path):
+    write_module(
+        tmp_path,
+        "def f(finish, scale, level, **_): return [scale * (x == 'length') for x in finish]",
+    )
+    request = Call(
+        "f",
+        {**ROW, "level": 3, "finish": "a column"},
+        ["a", "b"],
+        [[1], [2, 3]],
+        ["stop", "length"],
+        {"scale": 2.5},
+    )
+    with asyncio.Runner() as runner:
+        reply = answer(load_reward("my_rewards:f", (), tmp_path), request, runner)
+    assert reply == Reply([0.0, 2.5])
 
 
 def test_the_completions_of_a_chat_are_messages(tmp_path):

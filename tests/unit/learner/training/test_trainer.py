@@ -1,6 +1,7 @@
 """The trainer on the shipped policy, fed with groups that the real sampling loop made."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,25 @@ def test_other_weights_begin_the_smoothed_batch_std_anew(config):
     train(trainer, groups, format=100.0, correctness=100.0)
     assert first is not None
     assert trainer.batch_std == pytest.approx(100 * first, rel=1e-5)
+
+
+def test_tokens_of_completions_that_were_cut_off_can_be_left_out_of_the_loss(config):
+    """All of one prompt's: the step is that of a batch where its advantages are 0."""
+    groups = make_groups(config)
+    ends = [replace(r, finish="length") for r in groups[0].rollouts]
+    cut = [replace(groups[0], rollouts=tuple(ends)), *groups[1:]]
+    masked = config.model_copy(
+        update={"algorithm": config.algorithm.model_copy(update={"overlong": "mask"})}
+    )
+    kept, left_out = (train(Trainer(load_policy(c), c), cut) for c in (config, masked))
+    assert kept.metrics["overlong"] == left_out.metrics["overlong"] == 1 / NUM_PROMPTS
+    for name in kept.setting.weights:  # The scores count as before.
+        assert kept.metrics[f"reward/{name}/mean"] == left_out.metrics[f"reward/{name}/mean"]
+    # Over all minibatches: what is left is the tokens of the other prompts.
+    tokens = sum(group.num_tokens for group in groups[1:])
+    minibatches = config.training.minibatches
+    assert left_out.metrics["tokens"] * minibatches == tokens
+    assert kept.metrics["tokens"] * minibatches == tokens + groups[0].num_tokens
 
 
 def test_a_gradient_that_is_not_finite_ends_training_with_a_message(config):

@@ -8,8 +8,9 @@ Prints, in one run on one machine: tokens a second of the `transformers` and the
 then the phases of a weight push and the share of the time that actors stood still for it, from a
 run of `gdpo run` with each engine on the recipe of the demo. Needs vLLM: use its environment.
 
-With ``--recompute`` only this, without vLLM: the time that the `transformers` engine takes to compute
-64 rows anew after a push, against one pass over all rows, each with its prompt; in turns, the medians.
+With ``--recompute`` only this, without vLLM: the time that the `transformers` engine takes to
+compute 64 rows anew after a push, against one pass over all rows, each with its prompt; in turns,
+the medians.
 
 Weights are random, so that a completion always runs to its last token.
 """
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -198,10 +199,9 @@ def _recompute_seconds(model: Any, prompt: int, completion: int) -> tuple[float,
             )
 
     times: tuple[list[float], list[float]] = ([], [])
+    runs: tuple[Callable[[], None], ...] = (one_pass, partial(generator.weights_changed, 1))
     for _ in range(REPEATS):
-        for run, seconds in zip(
-            (one_pass, partial(generator.weights_changed, 1)), times, strict=True
-        ):
+        for run, seconds in zip(runs, times, strict=True):
             started = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - started)

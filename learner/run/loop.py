@@ -43,7 +43,8 @@ class TrainingLoop:
                 self._publish()
             self._record(step, started)
             if self._threads is not None:
-                self._threads.follow(speed, busy_cores(parts))
+                holds_up = parts.throughput.rates.bottleneck == "learner"
+                self._threads.follow(speed, busy_cores(parts), holds_up=holds_up)
             if parts.history.is_due(version):
                 checkpoint(parts)
             self._pause()

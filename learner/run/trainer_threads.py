@@ -2,10 +2,12 @@
 
     threads = cores - (actors here) * (threads of each) * (1 - idle share of actors)
 
-A learner that holds the actors up so gets their cores, and gives them back when it waits itself. A
-number that was slower than the one at hand, as more threads are for small models, is not taken.
+A learner that holds the actors up so gets their cores; it gives them back once it does so no
+more. A larger number that was slower than the one at hand, as it is for small models, is taken
+again only after a while.
 """
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from learner.run.parts import Parts
 
 SLOWER = 0.95
 """Share of the speed below which another number of threads counts as slower."""
+FORGETTING = 1.02
+"""Factor by which a speed that was too slow is thought better of after each step without it."""
 SMOOTHING = 0.5
 """Weight of the newest step in the speed at a number of threads."""
 
@@ -32,18 +36,21 @@ class TrainerThreads:
         self._apply = apply
         self._speeds: dict[int, float] = {}
 
-    def follow(self, tokens_per_s: float, busy_elsewhere: float) -> None:
+    def follow(self, tokens_per_s: float, busy_elsewhere: float, *, holds_up: bool) -> None:
         """Choose for the next step, after one with this speed.
 
-        ``busy_elsewhere`` is the number of cores that others here keep busy, on average.
+        ``busy_elsewhere`` is the number of cores that others here keep busy, on average;
+        ``holds_up`` says whether actors wait for the learner.
         """
         before = self._speeds.get(self.threads, tokens_per_s)
-        self._speeds[self.threads] = before + SMOOTHING * (tokens_per_s - before)
+        speed = self._speeds[self.threads] = before + SMOOTHING * (tokens_per_s - before)
         wanted = min(max(1, self._cores - round(busy_elsewhere)), self._cores)
-        known = self._speeds.get(wanted)
-        if wanted == self.threads:
+        if wanted == self.threads or (holds_up and wanted < self.threads):
             return
-        if known is not None and known < SLOWER * self._speeds[self.threads]:
+        known = self._speeds.get(wanted, math.inf)
+        if wanted > self.threads and known < SLOWER * speed:
+            # It may have been another load that made it slow.
+            self._speeds[wanted] = known * FORGETTING
             return
         self.threads = wanted
         self._apply(wanted)

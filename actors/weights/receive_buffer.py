@@ -147,6 +147,11 @@ class ReceiveBuffer:
                 self._mark(range(spec.offset // CHUNK_BYTES, -(-end // CHUNK_BYTES)), None)
                 self._digests.forget(spec.offset, end)
 
+    @property
+    def digests_known(self) -> bool:
+        """Whether all bytes were hashed as they came, so that `digests` takes no time."""
+        return self._digests.complete
+
     def digests(self) -> bytes:
         """Digests of all parameters, from the bytes that were written here."""
         return self._digests.digests()

@@ -230,8 +230,7 @@ class WeightsReceiver:
     async def _intact(self, offer: Weights, digests: bytes) -> bool:
         """Pull again what is damaged; returns False if the version is gone."""
         for _ in range(MAX_PULLS):
-            # A large model takes seconds, in which the event loop has to go on.
-            arrived = await in_daemon_thread("digests", self._next.digests)
+            arrived = await _digests(self._next)
             wrong = differing(self._specs, digests, arrived)
             if not wrong:
                 return True
@@ -248,9 +247,10 @@ class WeightsReceiver:
         load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
         if engine.in_place:
             self._loaded, self._next = buffer, self._loaded
-        digests = await in_daemon_thread(
-            "digests", lambda: engine.digests(self._specs) or buffer.digests()
-        )
+        held = None
+        if not engine.in_place:
+            held = await in_daemon_thread("digests", lambda: engine.digests(self._specs))
+        digests = held or await _digests(buffer)
         ready = WeightsReady(
             version=offer.version,
             digest=whole_digest(digests, self._specs),
@@ -272,3 +272,12 @@ class WeightsReceiver:
             return ReceiveBuffer(SharedMemory(size, pinned=self._engine.pinned), self._specs)
         except (RuntimeError, MemoryError, OSError) as error:
             raise EngineError(f"no {size} bytes to receive weights in: {brief(error)}") from error
+
+
+async def _digests(buffer: ReceiveBuffer) -> bytes:
+    """The digests of what is in a buffer."""
+    if buffer.digests_known:
+        # A thread would take longer to start than this does.
+        return buffer.digests()
+    # A large model takes seconds, in which the event loop has to go on.
+    return await in_daemon_thread("digests", buffer.digests)

@@ -12,7 +12,7 @@ PEERS := .venv-peers
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
-.PHONY: install constraints demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames \
+.PHONY: install constraints demo test test-slow test-demo test-vllm test-gpu gpu chaos fuzz golden-frames \
 	same-numbers bench-peers measure lint format docs docs-serve wheel bundle clean
 
 install: $(VENV)/.installed
@@ -68,6 +68,11 @@ test-vllm: $(VLLM)/.installed
 # What needs one GPU or two; skips, with the reason, what the machine has not.
 test-gpu: install
 	$(BIN)/pytest -m "gpu or multi_gpu" tests
+
+# What one GPU can tell in less than eight minutes, as a table; parts that cannot run are named. Of
+# this machine's own Python, where GPU says so: make gpu GPU="python3 -m benchmarks.gpu"
+gpu: $(if $(GPU),,install)
+	$(or $(GPU),$(BIN)/python -m benchmarks.gpu)
 
 # Real processes, killed, frozen and cut off. Figures are printed and appended to runs/chaos.jsonl.
 chaos: install

@@ -135,7 +135,9 @@ def _wait(
         if batches and not began:
             began, deadline = True, time.monotonic() + limits.run
         if time.monotonic() > deadline:
-            return f"ended after {limits.run:.0f} s" if began else "no batch in time"
+            return (
+                f"ended: {limits.run:.0f} s over" if began else f"no batch in {limits.start:.0f} s"
+            )
     return ""
 
 

@@ -56,9 +56,9 @@ def test_warm_leaves_the_first_quarter_out():
 
 
 def test_a_run_without_a_batch_has_a_row_that_says_why():
-    empty = of_trl(8, [], note="no batch in time")
+    empty = of_trl(8, [], note="no batch in 300 s")
     cells = row(_case(), empty, empty)
-    assert "no batch in time" in cells
+    assert "no batch in 300 s" in cells
     assert cells[2] == "0"
 
 

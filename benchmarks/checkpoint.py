@@ -6,6 +6,9 @@ Training waits for `Checkpoints.begin`, which copies weights and optimiser; a th
 Beside it stands what training would wait for if it wrote the same itself. The yardstick is a write
 and fsync of the same number of bytes in the same folder, in the same run. "Work meanwhile" is the
 speed of plain matrix products on this thread while the other one writes, of their speed before.
+"Verified" is what a resumed run waits for before it reads a checkpoint: the digests of all files,
+which are made once when it is written, too. "Of disk" is its speed in multiples of that of the
+yardstick, with the files in the system's cache: above 1 the disk is what a run waits for.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from learner.recovery.checkpoints import Checkpoints
+from learner.recovery.checkpoints import Checkpoints, newest
 from learner.state import GroupState, OpenPrompts, RewardState, RunState
 from learner.training.policy import Policy
 
@@ -118,12 +121,14 @@ def main() -> None:
         "ratio",
         "write + fsync",
         "work meanwhile",
+        "verified",
+        "of disk",
     ):
         table.add_column(column, justify="right")
     for hidden, layers in SIZES:
         policy = make_policy(hidden, layers)
         tensors = optimizer_tensors(policy.model)
-        waits, totals, raw, rates = [], [], [], []
+        waits, totals, raw, rates, verified = [], [], [], [], []
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             folder = Path(name)
             done = Event()
@@ -141,6 +146,9 @@ def main() -> None:
                 checkpoints.finish()
                 totals.append(time.perf_counter() - started)
                 size = written_bytes(checkpoints.path(1000 + version))
+                started = time.perf_counter()
+                newest(checkpoints.folder)
+                verified.append(time.perf_counter() - started)
                 raw.append(yardstick_seconds(folder, size))
         wait_s, total_s = statistics.median(waits), statistics.median(totals)
         count = sum(parameter.numel() for parameter in policy.model.parameters())
@@ -152,8 +160,10 @@ def main() -> None:
             f"{total_s / wait_s:.0f}",
             f"{statistics.median(raw):.3f}",
             f"{statistics.median(rates):.0%}",
+            f"{statistics.median(verified):.3f}",
+            f"{statistics.median(raw) / statistics.median(verified):.1f}",
         )
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """Inference engines side by side: tokens a second, and what a push of weights costs.
 
     python benchmarks/engines.py [--hidden 512 --layers 8] [--steps 40]
+    python benchmarks/engines.py --recompute [--model FOLDER]
 
 Prints, in one run on one machine: tokens a second of the `transformers` and the vLLM engine for 1,
 8 and 64 prompts of 8 samples, each engine with one CPU thread (or on the GPU, where there is one);
 then the phases of a weight push and the share of the time that actors stood still for it, from a
 run of `gdpo run` with each engine on the recipe of the demo. Needs vLLM: use its environment.
+
+With ``--recompute`` only this, without vLLM: the time that the `transformers` engine takes to
+compute 64 rows anew after a push, against one pass over all rows, each with its prompt; in turns,
+the medians.
 
 Weights are random, so that a completion always runs to its last token.
 """
@@ -13,13 +18,15 @@ Weights are random, so that a completion always runs to its last token.
 import argparse
 import asyncio
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # Before anything brings torch: one thread for each process, so that engines are compared.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -27,8 +34,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from actors.engines.batch_generator import BatchGenerator
 from actors.engines.choice import start_engine
 from actors.engines.engine import Engine, Request
 from learner.records import Summary
@@ -43,6 +51,8 @@ ENGINES: tuple[EngineName, ...] = ("transformers", "vllm")
 PROMPTS = (1, 8, 64)
 SAMPLES = 8
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
+ROWS = 64
+REPEATS = 3
 PHASES = ("pack", "join", "broadcast", "confirm", "receive", "load")
 
 
@@ -50,6 +60,9 @@ def main() -> None:
     options = _parse()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, 1 thread"
     console = Console(highlight=False)
+    if options.recompute:
+        console.print(_recompute_table(options))
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = _make_model(folder, options)
@@ -73,6 +86,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256, help="size of the model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40, help="of the runs with weight pushes")
+    parser.add_argument("--recompute", action="store_true", help="only what a push costs rows")
+    parser.add_argument("--model", type=Path, help="a real model for --recompute")
     return parser.parse_args()
 
 
@@ -84,7 +99,7 @@ def _make_model(folder: Path, options: argparse.Namespace) -> Qwen2ForCausalLM:
         num_hidden_layers=options.layers,
         num_attention_heads=options.hidden // 64,
         num_key_value_heads=max(1, options.hidden // 128),
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         eos_token_id=0,
         architectures=["Qwen2ForCausalLM"],
     )
@@ -133,6 +148,64 @@ async def _generate(engine: Engine, prompts: int) -> float:
     groups = await asyncio.gather(*(engine.generate(request) for request in requests))
     seconds = time.perf_counter() - started
     return sum(len(rollout.tokens) for group in groups for rollout in group) / seconds
+
+
+def _recompute_table(options: argparse.Namespace) -> Table:
+    """Seconds to compute `ROWS` rows anew, by the engine and in one pass, for several lengths."""
+    with tempfile.TemporaryDirectory() as name:
+        model: Any = _make_model(Path(name), options)
+    if options.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    table = Table(
+        title=f"{ROWS} rows computed anew, {millions:.0f} M parameters, float32, 1 thread"
+    )
+    columns = ("prompt", "completion", "one pass", "engine", "ratio", "tokens", "tokens", "ratio")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for prompt, completion in ((32, 32), (128, 64), (256, 32)):
+        seconds = _recompute_seconds(model, prompt, completion)
+        tokens = ROWS * (prompt + completion), ROWS // SAMPLES * prompt + ROWS * completion
+        table.add_row(
+            f"{prompt}",
+            f"{completion}",
+            *(f"{value:.2f} s" for value in seconds),
+            f"{seconds[0] / seconds[1]:.1f}",
+            *(f"{count:,}" for count in tokens),
+            f"{tokens[0] / tokens[1]:.1f}",
+        )
+    return table
+
+
+def _recompute_seconds(model: Any, prompt: int, completion: int) -> tuple[float, float]:
+    """Medians of one pass over whole rows, and of the engine."""
+    generator = BatchGenerator(model, eos_ids=frozenset(), max_rows=ROWS)
+    for key in range(ROWS // SAMPLES):
+        tokens = tuple(
+            1 + (31 * key + 7 * i) % (model.config.vocab_size - 1) for i in range(prompt)
+        )
+        generator.add(key, Request(tokens, SAMPLES, 1.0, completion + 8, seed=key))
+    for _ in range(completion):
+        generator.step()
+    ids = torch.ones(ROWS, prompt + completion, dtype=torch.long)
+
+    def one_pass() -> None:
+        with torch.inference_mode():
+            model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=True,
+                logits_to_keep=torch.tensor([-1]),
+            )
+
+    times: tuple[list[float], list[float]] = ([], [])
+    runs: tuple[Callable[[], None], ...] = (one_pass, partial(generator.weights_changed, 1))
+    for _ in range(REPEATS):
+        for run, seconds in zip(runs, times, strict=True):
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def _push_table(steps: int) -> Table:

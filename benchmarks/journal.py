@@ -273,6 +273,7 @@ def _status(capacity: int) -> Status:
         sequence=1,
         capacity=capacity,
         version=0,
+        loading=-1,
         leases=(),
         heard=-1,
         tokens_generated=0,

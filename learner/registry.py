@@ -38,7 +38,7 @@ class ActorState:
     offered: int = -1
     """Version that it was last told of."""
     weights_active_at: float = 0.0
-    """When it was last offered weights, asked for a chunk, or confirmed a version."""
+    """When it was last offered weights, asked for a chunk, loaded or confirmed a version."""
     status: Status | None = None
     failures: int = 0
     """Rows in a row that failed when they were tried first."""
@@ -250,6 +250,16 @@ class Registry:
         Nor does one that said hello again, under the same session: it has let go of everything.
         """
         return tuple(s for s, number in actors.items() if not self._lives(s, number))
+
+    def quiet_s(self, actors: Mapping[str, int]) -> float:
+        """Return how long the quietest of the actors has given no sign that it takes weights."""
+        now = self.clock()
+        quiet = (
+            now - self.live[session].weights_active_at
+            for session, number in actors.items()
+            if self._lives(session, number)
+        )
+        return max(quiet, default=0.0)
 
     def _lives(self, session: str, number: int) -> bool:
         actor = self.live.get(session)

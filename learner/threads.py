@@ -55,6 +55,8 @@ class GuardedThread:
         try:
             self._run()
         except TrainingError as error:
+            # The frames that it came through hold what was being handled.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             fail(error)
         except Exception as error:
             log.exception("%s died", self._name)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a peer of the old version could misread a message of the new one."""
 
 MAX_LEASES = 8192
@@ -74,7 +74,7 @@ class Hello(Header, tag="hello", frozen=True):
     Example:
         An actor on the learner's machine, before it has joined::
 
-            Hello(protocol=3, session="5f0c...", host="gpu-7", pid=4711, metrics_port=40123,
+            Hello(protocol=4, session="5f0c...", host="gpu-7", pid=4711, metrics_port=40123,
                   machine="1b2e.../4026531836/1000", gpu="GPU-8f5c...")
     """
 
@@ -137,9 +137,9 @@ class Status(Header, tag="status", frozen=True):
     """Heartbeat, sent while the engine makes progress or has nothing to do; see `Pong`.
 
     Example:
-        An actor that could hold 16 leases and holds two::
+        An actor that could hold 16 leases, holds two, and loads its next weights::
 
-            Status(sequence=120, capacity=16, version=9, leases=(17, 18), heard=119,
+            Status(sequence=120, capacity=16, version=9, loading=10, leases=(17, 18), heard=119,
                    tokens_generated=81_920, groups_generated=40, idle_seconds=2.5,
                    stall_seconds=0.4, uptime_seconds=61.0)
     """
@@ -149,6 +149,9 @@ class Status(Header, tag="status", frozen=True):
     """Leases the actor can hold at once; 0 until its engine has weights, and while draining."""
     version: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
     """Policy version that the engine samples from; -1 before the first one."""
+    loading: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+    """Version all bytes of which have arrived, until it is confirmed by `WeightsReady`; -1 without
+    one. So the learner need not bound the time of a load to find an actor that hangs."""
     leases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_LEASES)]
     """Leases that it works on, or whose group is not acknowledged yet."""
     heard: Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]

@@ -1,7 +1,7 @@
 """A continuous batch of sequences decoded together with one key-value cache.
 
-Shapes: B rows (rollouts in flight), L cached positions, V vocabulary. Rows are padded on the
-left, so that the newest position of every row is the last column:
+Shapes: B rows (rollouts in flight), L cached positions, V vocabulary. Rows are padded on the left
+(`actors.engines.padded_cache`):
 
     row 0   . . p p p t t        . padding   p prompt   t sampled token
     row 1   p p p p p p t
@@ -10,18 +10,20 @@ left, so that the newest position of every row is the last column:
 Between two steps the batch is in one state only: ``logits_BV`` are the next-token logits of every
 row *under the current weights*. A step samples from them, removes the rows that finished, feeds
 the new tokens of the others, and lets waiting groups in. After a change of weights, every row is
-computed anew from its token ids: no key or value of older weights survives.
+computed anew from its token ids: no key or value of older weights survives. The prompt of a group
+is computed once, in either case, and copied for its rows (`actors.engines.prefill`).
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from actors.engines.engine import Request
+from actors.engines.padded_cache import PaddedCache
+from actors.engines.prefill import Prefill, in_parts
 from protocol.groups import Rollout
 from protocol.messages import FinishReason
 
@@ -46,11 +48,6 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
-    @property
-    def sequence(self) -> list[int]:
-        """Token ids of prompt and completion."""
-        return [*self.group.request.prompt_tokens, *self.tokens]
-
     def append(self, token: int, logprob: float, version: int) -> None:
         """Add a token that was sampled under the weights of ``version``."""
         if not self.spans or self.spans[-1][1] != version:
@@ -74,16 +71,15 @@ class BatchGenerator:
     def __init__(
         self, model: Any, *, eos_ids: frozenset[int], max_rows: int, version: int = -1
     ) -> None:
-        self._model = model.eval()
+        self._prefill = Prefill(model.eval())
+        self._device = model.device
         self._eos_ids = eos_ids
         self._max_rows = max_rows
         self._version = version
         self._waiting: deque[_Pending] = deque()
         self._rows: list[_Row] = []
-        self._cache: DynamicCache | None = None
-        self._mask_BL = torch.zeros(0, 0, dtype=torch.long, device=model.device)
+        self._cache: PaddedCache | None = None
         self._logits_BV: torch.Tensor | None = None
-        self._last = torch.tensor([-1], device=model.device)
 
     @property
     def busy(self) -> bool:
@@ -109,9 +105,7 @@ class BatchGenerator:
         """Recompute every row in flight under the weights that the model now holds."""
         self._version = version
         if self._rows:
-            self._logits_BV, self._cache, self._mask_BL = self._prefill(
-                [row.sequence for row in self._rows]
-            )
+            self._recompute()
 
     @torch.inference_mode()
     def step(self) -> tuple[int, list[tuple[int, list[Rollout]]]]:
@@ -138,63 +132,45 @@ class BatchGenerator:
             admitted.append(self._waiting.popleft())
         if not admitted:
             return
-        logits_BV, cache, mask_BL = self._prefill([list(g.request.prompt_tokens) for g in admitted])
-        repeats = torch.tensor([g.request.num_rollouts for g in admitted], device=mask_BL.device)
-        prompt_of_row = torch.arange(len(admitted), device=mask_BL.device).repeat_interleave(
-            repeats
-        )
-        cache.batch_select_indices(prompt_of_row)
-        self._join(logits_BV[prompt_of_row], cache, mask_BL[prompt_of_row])
-        self._rows += [_new_row(g, j) for g in admitted for j in range(g.request.num_rollouts)]
+        for groups in in_parts([(_prompt_length(group), group) for group in admitted]):
+            logits_BV, prompts = self._prefill.prompts([g.request.prompt_tokens for g in groups])
+            prompt_of_row = [i for i, g in enumerate(groups) for _ in range(g.request.num_rollouts)]
+            logits_BV = logits_BV[torch.tensor(prompt_of_row, device=self._device)]
+            if self._logits_BV is not None:
+                logits_BV = torch.cat([self._logits_BV, logits_BV])
+            self._logits_BV = logits_BV
+            self._join(
+                [_new_row(g, j) for g in groups for j in range(g.request.num_rollouts)],
+                prompts.rows(prompt_of_row),
+            )
 
-    def _prefill(
-        self, sequences: list[list[int]]
-    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Next-token logits [B, V], cache and mask [B, L] of whole sequences."""
-        length = max(map(len, sequences))
-        ids_BL = torch.zeros(len(sequences), length, dtype=torch.long)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, sequence in enumerate(sequences):
-            ids_BL[row, length - len(sequence) :] = torch.tensor(sequence)
-            mask_BL[row, length - len(sequence) :] = 1
-        ids_BL, mask_BL = ids_BL.to(self._model.device), mask_BL.to(self._model.device)
-        cache = DynamicCache(config=self._model.config)
-        positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
-        logits_BV = self._forward(ids_BL, positions_BL, mask_BL, cache)
-        return logits_BV, cache, mask_BL
+    def _recompute(self) -> None:
+        """Compute every row anew: the prompts, what follows them, and all newest tokens at once."""
+        rows_of: dict[int, list[_Row]] = defaultdict(list)
+        groups = {row.group.key: row.group for row in self._rows}
+        for row in self._rows:
+            rows_of[row.group.key].append(row)
+        self._rows, self._cache = [], None
+        for part in in_parts([(_prompt_length(group), group) for group in groups.values()]):
+            _, prompts = self._prefill.prompts([group.request.prompt_tokens for group in part])
+            waiting = [
+                (_prompt_length(group) + len(row.tokens), (index, row))
+                for index, group in enumerate(part)
+                for row in rows_of[group.key]
+            ]
+            for chosen in in_parts(waiting):
+                cache = prompts.rows([index for index, _ in chosen])
+                self._prefill.completions(cache, [row.tokens[:-1] for _, row in chosen])
+                self._join([row for _, row in chosen], cache)
+        self._decode()
 
-    def _forward(
-        self,
-        ids_BL: torch.Tensor,
-        positions_BL: torch.Tensor,
-        mask_BL: torch.Tensor,
-        cache: DynamicCache,
-    ) -> torch.Tensor:
-        output = self._model(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            position_ids=positions_BL,
-            past_key_values=cache,
-            use_cache=True,
-            # An index, which gathers the last position of all rows. For a slice (which 1 means)
-            # torch makes a product for each row, each with a copy of the whole output matrix.
-            logits_to_keep=self._last,
-        )
-        logits_BV: torch.Tensor = output.logits[:, -1].float()
-        return logits_BV
-
-    def _join(self, logits_BV: torch.Tensor, cache: DynamicCache, mask_BL: torch.Tensor) -> None:
-        """Append rows to the batch, padding the shorter cache on the left."""
-        if not self._rows:
-            self._logits_BV, self._cache, self._mask_BL = logits_BV, cache, mask_BL
-            return
-        assert self._cache is not None and self._logits_BV is not None
-        length = max(self._mask_BL.shape[1], mask_BL.shape[1])
-        for ours, theirs in zip(_layers(self._cache), _layers(cache), strict=True):
-            ours.keys = torch.cat([_pad(ours.keys, length), _pad(theirs.keys, length)])
-            ours.values = torch.cat([_pad(ours.values, length), _pad(theirs.values, length)])
-        self._mask_BL = torch.cat([_pad(self._mask_BL, length, 1), _pad(mask_BL, length, 1)])
-        self._logits_BV = torch.cat([self._logits_BV, logits_BV])
+    def _join(self, rows: list[_Row], cache: PaddedCache) -> None:
+        """Append rows to the batch."""
+        self._rows += rows
+        if self._cache is None:
+            self._cache = cache
+        else:
+            self._cache.append(cache)
 
     def _sample(self) -> list[tuple[int, list[Rollout]]]:
         """Draw a token for every row; drop the rows that are done."""
@@ -225,26 +201,16 @@ class BatchGenerator:
     def _keep_rows(self, keep: list[int]) -> None:
         assert self._cache is not None
         self._rows = [self._rows[index] for index in keep]
-        if not keep:
+        if keep:
+            self._cache.keep(keep)
+        else:
             self._cache, self._logits_BV = None, None
-            return
-        indices = torch.tensor(keep, device=self._mask_BL.device)
-        self._mask_BL = self._mask_BL[indices]
-        # Columns that are padding in every remaining row are not needed.
-        start = int(self._mask_BL.any(dim=0).nonzero()[0])
-        self._mask_BL = self._mask_BL[:, start:]
-        for layer in _layers(self._cache):
-            layer.keys = layer.keys[indices, :, start:]
-            layer.values = layer.values[indices, :, start:]
 
     def _decode(self) -> None:
         """Feed the newest token of every row, which gives the logits of the next one."""
         assert self._cache is not None
-        device = self._mask_BL.device
-        ids_B1 = torch.tensor([[row.tokens[-1]] for row in self._rows], device=device)
-        self._mask_BL = torch.cat([self._mask_BL, self._mask_BL.new_ones(len(self._rows), 1)], 1)
-        positions_B1 = self._mask_BL.sum(1, keepdim=True) - 1
-        self._logits_BV = self._forward(ids_B1, positions_B1, self._mask_BL, self._cache)
+        tokens = [row.tokens[-1] for row in self._rows]
+        self._logits_BV = self._prefill.next_tokens(self._cache, tokens)
 
 
 def sample_tokens(
@@ -282,16 +248,5 @@ def _complete(row: _Row, reason: FinishReason) -> list[tuple[int, list[Rollout]]
     return [(group.key, done)] if len(done) == len(group.rollouts) else []
 
 
-def _layers(cache: DynamicCache) -> list[Any]:
-    """Layers with ``keys`` and ``values`` [B, heads, L, head size]."""
-    return list(cache.layers)
-
-
-def _pad(tensor: torch.Tensor, length: int, dim: int = 2) -> torch.Tensor:
-    """Zero-pad on the left of ``dim`` up to ``length``."""
-    missing = length - tensor.shape[dim]
-    if missing == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim)
+def _prompt_length(group: _Pending) -> int:
+    return len(group.request.prompt_tokens)

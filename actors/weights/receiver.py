@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -67,10 +67,16 @@ class WeightsReceiver:
         self._in_progress: Weights | None = None
         """Offer that is being received or loaded; the same offer again does not interrupt it."""
         self._starts_over = False
-        self._loading = False
+        self._stage: Literal["receives", "checks", "loads"] = "receives"
         self._current_pull: Pull | None = None
         self._ready: tuple[WeightsReady, bytes] | None = None
         """Message that told the learner of the weights in use, with their digests."""
+
+    @property
+    def loading(self) -> int:
+        """Version all bytes of which are here, until the engine has it and says so; -1 without."""
+        offer = self._in_progress
+        return -1 if offer is None or self._stage == "receives" else offer.version
 
     def announce(self, offer: Weights, payloads: list[memoryview]) -> None:
         """Note that a new version exists; `run` follows the newest."""
@@ -116,7 +122,7 @@ class WeightsReceiver:
         announced = asyncio.ensure_future(self._announced.wait())
         try:
             await asyncio.wait({task, announced}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done() and not self._loading:
+            if not task.done() and self._stage != "loads":
                 task.cancel()
             await asyncio.wait({task})
             if not task.cancelled():
@@ -139,9 +145,15 @@ class WeightsReceiver:
             # In a broadcast the others need this actor, whatever it has.
         started = time.monotonic()
         route = await self._receive(offer)
-        if route is None or not await self._intact(offer, digests):
+        if route is None:
             return
-        await self._load(offer, route, time.monotonic() - started)
+        try:
+            self._stage = "checks"
+            if await self._intact(offer, digests):
+                self._stage = "loads"
+                await self._load(offer, route, time.monotonic() - started)
+        finally:
+            self._stage = "receives"
 
     def _check(self, offer: Weights, digests: bytes) -> None:
         size = total_bytes(self._specs)
@@ -233,16 +245,12 @@ class WeightsReceiver:
 
     async def _load(self, offer: Weights, route: Route, receive_seconds: float) -> None:
         buffer, engine = self._next, self._engine
-        self._loading = True
-        try:
-            load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
-            if engine.in_place:
-                self._loaded, self._next = buffer, self._loaded
-            digests = await in_daemon_thread(
-                "digests", lambda: engine.digests(self._specs) or buffer.digests()
-            )
-        finally:
-            self._loading = False
+        load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
+        if engine.in_place:
+            self._loaded, self._next = buffer, self._loaded
+        digests = await in_daemon_thread(
+            "digests", lambda: engine.digests(self._specs) or buffer.digests()
+        )
         ready = WeightsReady(
             version=offer.version,
             digest=whole_digest(digests, self._specs),

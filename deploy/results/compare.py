@@ -236,7 +236,9 @@ class _Runner:
             self._stopping = True
             running = list(self._running.values())
         for process in running:
-            process.send_signal(signal.SIGINT)
+            # Not SIGINT: while Python imports, libraries may swallow its exception, and the run
+            # would go on.
+            process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for process in running:
             try:

@@ -56,8 +56,8 @@ class AdmissionConfig(StrictModel):
     self_check: bool = True
     """Compare the log-probabilities of every new actor with the learner's before it gets work."""
     check_limit: PositiveFloat | None = None
-    """Mean difference in nats above which an actor is refused; None: 0.001 in float32, else
-    0.05."""
+    """Mean difference in nats above which an actor is refused; None: twice what rounding to the
+    actors' type makes in the learner's own model, and at least 0.001."""
 
 
 class KeysConfig(StrictModel):

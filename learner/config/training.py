@@ -30,7 +30,8 @@ class TrainingConfig(StrictModel):
     max_staleness: NonNegativeInt = 4
     """Oldest policy version, in training batches back, that a group may contain."""
     threads: NonNegativeInt = 0
-    """CPU threads of the learner; 0 leaves torch's choice."""
+    """CPU threads of the learner; 0: on a CPU, those that actors on this machine leave idle, from
+    step to step, unless buffer.lag is set."""
     pause_per_step_s: NonNegativeFloat = 0.0
     """Seconds of sleep after every step: to watch back-pressure work, and to test it."""
 

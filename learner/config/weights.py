@@ -19,7 +19,7 @@ class WeightsConfig(StrictModel):
     pulls from the learner's socket. ``auto``: on loopback NCCL or gloo, beyond it ``stream``."""
     timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 10.0
     """Longest wait of a push without progress, in seconds: for actors to meet, for a bucket, for
-    a confirmation."""
+    a confirmation. An actor that loads weights reports that with its state, which is progress."""
     push_timeout_s: Annotated[float, Field(gt=0, le=MAX_COLLECTIVE_S)] = 60.0
     """Longest push in seconds; actors that are later catch up by themselves."""
     push_every: PositiveInt = 1

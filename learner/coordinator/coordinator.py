@@ -163,6 +163,7 @@ class Coordinator:
                     self._leasing.failed(actor, message)
                 case Status():
                     self._leasing.status(actor, message)
+                    self._offers.loads(actor, message.loading)
                 case WeightsPull():
                     self._offers.pulls(actor, message.version)
                     self._on_pull(session, message)
@@ -279,6 +280,11 @@ class Coordinator:
         """Return those of the actors, numbers by session, that do not live any more."""
         with self._lock:
             return self._registry.gone(actors)
+
+    def quiet_s(self, actors: Mapping[str, int]) -> float:
+        """Return how long the quietest of the actors has given no sign that it takes weights."""
+        with self._lock:
+            return self._registry.quiet_s(actors)
 
     @property
     def sessions(self) -> set[str]:

@@ -1,43 +1,35 @@
 """The check of every new actor: does its engine compute the policy that the learner trains?
 
 A new actor first gets one prompt. The log-probabilities that its engine recorded are compared with
-those of the learner's model, at the version of the weights that each token was sampled from. Only
-then does it get work. Importance ratios are built from the same two numbers, and nothing else would
-show a wrong temperature or attention.
+those of the learner's model, at the version of the weights that each token was sampled from
+(`learner.coordinator.agreement`). Only then does it get work. Importance ratios are built from the
+same two numbers, and nothing else would show a wrong temperature or attention.
 
     joined ──► due ──► out (a lease) ──► scoring (on a side thread) ──► passed
                 ▲                           │         └──────────────► refused, with the figure
                 └───────────────────────────┘ weights changed before its first token
 """
 
-import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-import gdpo
 from learner.config.run import RunConfig
+from learner.coordinator.agreement import Agreement, compare
+from learner.coordinator.learner_logprobs import LearnerLogprobs
 from learner.threads import Fail, Worker
-from learner.training.collate import PaddedBatch, collate
 from learner.training.policy import Policy
 from learner.weights.snapshots import Snapshot
 from protocol.errors import ConfigError, TrainingError, brief
 from protocol.groups import Group
 from protocol.leases import Work
-from transfer.views import view
 
 log = logging.getLogger("learner")
 
-LIMITS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
-"""Mean absolute difference of log-probabilities, by the less precise of both sides' types."""
 WITHOUT = "admission.self_check=false leaves it out"
-LARGEST = 50.0
-"""The largest difference may be this many times the limit of the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +41,16 @@ class CheckResult:
     mean_difference: float
     largest_difference: float
     likely_cause: str = ""
-    """Why the difference is above the limit; empty if it is not."""
+    """Why the actor does not pass; empty if it does."""
+    limit: str = ""
+    """Which difference is allowed, and why."""
 
     def __str__(self) -> str:
-        return (
+        found = (
             f"log-probabilities of {self.num_tokens} tokens differ from the learner's by "
             f"{self.mean_difference:.2g} on average, {self.largest_difference:.2g} at most"
         )
+        return f"{found} ({self.limit})" if self.limit else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +67,10 @@ class SelfCheck:
         """``works`` are what actors are checked with, in turn. Raises `ConfigError`."""
         self.works = works
         self._config = config
-        self._learner = LearnerLogprobs(policy)
+        try:
+            self._learner = LearnerLogprobs(policy)
+        except ConfigError as error:
+            raise ConfigError(f"the check of new actors: {error}; {WITHOUT}") from error
         self._waiting: deque[_Job] = deque()
         self._worker = Worker(
             "self-check",
@@ -102,26 +100,16 @@ class SelfCheck:
 
         Only those of tokens that were sampled from the snapshot's version count.
         """
-        temperature = self._config.sampling.temperature
-        here = self._differences(group, snapshot, temperature)
-        if len(here) == 0:
+        found = self._agreement(group, snapshot, self._config.sampling.temperature)
+        if found is None:
             return CheckResult(0, 0.0, 0.0)
-        result = CheckResult(len(here), here.mean().item(), here.max().item())
-        if self._agrees(here):
-            return result
-        at_one = self._differences(group, snapshot, 1.0)
         return CheckResult(
-            result.num_tokens,
-            result.mean_difference,
-            result.largest_difference,
-            self._likely_cause(wrong_temperature=self._agrees(at_one)),
+            found.num_tokens,
+            found.mean,
+            found.largest,
+            "" if found.agrees else self._likely_cause(group, snapshot, found),
+            self._allowed(found),
         )
-
-    @property
-    def limit(self) -> float:
-        """The largest mean difference with which an actor passes."""
-        both = (self._config.model.dtype, self._config.for_actors().dtype)
-        return self._config.admission.check_limit or max(LIMITS[dtype] for dtype in both)
 
     def close(self) -> None:
         """Score what waits, and end."""
@@ -140,74 +128,46 @@ class SelfCheck:
         else:
             job.report(result)
 
-    def _differences(self, group: Group, snapshot: Snapshot, temperature: float) -> torch.Tensor:
-        """Absolute differences [N] of the tokens that were sampled from the snapshot."""
-        batch = collate([group], torch.device("cpu"))
-        chosen_BT = batch.mask_BT & (batch.versions_BT == snapshot.version)
-        if not chosen_BT.any():
-            return torch.empty(0)
-        logprobs_BT = self._learner.logprobs(snapshot, batch, temperature)
-        return (logprobs_BT - batch.behaviour_BT)[chosen_BT].abs()
+    def _agreement(self, group: Group, snapshot: Snapshot, temperature: float) -> Agreement | None:
+        """Compare at a temperature; None if no token is of the snapshot's version."""
+        dtype = getattr(torch, self._config.for_actors().dtype)
+        scores = self._learner.scores(group, snapshot, dtype, temperature)
+        if len(scores.engine_N) == 0:
+            return None
+        return compare(scores, self._config.admission.check_limit)
 
-    def _agrees(self, differences: torch.Tensor) -> bool:
-        # Not "is above": a NaN is no agreement.
-        return bool(differences.mean() <= self.limit and differences.max() <= LARGEST * self.limit)
+    def _allowed(self, found: Agreement) -> str:
+        if not found.strict:
+            return f"admission.check_limit = {found.limit:g} on average"
+        dtype = self._config.for_actors().dtype
+        rounding = f", as rounding to {dtype} alone makes {found.rounding:.2g}"
+        return (
+            f"allowed are {found.limit:.2g} on average{rounding if found.rounding else ''}; "
+            "admission.check_limit sets another limit"
+        )
 
-    def _likely_cause(self, *, wrong_temperature: bool) -> str:
-        model, actors = self._config.model.dtype, self._config.for_actors().dtype
-        if wrong_temperature and self._config.sampling.temperature != 1.0:
+    def _likely_cause(self, group: Group, snapshot: Snapshot, found: Agreement) -> str:
+        temperature = self._config.sampling.temperature
+        at_one = self._agreement(group, snapshot, 1.0)
+        if temperature != 1.0 and at_one is not None and at_one.agrees:
             return (
                 "the engine records log-probabilities at temperature 1, not at "
-                f"sampling.temperature = {self._config.sampling.temperature:g}"
+                f"sampling.temperature = {temperature:g}"
             )
-        if model != actors:
-            return f"the learner computes in {model}, the actors in {actors}: set actor.dtype"
+        if found.gain > -1 and found.gain_explains:
+            return (
+                f"the engine's logits are {1 + found.gain:.2g} times the learner's, as at a "
+                f"temperature of {temperature / (1 + found.gain):.2g} instead of "
+                f"sampling.temperature = {temperature:g}: look for a temperature, a scale or a "
+                "softcap of logits that the other side does not have"
+            )
+        if found.leans:
+            return (
+                f"the engine's are {abs(found.lean):.2g} {'higher' if found.lean > 0 else 'lower'} "
+                "nearly everywhere, where rounding goes both ways: look for what cuts its "
+                "distribution off or changes it (top_p, top_k, penalties)"
+            )
         return (
             "the engine's attention or position code, its weights or its tokens are not the "
-            "learner's; a difference of this size that is harmless can be allowed by "
-            "admission.check_limit"
+            "learner's"
         )
-
-
-class LearnerLogprobs:
-    """What the learner's model code computes with the weights of any snapshot, in CPU memory.
-
-    Weights are not copied, unless actors have another type of them.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self._specs = policy.specs
-        # A copy: what is set in it below would reach into the model in training.
-        config = copy.deepcopy(policy.model.config)
-        attention = config._attn_implementation
-        try:
-            with torch.device("meta"):
-                self._model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config,
-                    dtype=policy.model.dtype,
-                    # The others need a GPU.
-                    attn_implementation=attention if attention == "eager" else "sdpa",
-                    trust_remote_code=False,
-                ).eval()
-        except Exception as error:
-            raise ConfigError(
-                f"the check of new actors cannot build the model: {brief(error)}; {WITHOUT}"
-            ) from error
-        # Buffers, of rotary positions for example, come from nowhere else.
-        self._buffers = {
-            name: buffer.detach().to("cpu", copy=True)
-            for name, buffer in policy.model.named_buffers()
-        }
-
-    @torch.no_grad()
-    def logprobs(self, snapshot: Snapshot, batch: PaddedBatch, temperature: float) -> torch.Tensor:
-        """Log-probability [B, T] of every next token under the snapshot's policy."""
-        weights = {
-            spec.name: view(snapshot.packed, spec).to(self._model.dtype) for spec in self._specs
-        }
-        output = torch.func.functional_call(
-            self._model,
-            {**weights, **self._buffers},
-            kwargs={"input_ids": batch.tokens_BL[:, :-1], "use_cache": False},
-        )
-        return gdpo.token_logprobs(output.logits, batch.tokens_BL[:, 1:], temperature=temperature)

@@ -8,6 +8,7 @@ from learner.run.parts import Parts
 from learner.run.progress import STOP_CHECK_S
 from learner.run.reports import step_report
 from learner.run.saving import checkpoint
+from learner.run.trainer_threads import automatic_threads, busy_cores
 from learner.training.trainer import StepResult
 from learner.weights.publisher import Publisher
 from protocol.errors import TrainingError
@@ -20,6 +21,7 @@ class TrainingLoop:
         self._parts = parts
         self._publisher = publisher
         self._metrics = StepMetrics(parts.registry)
+        self._threads = automatic_threads(parts)
         self._began_at = 0.0
         """When training would have begun without any interruption."""
 
@@ -33,12 +35,16 @@ class TrainingLoop:
             parts.history.begin(version, batch)
             setting = parts.rewards.begin(version)
             step = parts.trainer.step(batch.groups, setting)
+            speed = step.num_tokens / (time.monotonic() - started)
             # Nobody may see a version that a resumed run would not make again.
             parts.history.wait()
             parts.coordinator.advance(version)
             if parts.pacing.is_pushed(version):
                 self._publish()
             self._record(step, started)
+            if self._threads is not None:
+                holds_up = parts.throughput.rates.bottleneck == "learner"
+                self._threads.follow(speed, busy_cores(parts), holds_up=holds_up)
             if parts.history.is_due(version):
                 checkpoint(parts)
             self._pause()

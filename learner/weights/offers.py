@@ -102,6 +102,11 @@ class Offers:
             enough = len(others | {version}) <= MAX_SNAPSHOTS_HELD
             self._hold(actor, self._snapshots.kept(version) if enough else None)
 
+    def loads(self, actor: ActorState, version: int) -> None:
+        """Note that an actor is at work on what arrived; -1: on nothing."""
+        if version > actor.version:
+            actor.weights_active_at = self._registry.clock()
+
     def hold_for_check(self, actor: ActorState) -> Snapshot | None:
         """Keep and return the weights that an actor has, until `release`.
 

@@ -45,6 +45,9 @@ class Audience(Protocol):
     def behind(self, actors: Mapping[str, int], version: int) -> dict[str, int]:
         """Return those of the actors, numbers by session, that live without ``version`` yet."""
 
+    def quiet_s(self, actors: Mapping[str, int]) -> float:
+        """Return how long the quietest of the actors has given no sign that it takes weights."""
+
     def gone(self, actors: Mapping[str, int]) -> tuple[str, ...]:
         """Return those of the actors, numbers by session, that do not live any more."""
 
@@ -188,12 +191,7 @@ class Push:
         """
         audience, epochs = self._audience, self._epochs
         while (behind := self._behind()) and not audience.draining:
-
-            def progress(before: dict[str, int] = behind) -> bool:
-                return audience.draining or self._behind() != before
-
-            patience_s = min(self._timeout_s, self._deadline - time.monotonic())
-            goes_on = audience.wait_until(progress, patience_s)
+            goes_on = self._progresses(behind)
             if epochs is not None and epochs.lasts and behind.keys() & self._members:
                 if audience.gone(self._members):
                     self._leave_those_who_are_gone(epochs)
@@ -204,6 +202,24 @@ class Push:
             if not goes_on:
                 self._leave_behind(behind)
                 return
+
+    def _progresses(self, behind: dict[str, int]) -> bool:
+        """Wait until fewer are behind; returns False when that is not to be expected any more.
+
+        A large model takes long to load. An actor that does says so, again and again: only when
+        another one has been quiet meanwhile does something hang.
+        """
+        began = time.monotonic()
+        while True:
+            now = time.monotonic()
+            quiet_s = min(now - began, self._audience.quiet_s(behind))
+            patience_s = min(self._timeout_s - quiet_s, self._deadline - now)
+            if patience_s <= 0:
+                return False
+            if self._audience.wait_until(
+                lambda: self._audience.draining or self._behind() != behind, patience_s
+            ):
+                return True
 
     def _behind(self) -> dict[str, int]:
         return self._audience.behind(self._actors, self._snapshot.version)

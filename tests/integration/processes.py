@@ -42,14 +42,22 @@ class Process:
     """A `gdpo` command; its output is in ``log``."""
 
     def __init__(
-        self, folder: Path, name: str, *arguments: str, within: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        name: str,
+        *arguments: str,
+        within: tuple[str, ...] = (),
+        module: str = "deploy",
     ) -> None:
-        """``within`` is a command that runs it, in a namespace for example."""
+        """``within`` is a command that runs it, in a namespace for example.
+
+        ``module`` is run instead of the product itself, with the same arguments.
+        """
         self.log = folder / f"{name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("wb") as output:
             self.popen = subprocess.Popen(
-                [*within, sys.executable, "-m", "deploy", *arguments],
+                [*within, sys.executable, "-m", module, *arguments],
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -88,8 +96,8 @@ class System:
         self._within = within
         self._processes: list[Process] = []
 
-    def gdpo(self, name: str, *arguments: str) -> Process:
-        process = Process(self.folder, name, *arguments, within=self._within)
+    def gdpo(self, name: str, *arguments: str, module: str = "deploy") -> Process:
+        process = Process(self.folder, name, *arguments, within=self._within, module=module)
         self._processes.append(process)
         return process
 

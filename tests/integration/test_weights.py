@@ -1,9 +1,14 @@
 """Weights on each of their routes, in real processes, and where people can see it."""
 
+import signal
+import time
+from typing import Any
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.processes import System, assert_books_balance, wait_for
+from tests.integration.slow_load import LOAD_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -43,6 +48,43 @@ def test_every_route_brings_every_version_as_it_is(system: System, backend):
     summary = system.summary_after_stop()
     assert summary["weights"]["digest_mismatches"] == 0
     assert_books_balance(summary)
+
+
+def test_a_load_longer_than_the_deadline_keeps_its_epoch_and_a_frozen_actor_ends_it(system: System):
+    """Of twelve seconds and of ten by default; here of 2.4 and 2."""
+    timeout_s = 2.0
+    system.start_learner(
+        "training.steps=2000",
+        "deadlines.actor_timeout_s=60",
+        "weights.backend=gloo",
+        f"weights.timeout_s={timeout_s}",
+    )
+    actors = [
+        system.gdpo(name, "actor", "--learner", system.url, module="tests.integration.slow_load")
+        for name in ("one", "two")
+    ]
+
+    def epoch() -> dict[str, Any]:
+        epochs = system.status()["weights"]["epochs"]
+        return epochs[-1] if epochs else {"members": [], "pushes": 0}
+
+    def confirmed() -> list[dict[str, Any]]:
+        pushes = system.status()["weights"]["last_pushes"]
+        return [push for push in pushes if push["routes"] == {"collective": 2}]
+
+    wait_for(lambda: len(confirmed()) >= 3, "three pushes to both")
+    assert all((push["evicted"], push["behind"]) == ({}, []) for push in confirmed())
+    assert all(push["seconds"] > LOAD_S > timeout_s for push in confirmed())
+    kept = epoch()
+    assert (kept["members"], kept["ended"]) == ([1, 2], "")
+
+    # Both load now, or are about to.
+    actors[1].signal(signal.SIGSTOP)
+    began = time.monotonic()
+    wait_for(lambda: epoch()["ended"] or epoch()["epoch"] > kept["epoch"], "the end of the epoch")
+    # It may have confirmed the push at hand; then the next one finds it.
+    assert time.monotonic() - began < LOAD_S + 2 * timeout_s + 1
+    wait_for(lambda: epoch()["members"] == [1], "an epoch without it")
 
 
 def test_top_and_prometheus_show_epochs_members_and_routes(system: System):

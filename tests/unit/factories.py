@@ -122,6 +122,7 @@ def make_status(**changes: Any) -> Status:
         "sequence": 1,
         "capacity": 4,
         "version": 0,
+        "loading": -1,
         "leases": (),
         "heard": -1,
         "tokens_generated": 0,
@@ -160,9 +161,10 @@ class Cluster:
         num_rows: int = 6,
         journal: Journal | None = None,
         self_check: Any = None,
+        clock: Any = None,
     ) -> None:
         self.config = config or make_config()
-        self.clock = FakeClock()
+        self.clock = clock or FakeClock()
         self.buffer = ReplayBuffer.of(self.config)
         self.snapshots = SnapshotStore(make_snapshot(0), self.clock)
         self.chunks = ChunkSource(self.snapshots, width=4)
@@ -303,9 +305,11 @@ class Cluster:
         return True
 
 
-def joined(*sessions: str, capacity: int = 4, **sections: dict[str, Any]) -> Cluster:
+def joined(
+    *sessions: str, capacity: int = 4, clock: Any = None, **sections: dict[str, Any]
+) -> Cluster:
     """Training is open, and these actors have joined."""
-    cluster = Cluster(make_config(**sections))
+    cluster = Cluster(make_config(**sections), clock=clock)
     for session in sessions:
         cluster.join(session, capacity)
     cluster.open_training()

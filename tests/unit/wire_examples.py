@@ -36,6 +36,7 @@ STATUS = messages.Status(
     sequence=1,
     capacity=16,
     version=-1,
+    loading=0,
     leases=(7, 2**40),
     heard=0,
     tokens_generated=10**12,

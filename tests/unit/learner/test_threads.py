@@ -118,22 +118,34 @@ def test_a_queue_that_fails_ends_the_run():
     assert "division" in str(line.failures[0])
 
 
-def test_no_item_is_held_while_the_next_one_is_awaited():
+class Handled:
+    """An item that can be referred to weakly."""
+
+    def __call__(self, line: Line) -> None:
+        line.handled.append(1)
+
+
+class Refused(Handled):
+    def __call__(self, line: Line) -> None:
+        try:
+            raise OSError("the disk is full")
+        except OSError as error:
+            raise TrainingError("cannot write") from error
+
+
+@pytest.mark.parametrize("kind", [Handled, Refused])
+def test_no_item_is_held_while_the_next_one_is_awaited_nor_by_its_error(kind):
     """A copy of a model would stay in memory until the next checkpoint."""
-
-    class Item:
-        def __call__(self, line: Line) -> None:
-            line.handled.append(1)
-
     line = Line().start()
-    item = Item()
+    item = kind()
     held = weakref.ref(item)
     line.add(item)
     del item
     deadline = time.monotonic() + TIMEOUT_S
     while held() is not None and time.monotonic() < deadline:
         time.sleep(0.002)
-    assert line.handled == [1]
+    assert (line.handled == [1]) == (kind is Handled)
+    assert len(line.failures) == (kind is not Handled)
     assert held() is None
     line.worker.close()
 

@@ -363,6 +363,31 @@ async def test_being_cancelled_while_the_engine_loads_ends_the_receiver(actor, m
     assert done
 
 
+async def test_what_is_being_loaded_is_known_from_the_last_byte_to_the_confirmation(
+    actor, monkeypatch
+):
+    """Not while bytes arrive, which the learner sees by itself."""
+    seen = []
+
+    def note(owner, name):
+        original = getattr(owner, name)
+
+        async def noted(*arguments):
+            seen.append((name, actor.receiver.loading))
+            return await original(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(actor.receiver, "_receive")
+    note(actor.receiver, "_intact")
+    note(actor.engine, "load_weights")
+    for version in (1, 2):
+        await actor.follow(*offer_of(actor.learner.publish(version)))
+        assert seen == [("_receive", -1), ("_intact", version), ("load_weights", version)]
+        assert actor.receiver.loading == -1
+        seen.clear()
+
+
 async def test_after_a_resume_an_older_version_is_taken_and_nothing_before_it_counts(actor):
     await actor.follow(*offer_of(actor.learner.publish(5)))
     resumed = make_snapshot(3)

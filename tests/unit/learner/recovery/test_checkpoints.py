@@ -410,8 +410,9 @@ def test_a_mistake_after_a_checkpoint_is_written_ends_the_run_instead_of_hanging
         trained.begin()
 
 
-def test_no_copy_of_the_model_outlives_its_checkpoint(config, folder, monkeypatch):
-    """Not until the next one, which may be hours away."""
+@pytest.fixture
+def copies(monkeypatch) -> list[weakref.ref[torch.Tensor]]:
+    """What checkpoints have copied since the test began."""
     copies: list[weakref.ref[torch.Tensor]] = []
 
     def copied(tensors):
@@ -420,11 +421,36 @@ def test_no_copy_of_the_model_outlives_its_checkpoint(config, folder, monkeypatc
         return result
 
     monkeypatch.setattr(module, "_copies", copied)
+    return copies
+
+
+def alive(copies: list[weakref.ref[torch.Tensor]]) -> int:
+    return sum(copy() is not None for copy in copies)
+
+
+def test_no_copy_of_the_model_outlives_its_checkpoint(config, folder, copies):
+    """Not until the next one, which may be hours away; nor are there ever two."""
     trained = Trained(config, folder)
     trained.step()
-    trained.save()
+    for _ in range(5):
+        trained.save()
+        assert (len(copies) > 0, alive(copies)) == (True, 0)
+        copies.clear()
+        trained.step()
+
+
+def test_no_copy_of_the_model_outlives_a_checkpoint_that_cannot_be_written(
+    config, folder, copies, monkeypatch
+):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_manifest", fail)
+    trained = Trained(config, folder)
+    trained.step()
+    with pytest.raises(TrainingError, match="No space left"):
+        trained.save()
     deadline = time.monotonic() + 20
-    while any(copy() is not None for copy in copies) and time.monotonic() < deadline:
+    while alive(copies) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert copies
-    assert [copy() for copy in copies if copy() is not None] == []
+    assert (len(copies) > 0, alive(copies)) == (True, 0)

@@ -23,6 +23,7 @@ from transfer.shared_memory import SharedMemory
 
 URL = "tcp://127.0.0.1:5555"
 CPU = torch.device("cpu")
+STATUS_INTERVAL_S = 0.1
 
 
 class Member:
@@ -35,6 +36,8 @@ class Member:
         """It gets offers, and does nothing."""
         self.unreachable = False
         """No broadcast reaches it, but it pulls."""
+        self.load_s = 0.0
+        """It takes so long to load what it got, and says so meanwhile."""
         self.offers: list[Weights] = []
         self._collective = Collective(URL, CPU)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -66,14 +69,19 @@ class Member:
         except Exception:
             return
         assert torch.equal(buffer.memory.tensor, snapshot.packed)
-        self.scene.confirm(self.session, offer.version, "collective")
+        loaded_at = time.monotonic() + self.load_s
+        while (left := loaded_at - time.monotonic()) > 0 and not self.hangs:
+            self.scene.status(self.session, loading=offer.version)
+            time.sleep(min(left, STATUS_INTERVAL_S))
+        if not self.hangs:
+            self.scene.confirm(self.session, offer.version, "collective")
 
 
 class Scene:
     """A learner's publisher and its members; only one thread at a time speaks to the cluster."""
 
     def __init__(self, *sessions: str, timeout_s: float = 0.6, backend: Any = "gloo") -> None:
-        self.cluster: Cluster = joined(*sessions)
+        self.cluster: Cluster = joined(*sessions, clock=time.monotonic)
         self._lock = threading.Lock()
         self.over = threading.Event()
         self.stream = WeightsStream(self.cluster.chunks)
@@ -102,6 +110,10 @@ class Scene:
     def confirm(self, session: str, version: int, route: str) -> None:
         with self._lock:
             self.cluster.weights_ready(session, version, route=route)
+
+    def status(self, session: str, loading: int) -> None:
+        with self._lock:
+            self.cluster.status(session, loading=loading)
 
     def join(self, session: str) -> None:
         """A newcomer, which has the newest version."""
@@ -190,6 +202,49 @@ def test_a_member_that_hangs_is_evicted_and_the_others_have_the_version(scene):
     report = scene.push(3)
     assert (report.routes, report.evicted) == ({"collective": 2}, {})
     assert scene.versions() == {"a": 3, "b": 1, "c": 3}
+
+
+def test_a_load_that_takes_longer_than_the_deadline_keeps_its_epoch(scene):
+    for session in ("a", "b"):
+        scene[session].load_s = 1.1
+    reports = [scene.push(version) for version in (1, 2, 3)]
+    assert [(r.epoch, r.evicted, r.behind) for r in reports] == [(1, {}, [])] * 3
+    assert all(1.1 <= report.seconds < 2.4 for report in reports)
+    assert ends(scene) == [""]
+    assert scene.versions() == {"a": 3, "b": 3}
+
+
+def test_a_member_that_freezes_is_found_though_the_others_load_for_long(scene):
+    scene.push(1)
+    scene["a"].load_s = 1.8
+    scene["b"].hangs = True
+    began = time.monotonic()
+    scene.publisher.publish(make_snapshot(2), pack_seconds=0.0)
+    assert scene.waits_for(lambda: ends(scene) != [""])
+    # The deadline.
+    assert 0.6 <= time.monotonic() - began < 1.4
+
+
+def test_a_member_that_freezes_while_it_loads_is_found_too(scene):
+    scene.push(1)
+    for session in ("a", "b"):
+        scene[session].load_s = 2.0
+    threading.Timer(0.5, lambda: setattr(scene["b"], "hangs", True)).start()
+    began = time.monotonic()
+    scene.publisher.publish(make_snapshot(2), pack_seconds=0.0)
+    assert scene.waits_for(lambda: ends(scene) != [""])
+    # Its last word, and the deadline after that.
+    assert 0.5 - STATUS_INTERVAL_S + 0.6 <= time.monotonic() - began < 1.8
+
+
+def test_no_load_is_waited_for_longer_than_a_push_may_take(scene):
+    """However often the actor says that it loads; 4 * 0.6 s."""
+    scene["b"].load_s = 60.0
+    began = time.monotonic()
+    report = scene.push(1)
+    scene["b"].hangs = True
+    assert 2.4 <= time.monotonic() - began < 3.6
+    assert (report.evicted, report.behind) == ({2: "late"}, [2])
 
 
 @pytest.mark.parametrize("scene", [("a", "b", "c")], indirect=True)

@@ -1,0 +1,29 @@
+"""``gdpo`` for a test, with an engine that takes `LOAD_S` to load: longer than a push waits.
+
+python -m tests.integration.slow_load actor --learner URL
+"""
+
+import asyncio
+import sys
+
+from actors.engines.transformers_engine import TransformersEngine
+from deploy.cli import main
+from protocol.process import leave
+from protocol.weights import TensorSpec
+from transfer.shared_memory import SharedMemory
+
+LOAD_S = 2.4
+
+_load_weights = TransformersEngine.load_weights
+
+
+async def load_slowly(
+    self: TransformersEngine, version: int, memory: SharedMemory, specs: list[TensorSpec]
+) -> float:
+    await asyncio.sleep(LOAD_S)
+    return await _load_weights(self, version, memory, specs)
+
+
+if __name__ == "__main__":
+    TransformersEngine.load_weights = load_slowly  # type: ignore[method-assign]
+    leave(main(sys.argv[1:]))

@@ -96,7 +96,8 @@ class Pace:
 
     def leased(self, prompt_index: int, now: float) -> None:
         """Note a lease; a prompt that is leased again is timed from its first lease."""
-        if prompt_index in self._burst_of:
+        if self._taken_at is None or prompt_index in self._burst_of:
+            # What is leased before the first batch fills the buffer, and engines are cold then.
             return
         burst = self._current
         if burst is None:

@@ -102,8 +102,7 @@ class Coordinator:
         self._buffer = buffer
         self._clock = clock
         self._on_pull = on_pull
-        self._bad_message_logged_at = float("-inf")
-        self._has_room = False
+        self._bad_message_logged_at, self._has_room = float("-inf"), False
         self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
         self._lock = RLock()
         self._changed = Condition(self._lock)

@@ -41,6 +41,14 @@ class Rollout:
     """(first token, policy version): each version holds up to the next span's first token."""
     finish: FinishReason
 
+    @property
+    def token_versions(self) -> Ints:
+        """[T] policy version that each token was sampled from."""
+        versions = np.empty(len(self.tokens), dtype=np.int32)
+        for start, version in self.spans:
+            versions[start:] = version
+        return versions
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:

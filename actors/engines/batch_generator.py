@@ -1,10 +1,7 @@
 """A continuous batch of sequences decoded together with one key-value cache.
 
-Shapes: B rows (rollouts in flight), L cached positions, V vocabulary. Rows are padded on the left
-(`actors.engines.padded_cache`):
-
-    row 0   . . p p p t t        . padding   p prompt   t sampled token
-    row 1   p p p p p p t
+Shapes: B rows (rollouts in flight), V vocabulary. Rows are padded on the left, see
+`actors.engines.padded_cache`.
     row 2   . . . . p p p  ◄── just prefilled, no token yet
 
 Between two steps the batch is in one state only: ``logits_BV`` are the next-token logits of every

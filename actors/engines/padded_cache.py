@@ -28,20 +28,15 @@ class PaddedCache:
 
     def rows(self, indices: list[int]) -> Self:
         """Copies of some of the rows, in any order and number, without columns none of them has."""
-        rows = torch.tensor(indices, device=self.mask_BL.device)
-        mask_BL = self.mask_BL[rows]
-        start = int(mask_BL.any(dim=0).nonzero()[0])
+        rows, start, mask_BL = self._chosen(indices)
         chosen = DynamicCache()
         for index, layer in enumerate(_layers(self.past)):
             chosen.update(layer.keys[rows, :, start:], layer.values[rows, :, start:], index)
-        return type(self)(mask_BL[:, start:], chosen)
+        return type(self)(mask_BL, chosen)
 
     def keep(self, indices: list[int]) -> None:
         """Drop all other rows, layer by layer: no second cache is ever there."""
-        rows = torch.tensor(indices, device=self.mask_BL.device)
-        mask_BL = self.mask_BL[rows]
-        start = int(mask_BL.any(dim=0).nonzero()[0])
-        self.mask_BL = mask_BL[:, start:]
+        rows, start, self.mask_BL = self._chosen(indices)
         for layer in _layers(self.past):
             layer.keys = layer.keys[rows, :, start:]
             layer.values = layer.values[rows, :, start:]
@@ -69,6 +64,13 @@ class PaddedCache:
             layer.keys = layer.keys.gather(2, source_BHLD)
             source_BHLD = source_BL[:, None, :, None].expand_as(layer.values)
             layer.values = layer.values.gather(2, source_BHLD)
+
+    def _chosen(self, indices: list[int]) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """Rows as a tensor, the first column that one of them needs, and their mask from there."""
+        rows = torch.tensor(indices, device=self.mask_BL.device)
+        mask_BL = self.mask_BL[rows]
+        start = int(mask_BL.any(dim=0).nonzero()[0])
+        return rows, start, mask_BL[:, start:]
 
 
 def _layers(cache: DynamicCache) -> list[Any]:

@@ -27,7 +27,8 @@ class Prefill:
 
     def prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, PaddedCache]:
         """Next-token logits [B, V] and cache of prompts."""
-        ids_BL, mask_BL = self._padded_left(prompts)
+        length = max(map(len, prompts))
+        ids_BL, mask_BL = self._padded(prompts, [length - len(prompt) for prompt in prompts])
         cache = PaddedCache(mask_BL)
         logits_BV = self._in_passes(ids_BL, cache)
         return logits_BV, cache
@@ -40,14 +41,9 @@ class Prefill:
         # On the right, so that nothing stands between a prompt and its completion. Nothing sees
         # it there: attention is causal.
         missing = [length - len(completion) for completion in completions]
-        ids_BL = torch.zeros(len(completions), length, dtype=torch.long)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, completion in enumerate(completions):
-            ids_BL[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
-            mask_BL[row, : len(completion)] = 1
-        device = cache.mask_BL.device
-        cache.mask_BL = torch.cat([cache.mask_BL, mask_BL.to(device)], dim=1)
-        self._in_passes(ids_BL.to(device), cache)
+        ids_BL, mask_BL = self._padded(completions, [0] * len(completions))
+        cache.mask_BL = torch.cat([cache.mask_BL, mask_BL], dim=1)
+        self._in_passes(ids_BL, cache)
         cache.move_right(missing)
 
     def next_tokens(self, cache: PaddedCache, tokens: Sequence[int]) -> torch.Tensor:
@@ -78,13 +74,16 @@ class Prefill:
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV
 
-    def _padded_left(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask [B, L] of sequences, each from its column in ``starts`` on."""
         length = max(map(len, sequences))
         ids_BL = torch.zeros(len(sequences), length, dtype=torch.long)
         mask_BL = torch.zeros_like(ids_BL)
-        for row, sequence in enumerate(sequences):
-            ids_BL[row, length - len(sequence) :] = torch.tensor(sequence)
-            mask_BL[row, length - len(sequence) :] = 1
+        for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+            ids_BL[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+            mask_BL[row, start : start + len(sequence)] = 1
         return ids_BL.to(self._model.device), mask_BL.to(self._model.device)
 
 

@@ -247,10 +247,10 @@ class WeightsReceiver:
         load_seconds = await engine.load_weights(offer.version, buffer.memory, self._specs)
         if engine.in_place:
             self._loaded, self._next = buffer, self._loaded
-        held = None
-        if not engine.in_place:
+            digests = await _digests(buffer)
+        else:
             held = await in_daemon_thread("digests", lambda: engine.digests(self._specs))
-        digests = held or await _digests(buffer)
+            digests = held or await _digests(buffer)
         ready = WeightsReady(
             version=offer.version,
             digest=whole_digest(digests, self._specs),

@@ -222,8 +222,12 @@ def _type(value: dict[str, Any]) -> str:
         return f"list of {len(items)} values, each a {_type(items[0])}"
     if value.get("format") == "ipv4":
         return "IPv4 address"
-    names = {"string": "text", "integer": "whole number", "boolean": "true or false"}
-    names["object"] = "table"
+    names = {
+        "string": "text",
+        "integer": "whole number",
+        "boolean": "true or false",
+        "object": "table",
+    }
     return names.get(value["type"], str(value["type"]))
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -68,7 +67,7 @@ class LearnerLogprobs:
         rollouts = [
             (rollout, chosen)
             for rollout in group.rollouts
-            if (chosen := _tokens_of(rollout, snapshot.version)).any()
+            if (chosen := rollout.token_versions == snapshot.version).any()
         ]
         engine = [torch.from_numpy(rollout.logprobs[chosen]) for rollout, chosen in rollouts]
         computed = {
@@ -165,12 +164,3 @@ class LearnerLogprobs:
 
     def _drain_layer(self, places: _Places, *_: Any) -> None:
         self._drain(places)
-
-
-def _tokens_of(rollout: Rollout, version: int) -> npt.NDArray[np.bool_]:
-    """Mask of the tokens that were sampled from ``version``."""
-    versions = np.empty(len(rollout.tokens), dtype=np.int64)
-    for start, each in rollout.spans:
-        versions[start:] = each
-    chosen: npt.NDArray[np.bool_] = versions == version
-    return chosen

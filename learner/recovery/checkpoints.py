@@ -15,6 +15,7 @@ digest would that lies beside the files: whoever can write those can write it to
 is faster than disks are, because 84 GB are read for it when they are written and at every resume.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -49,8 +50,6 @@ log = logging.getLogger("learner")
 _NAME = re.compile(r"step-(\d{8})")
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
-_BLOCK_BYTES = 1 << 19
-"""Read, then hashed: small enough to be still in the cache of a core."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -319,10 +318,8 @@ def _verify(folder: Path) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(block):
-            digest.update(block[:num_bytes])
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 

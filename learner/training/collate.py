@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from protocol.groups import Group, Rollout
+from protocol.groups import Group
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +56,7 @@ def collate(groups: list[Group], device: torch.device) -> PaddedBatch:
         tokens[row, start:stop] = rollout.tokens
         mask[row, start:stop] = True
         behaviour[row, start:stop] = rollout.logprobs
-        versions[row, start:stop] = _token_versions(rollout)
+        versions[row, start:stop] = rollout.token_versions
     return PaddedBatch(
         tokens_BL=torch.from_numpy(tokens).to(device),
         mask_BT=torch.from_numpy(mask[:, 1:].copy()).to(device),
@@ -69,10 +69,3 @@ def collate(groups: list[Group], device: torch.device) -> PaddedBatch:
 def scores(groups: list[Group]) -> torch.Tensor:
     """Raw scores, float32 [P, G, K]; NaN = does not apply."""
     return torch.from_numpy(np.stack([group.scores for group in groups]))
-
-
-def _token_versions(rollout: Rollout) -> np.ndarray:
-    versions = np.empty(len(rollout.tokens), dtype=np.int32)
-    for start, version in rollout.spans:
-        versions[start:] = version
-    return versions

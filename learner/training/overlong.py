@@ -18,12 +18,11 @@ def cut_off(groups: Sequence[Group]) -> torch.Tensor:
     )
 
 
-def trained_on(groups: Sequence[Group], overlong: Overlong) -> torch.Tensor:
-    """Whether the loss takes the tokens of each rollout, bool [P, G].
+def trained_on(cut_PG: torch.Tensor, overlong: Overlong) -> torch.Tensor:
+    """Whether the loss takes the tokens of each rollout, bool [P, G], by which were `cut_off`.
 
     What is left out has no part in the loss, its denominator or the metrics of its tokens. It keeps
     its part in the statistics of rewards, so that advantages are those of the whole group: DAPO's
     overlong filtering, arXiv 2503.14476, 3.4.
     """
-    cut_PG = cut_off(groups)
     return ~cut_PG if overlong == "mask" else torch.ones_like(cut_PG)

@@ -121,7 +121,8 @@ class Trainer:
         scores_PGK = scores(groups)
         advantages = self._advantages(scores_PGK, setting)
         batch = collate(groups, self._device)
-        trained_B = trained_on(groups, self._config.algorithm.overlong).flatten()
+        cut_PG = cut_off(groups)
+        trained_B = trained_on(cut_PG, self._config.algorithm.overlong).flatten()
         batch.mask_BT.logical_and_(trained_B.to(self._device)[:, None])
         advantages_B = advantages.advantages.flatten().to(self._device)
         staleness = [self.version - group.oldest_version for group in groups]
@@ -130,7 +131,7 @@ class Trainer:
         self.in_step = False
         names = list(setting.weights)
         metrics |= gdpo.reward_diagnostics(scores_PGK, advantages, names)
-        metrics["overlong"] = cut_off(groups).double().mean().item()
+        metrics["overlong"] = cut_PG.double().mean().item()
         num_tokens = sum(group.num_tokens for group in groups)
         return StepResult(
             version=self.version,

@@ -78,6 +78,7 @@ def test_prometheus_reads_learner_and_actors_while_they_train(system: System):
         lambda: metrics(system.get("/metrics")).get("gdpo_trainer_version", 0) >= 3, "step 3", 60
     )
     learner = metrics(system.get("/metrics"))
+    assert learner["gdpo_trainer_version"] >= 3
     assert learner["gdpo_tokens_trained_total"] > 0
     assert learner["gdpo_staleness_versions_count"] >= 3 * 8
     assert learner["gdpo_actors_live"] == 1

@@ -11,7 +11,6 @@ import torch
 
 from actors.engines.engine import Request
 from protocol.errors import EngineError
-from protocol.groups import Rollout
 from tests.vllm.conftest import MAX_TOKENS, Served
 
 pytestmark = [
@@ -41,13 +40,6 @@ def logits_TV(model, prompt: tuple[int, ...], tokens: np.ndarray) -> torch.Tenso
 def logprobs_T(model, prompt, tokens: np.ndarray, temperature: float) -> torch.Tensor:
     logprobs_TV = (logits_TV(model, prompt, tokens) / temperature).log_softmax(-1)
     return logprobs_TV[torch.arange(len(tokens)), torch.from_numpy(tokens).long()]
-
-
-def versions_T(rollout: Rollout) -> np.ndarray:
-    versions = np.empty(len(rollout.tokens), dtype=int)
-    for start, version in rollout.spans:
-        versions[start:] = version
-    return versions
 
 
 def greedy(model, prompt: tuple[int, ...]) -> list[int]:
@@ -117,7 +109,7 @@ async def test_a_push_in_the_middle_of_generations_changes_the_tokens_after_it_o
     mixed, largest = 0, 0.0
     for index, rollout in enumerate(rollouts):
         prompt, temperature = (10 + index // 2, 11), (0.0, 2.0)[index % 2]
-        versions = versions_T(rollout)
+        versions = rollout.token_versions
         mixed += len(set(versions)) == 2
         for version in set(versions):
             chosen = versions == version

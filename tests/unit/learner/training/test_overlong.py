@@ -18,6 +18,7 @@ GROUPS = [finished("stop", "length"), finished("length", "length")]
 
 
 def test_what_was_cut_off_is_left_out_only_where_it_is_to_be_masked():
-    assert cut_off(GROUPS).tolist() == [[False, True], [True, True]]
-    assert trained_on(GROUPS, "mask").tolist() == [[True, False], [False, False]]
-    assert trained_on(GROUPS, "keep").tolist() == [[True, True], [True, True]]
+    cut_PG = cut_off(GROUPS)
+    assert cut_PG.tolist() == [[False, True], [True, True]]
+    assert trained_on(cut_PG, "mask").tolist() == [[True, False], [False, False]]
+    assert trained_on(cut_PG, "keep").tolist() == [[True, True], [True, True]]

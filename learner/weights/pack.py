@@ -116,10 +116,9 @@ def pack_into(packed: torch.Tensor, model: torch.nn.Module, specs: Sequence[Tens
     parameters = dict(model.named_parameters())
     on_their_way: list[tuple[int, torch.cuda.Event]] = []
     for index, spec in enumerate(specs):
-        tensor = _whole(parameters[spec.name], spec)
-        _write(tensor, packed, spec)
-        if tensor.is_cuda:
-            on_their_way.append((index, torch.cuda.current_stream(tensor.device).record_event()))
+        copied = _copy_whole(parameters[spec.name], packed, spec)
+        if copied is not None:
+            on_their_way.append((index, copied))
         else:
             # While it is in the processor's cache.
             digest(index)
@@ -127,6 +126,18 @@ def pack_into(packed: torch.Tensor, model: torch.nn.Module, specs: Sequence[Tens
         copied.synchronize()
         digest(index)
     return b"".join(digests)
+
+
+def _copy_whole(
+    parameter: torch.Tensor, packed: torch.Tensor, spec: TensorSpec
+) -> torch.cuda.Event | None:
+    """Copy a parameter; returns what tells when it has arrived, None where it has already.
+
+    A function of its own: nothing holds the whole parameter while the next one is gathered.
+    """
+    tensor = _whole(parameter, spec)
+    _write(tensor, packed, spec)
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
 
 def _help_to_gather(model: torch.nn.Module, specs: Sequence[TensorSpec]) -> None:

@@ -93,9 +93,12 @@ def measure_memory(rank: int) -> None:
 
     pool.take().packed.zero_()  # So that the bytes that are kept are not counted.
     for keep in (rank == 0, False):
-        extra = extra_memory(partial(pack, 0, model, specs, pool, keep=keep))
+        call = partial(pack, 0, model, specs, pool, keep=keep)
+        # What pack holds itself it holds every time; gloo's thread may let go of what it gathered
+        # a moment after the next parameter is on its way.
+        extra = min(extra_memory(call) for _ in range(3))
         # As it was received, and put together.
-        assert extra < 3 * specs[0].num_bytes, f"{extra / 2**20:.0f} MiB, keep={keep}"
+        assert extra < 2.5 * specs[0].num_bytes, f"{extra / 2**20:.0f} MiB, keep={keep}"
 
 
 def extra_memory(call: Callable[[], object]) -> int:

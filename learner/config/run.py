@@ -116,6 +116,12 @@ class RunConfig(StrictModel):
             wanted = is_loopback(host) and is_loopback(address)
         return address if wanted else None
 
+    @property
+    def all_pull(self) -> bool:
+        """Whether every actor pulls its weights, as there is no other way to any of them."""
+        backend = self.weights.backend
+        return backend == "stream" or (backend == "auto" and self.collective_address is None)
+
     def load_keys(self) -> KeyPair | None:
         """Read the learner's own key, None without.
 

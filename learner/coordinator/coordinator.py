@@ -113,7 +113,7 @@ class Coordinator:
             on_change=self._changed.notify_all,
             on_failure=buffer.wake,
         )
-        self._offers = Offers(self._registry, snapshots)
+        self._offers = Offers(self._registry, snapshots, all_pull=config.all_pull)
         self._admission = Admission(
             self._registry,
             self._offers,

@@ -29,8 +29,10 @@ class Offers:
     The coordinator holds its lock when it calls any method.
     """
 
-    def __init__(self, registry: Registry, snapshots: SnapshotStore) -> None:
+    def __init__(self, registry: Registry, snapshots: SnapshotStore, *, all_pull: bool) -> None:
+        """``all_pull`` says that there are no broadcasts, and no shared memory."""
         self._registry = registry
+        self._all_pull = all_pull
         self._snapshots = snapshots
         self.pushed = snapshots.latest.version
         """Version of the last push that began."""
@@ -147,8 +149,12 @@ class Offers:
                 self.announce_latest(actor)
 
     def catch_up(self, actor: ActorState) -> None:
-        """Offer the newest version: pushes go only to those that have the version before."""
-        if actor.version < self._snapshots.latest.version:
+        """Offer the newest version, where no push will bring it.
+
+        Pushes go to those that have the version before, and an actor that loads another one by
+        itself then would keep the other members of a broadcast waiting.
+        """
+        if self._is_on_its_own(actor) and actor.version < self._snapshots.latest.version:
             self.announce_latest(actor)
 
     def weights_ready(
@@ -163,15 +169,15 @@ class Offers:
         actor.weights_active_at = self._registry.clock()
         self._registry.record_phase(actor, "weights_receive", ready.receive_seconds)
         self._registry.record_phase(actor, "weights_load", ready.load_seconds)
-        if actor.is_checked and self._is_on_its_own(actor):
+        if actor.is_checked:
             self.catch_up(actor)
         self._registry.changed()
 
     def _is_on_its_own(self, actor: ActorState) -> bool:
         """Whether only pulling brings it to the newest version."""
         if actor.version >= self.pushed:
-            # The next push will, but one that pulls need not wait for it.
-            return actor.route == "stream" or not actor.is_checked
+            # The next push will, but where all pull nobody need wait for it.
+            return self._all_pull or not actor.is_checked
         return self._pushed_to.get(actor.session) != actor.number
 
     def _wrong_weights(self, actor: ActorState, version: int, digests: bytes) -> None:

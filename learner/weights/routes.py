@@ -32,7 +32,7 @@ def topology_of(config: RunConfig, device: torch.device) -> Topology:
     """Find out where a learner with its model on ``device`` is; raises `ConfigError`."""
     gpu = gpu_identity(device) if nccl_available() else ""
     backend = config.weights.backend
-    if backend == "auto" and config.collective_address is None:
+    if config.all_pull:
         backend = "stream"
     elif backend == "auto":
         backend = "nccl" if gpu else "gloo"

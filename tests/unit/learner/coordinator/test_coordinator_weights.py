@@ -4,6 +4,7 @@ import math
 from threading import Timer
 
 import msgspec
+import pytest
 
 from learner.weights.offers import OFFER_AGAIN_S
 from protocol.chunk_codec import checksum
@@ -120,9 +121,27 @@ def test_an_actor_that_pulled_an_old_version_is_told_of_the_newest():
     cluster = Cluster()
     cluster.hello("a")
     cluster.snapshots.publish(make_snapshot(1))
+    cluster.coordinator.begin_push(1)
     cluster.heard("a", Weights)
     cluster.weights_ready("a", version=0)
     assert cluster.heard("a", Weights) == [make_snapshot(1).announcement("stream")]
+
+
+@pytest.mark.parametrize(("backend", "offered"), [("gloo", []), ("stream", [1])])
+def test_an_actor_that_kept_up_waits_for_the_next_push_unless_all_pull(
+    backend: str, offered: list[int]
+):
+    """A member that loads what it pulled itself would keep the whole broadcast waiting."""
+    cluster = Cluster(
+        make_config(weights={"backend": backend}, deadlines={"actor_timeout_s": 1000})
+    )
+    cluster.hello("a")
+    cluster.snapshots.publish(make_snapshot(1))
+    cluster.heard("a", Weights)
+    cluster.weights_ready("a", version=0)
+    assert [offer.version for offer in cluster.heard("a", Weights)] == offered
+    cluster.pass_time(OFFER_AGAIN_S + 1)
+    assert [actor.number for actor in cluster.coordinator.begin_push(1)] == [1]
 
 
 def test_an_actor_that_is_behind_and_silent_about_it_is_offered_the_newest_again():

@@ -200,6 +200,8 @@ def test_an_actor_keeps_the_version_that_it_is_checked_with_and_then_catches_up(
         cluster.clock.advance(2 * STILL_PULLED_S)
         cluster.status("a", capacity=0, version=-1)
         cluster.snapshots.publish(make_snapshot(version))
+        assert cluster.coordinator.begin_push(version) == []
+        cluster.coordinator.end_push()
     assert cluster.snapshots.kept(announced.version) is None
     cluster.weights_ready("a", version=announced.version)
     cluster.status("a")

@@ -4,7 +4,7 @@ Nothing here reads a file, opens a socket, keeps state or knows of a process gro
 result depends on its arguments alone.
 
     rewards ──► compute_advantages ──► advantages ──┐
-    logits ───► token_logprobs ──────► logprobs ────┴─► policy_loss(correction=Icepop(...)) ──► loss
+    hidden ───► head_logprobs ───────► logprobs ────┴─► policy_loss(correction=Icepop(...)) ──► loss
 """
 
 from gdpo.advantages import Advantages, compute_advantages
@@ -24,12 +24,25 @@ from gdpo.corrections import (
 )
 from gdpo.diagnostics import reward_diagnostics
 from gdpo.estimators import ESTIMATORS
+from gdpo.heads import Head, head_logprobs, head_logprobs_and_entropy
 from gdpo.logprobs import token_entropy, token_logprobs, token_logprobs_and_entropy
-from gdpo.losses import AGGREGATIONS, PolicyLoss, loss_denominator, policy_loss
-from gdpo.metrics import TokenRecord, effective_sample_size, metrics_by_staleness
+from gdpo.losses import (
+    AGGREGATIONS,
+    PolicyLoss,
+    loss_denominator,
+    packed_policy_loss,
+    policy_loss,
+)
+from gdpo.metrics import (
+    TokenRecord,
+    effective_sample_size,
+    join_records,
+    metrics_by_staleness,
+    token_metrics,
+)
 from gdpo.objectives import Correction
 from gdpo.penalties import KL_PENALTIES, kl_penalty
-from gdpo.ratios import interpolated_proximal
+from gdpo.ratios import Tokens, interpolated_proximal
 from gdpo.terms import EntropyTerm, EssScaling, KlTerm
 
 __all__ = [
@@ -45,6 +58,7 @@ __all__ = [
     "EntropyTerm",
     "EssScaling",
     "Gspo",
+    "Head",
     "Icepop",
     "KlTerm",
     "M2po",
@@ -54,16 +68,22 @@ __all__ = [
     "Tis",
     "TisSequence",
     "TokenRecord",
+    "Tokens",
     "Uncorrected",
     "compute_advantages",
     "effective_sample_size",
+    "head_logprobs",
+    "head_logprobs_and_entropy",
     "interpolated_proximal",
+    "join_records",
     "kl_penalty",
     "loss_denominator",
     "metrics_by_staleness",
+    "packed_policy_loss",
     "policy_loss",
     "reward_diagnostics",
     "token_entropy",
     "token_logprobs",
     "token_logprobs_and_entropy",
+    "token_metrics",
 ]

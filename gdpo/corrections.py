@@ -1,6 +1,6 @@
 """The corrections: how a policy learns from tokens that an older policy sampled.
 
-Shapes: B sequences, T token positions. mu, pi_prox, pi and their ratios w, r, rho are those of
+Shapes: N tokens that the policy chose. mu, pi_prox, pi and their ratios w, r, rho are those of
 `gdpo.ratios`. A = advantage.
 
 A correction has its limits as fields, and turns `gdpo.ratios.Tokens` into a
@@ -36,17 +36,17 @@ class DecoupledPpo(ClippedCorrection):
     """C: tokens of larger w are truncated to it."""
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Truncate the weight of each token [B, T]."""
+        """Truncate the weight of each token [N]."""
         return self._truncate(self._clip_to_proximal(tokens), behaviour_weight(tokens))
 
-    def _truncate(self, clipped: Objective, weight_BT: Tensor) -> Objective:
+    def _truncate(self, clipped: Objective, weight_N: Tensor) -> Objective:
         """The objective times min(weight, C)."""
         return Objective(
-            value_BT=clipped.value_BT * weight_BT.clamp(max=self.weight_cap),
-            ratio_BT=clipped.ratio_BT,
-            truncated_BT=weight_BT > self.weight_cap,
-            clipped_low_BT=clipped.clipped_low_BT,
-            clipped_high_BT=clipped.clipped_high_BT,
+            value_N=clipped.value_N * weight_N.clamp(max=self.weight_cap),
+            ratio_N=clipped.ratio_N,
+            truncated_N=weight_N > self.weight_cap,
+            clipped_low_N=clipped.clipped_low_N,
+            clipped_high_N=clipped.clipped_high_N,
         )
 
 
@@ -79,7 +79,7 @@ class TisSequence(Tis):
     name = "tis_sequence"
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Truncate the weight of each sequence, at each of its tokens [B, T]."""
+        """Truncate the weight of each sequence, at each of its tokens [N]."""
         return self._truncate(self._clip_to_proximal(tokens), sequence_weight(tokens))
 
 
@@ -100,16 +100,16 @@ class Icepop(ClippedCorrection):
     """b: tokens of larger w are masked."""
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Mask tokens [B, T] by their weight."""
-        clipped, weight_BT = self._clip_to_proximal(tokens), behaviour_weight(tokens)
-        low_BT, high_BT = weight_BT < self.weight_floor, weight_BT > self.weight_cap
+        """Mask tokens [N] by their weight."""
+        clipped, weight_N = self._clip_to_proximal(tokens), behaviour_weight(tokens)
+        low_N, high_N = weight_N < self.weight_floor, weight_N > self.weight_cap
         return Objective(
-            value_BT=clipped.value_BT * weight_BT * ~(low_BT | high_BT),
-            ratio_BT=clipped.ratio_BT,
-            clipped_low_BT=clipped.clipped_low_BT,
-            clipped_high_BT=clipped.clipped_high_BT,
-            masked_low_BT=low_BT,
-            masked_high_BT=high_BT,
+            value_N=clipped.value_N * weight_N * ~(low_N | high_N),
+            ratio_N=clipped.ratio_N,
+            clipped_low_N=clipped.clipped_low_N,
+            clipped_high_N=clipped.clipped_high_N,
+            masked_low_N=low_N,
+            masked_high_N=high_N,
         )
 
 
@@ -126,8 +126,8 @@ class Ppo(ClippedCorrection):
     needs_proximal = False
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Clip rho of each token [B, T]."""
-        return self._clip(log_ratio(tokens.policy_BT, tokens.behaviour_BT).exp(), tokens)
+        """Clip rho of each token [N]."""
+        return self._clip(log_ratio(tokens.policy_N, tokens.behaviour_N).exp(), tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Uncorrected(ClippedCorrection):
     needs_proximal = True
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Clip r of each token [B, T]."""
+        """Clip r of each token [N]."""
         return self._clip_to_proximal(tokens)
 
 
@@ -166,9 +166,9 @@ class Gspo(ClippedCorrection):
     """The clip's upper end is 1 + clip_high."""
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Clip the ratio of each sequence, at each of its tokens [B, T]."""
-        log_ratio_BT = log_ratio(tokens.policy_BT, proximal(tokens))
-        return self._clip(sequence_ratio(log_ratio_BT, tokens.mask_BT), tokens)
+        """Clip the ratio of each sequence, at each of its tokens [N]."""
+        log_ratio_N = log_ratio(tokens.policy_N, proximal(tokens))
+        return self._clip(sequence_ratio(log_ratio_N, tokens), tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +189,13 @@ class Cispo(Correction):
     """The clip's upper end is 1 + clip_high."""
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Clip rho as the weight of each token [B, T]."""
-        ratio_BT = log_ratio(tokens.policy_BT, tokens.behaviour_BT).exp().detach()
-        weight_BT = ratio_BT.clamp(1 - self.clip_low, 1 + self.clip_high)
+        """Clip rho as the weight of each token [N]."""
+        ratio_N = log_ratio(tokens.policy_N, tokens.behaviour_N).exp().detach()
+        weight_N = ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
         return Objective(
-            value_BT=weight_BT * tokens.advantage_BT * tokens.policy_BT,
-            ratio_BT=ratio_BT,
-            truncated_BT=weight_BT != ratio_BT,
+            value_N=weight_N * tokens.advantage_N * tokens.policy_N,
+            ratio_N=ratio_N,
+            truncated_N=weight_N != ratio_N,
         )
 
 
@@ -218,18 +218,18 @@ class DppoTv(Correction):
     """c: coefficient of (log rho)^2."""
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Mask tokens [B, T] by the difference of their probabilities."""
-        log_rho_BT = log_ratio(tokens.policy_BT, tokens.behaviour_BT)
-        ratio_BT = log_rho_BT.exp()
-        moved_BT = tokens.policy_BT.detach().exp() - tokens.behaviour_BT.exp()
-        high_BT = (tokens.advantage_BT > 0) & (moved_BT > self.tv_limit)
-        low_BT = (tokens.advantage_BT <= 0) & (moved_BT < -self.tv_limit)
-        surrogate_BT = ratio_BT * tokens.advantage_BT * ~(low_BT | high_BT)
+        """Mask tokens [N] by the difference of their probabilities."""
+        log_rho_N = log_ratio(tokens.policy_N, tokens.behaviour_N)
+        ratio_N = log_rho_N.exp()
+        moved_N = tokens.policy_N.detach().exp() - tokens.behaviour_N.exp()
+        high_N = (tokens.advantage_N > 0) & (moved_N > self.tv_limit)
+        low_N = (tokens.advantage_N <= 0) & (moved_N < -self.tv_limit)
+        surrogate_N = ratio_N * tokens.advantage_N * ~(low_N | high_N)
         return Objective(
-            value_BT=surrogate_BT - self.log_ratio_penalty * log_rho_BT.square(),
-            ratio_BT=ratio_BT.detach(),
-            masked_low_BT=low_BT,
-            masked_high_BT=high_BT,
+            value_N=surrogate_N - self.log_ratio_penalty * log_rho_N.square(),
+            ratio_N=ratio_N.detach(),
+            masked_low_N=low_N,
+            masked_high_N=high_N,
         )
 
 
@@ -251,29 +251,31 @@ class M2po(Correction):
     """Limit on the mean of (log rho)^2."""
 
     def objective(self, tokens: Tokens) -> Objective:
-        """Mask the tokens [B, T] with the largest (log rho)^2."""
-        log_rho_BT = log_ratio(tokens.policy_BT, tokens.behaviour_BT)
-        ratio_BT = log_rho_BT.exp()
-        square_BT = log_rho_BT.detach().square()
-        cut_BT = square_BT > _largest_kept(square_BT, tokens.mask_BT, self.second_moment_limit)
+        """Mask the tokens [N] with the largest (log rho)^2."""
+        log_rho_N = log_ratio(tokens.policy_N, tokens.behaviour_N)
+        ratio_N = log_rho_N.exp()
+        square_N = log_rho_N.detach().square()
+        cut_N = square_N > _largest_kept(square_N, self.second_moment_limit)
         return Objective(
-            value_BT=ratio_BT * tokens.advantage_BT * ~cut_BT,
-            ratio_BT=ratio_BT.detach(),
-            masked_low_BT=cut_BT & (ratio_BT < 1),
-            masked_high_BT=cut_BT & (ratio_BT > 1),
+            value_N=ratio_N * tokens.advantage_N * ~cut_N,
+            ratio_N=ratio_N.detach(),
+            masked_low_N=cut_N & (ratio_N < 1),
+            masked_high_N=cut_N & (ratio_N > 1),
         )
 
 
-def _largest_kept(square_BT: Tensor, mask_BT: Tensor, limit: float) -> Tensor:
+def _largest_kept(square_N: Tensor, limit: float) -> Tensor:
     """The largest value, 0-dim, such that those up to it have a mean under the limit; else -1."""
-    square_N = square_BT.masked_fill(~mask_BT, torch.inf).flatten().to(torch.float64).sort().values
-    count_N = torch.arange(1, len(square_N) + 1, device=square_N.device)
+    if len(square_N) == 0:
+        return square_N.new_tensor(-1.0)
+    sorted_N = square_N.to(torch.float64).sort().values
+    count_N = torch.arange(1, len(sorted_N) + 1, device=sorted_N.device)
     # Sorted upwards, the running means only grow: a prefix of them is under the limit. A value
     # that goes on beyond that prefix is not kept at all.
-    under_N = square_N.cumsum(0) / count_N < limit
-    first_cut = square_N[under_N.sum().clamp(max=len(square_N) - 1)]
-    kept_N = under_N & ((square_N < first_cut) | under_N.all())
-    return torch.where(kept_N, square_N, -1.0).amax()
+    under_N = sorted_N.cumsum(0) / count_N < limit
+    first_cut = sorted_N[under_N.sum().clamp(max=len(sorted_N) - 1)]
+    kept_N = under_N & ((sorted_N < first_cut) | under_N.all())
+    return torch.where(kept_N, sorted_N, -1.0).amax()
 
 
 CORRECTIONS: dict[str, type[Correction]] = {

@@ -1,4 +1,6 @@
-"""Log-probabilities and entropies, without a second tensor of the size of the logits.
+"""Log-probabilities and entropies of logits, without a second tensor of their size.
+
+Where hidden states and the head's weight are at hand, `gdpo.head_logprobs` needs no logits at all.
 
 Shapes: B sequences, T token positions, V vocabulary.
 """
@@ -96,7 +98,7 @@ class _TokenStatistics(torch.autograd.Function):
         logsumexp_BT = torch.empty_like(logprob_BT)
         entropy_BT = torch.zeros_like(logprob_BT)
         for block in _blocks(tokens_BT, rows_per_chunk):
-            statistics = _statistics(
+            statistics = chunk_statistics(
                 _scaled(logits_BTV[block], temperature, dtype), tokens_BT[block], with_entropy
             )
             logprob_BT[block], logsumexp_BT[block], entropy_BT[block] = statistics
@@ -120,7 +122,7 @@ class _TokenStatistics(torch.autograd.Function):
         grad_BTV = torch.empty_like(logits_BTV)
         for block in _blocks(tokens_BT, ctx.rows_per_chunk):
             scaled_btV = _scaled(logits_BTV[block], ctx.temperature, logsumexp_BT.dtype)
-            grad_BTV[block] = _gradient(
+            grad_BTV[block] = chunk_gradient(
                 scaled_btV.sub_(logsumexp_BT[block][..., None]),
                 tokens_BT[block],
                 grad_BT[block] / ctx.temperature,
@@ -139,10 +141,13 @@ def _scaled(logits_btV: Tensor, temperature: float, dtype: torch.dtype) -> Tenso
     return logits_btV.to(dtype, copy=True).div_(temperature)
 
 
-def _statistics(
+def chunk_statistics(
     scaled_btV: Tensor, tokens_bt: Tensor, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Log-probability of the tokens, logsumexp and entropy; uses up the chunk."""
+    """Log-probability of the tokens, logsumexp and entropy (0 if not wanted); uses up the chunk.
+
+    A chunk [..., V] of logits, float32 or float64, over the temperature; tokens [...].
+    """
     top_bt1 = scaled_btV.amax(dim=-1, keepdim=True)
     below_top_btV = scaled_btV.sub_(top_bt1)
     chosen_bt = below_top_btV.gather(-1, tokens_bt[..., None])[..., 0]
@@ -159,14 +164,14 @@ def _statistics(
     return chosen_bt - log_sum_bt, top_bt1[..., 0] + log_sum_bt, entropy_bt
 
 
-def _gradient(
+def chunk_gradient(
     log_p_btV: Tensor,
     tokens_bt: Tensor,
     grad_bt: Tensor,
     entropy_bt: Tensor,
     entropy_grad_bt: Tensor | None,
 ) -> Tensor:
-    """Compute g (onehot(token) - p) - h p (log p + H); uses up the chunk."""
+    """Compute g (onehot(token) - p) - h p (log p + H); uses up the chunk [..., V] of log p."""
     if entropy_grad_bt is None:
         result_btV = log_p_btV.exp_().mul_(-grad_bt[..., None])
     else:

@@ -1,18 +1,21 @@
 """The policy loss: a correction's per-token objective, added up into one number.
 
-Shapes: B sequences, T token positions.
+Shapes: N tokens that the policy chose, of B sequences; [B, T] where sequences are padded.
+
+    policy_loss           padded sequences with a mask
+    packed_policy_loss    tokens without padding, which is what the other one makes of them
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gdpo.corrections import CORRECTIONS, DEFAULT_CORRECTION
-from gdpo.metrics import TokenRecord, masked_mean, token_metrics
+from gdpo.metrics import TokenRecord, token_metrics
 from gdpo.objectives import Correction, Objective
-from gdpo.ratios import Tokens, behaviour_weight, log_ratio
+from gdpo.ratios import Tokens, behaviour_weight, log_ratio, padded_tokens
 from gdpo.terms import EntropyTerm, EssScaling, KlTerm
 
 
@@ -23,10 +26,9 @@ class PolicyLoss:
     loss: Tensor
     """0-dim, to be minimised."""
     metrics: dict[str, Tensor]
-    """0-dim tensors without a gradient: those of `gdpo.metrics.token_metrics`, and `reference_kl`
-    and `entropy` where given, their means over the tokens of the mask."""
+    """0-dim tensors without a gradient: those of `gdpo.metrics.token_metrics`."""
     record: TokenRecord
-    """What happened to each token, for `gdpo.metrics_by_staleness`."""
+    """What happened to each token, row by row, for `gdpo.metrics_by_staleness`."""
 
 
 def policy_loss(
@@ -71,60 +73,104 @@ def policy_loss(
     Raises ValueError for shapes that do not match, an unknown aggregation, or a missing input;
     TypeError for a correction that is none.
     """
-    _check_needs(correction, aggregation, proximal_logprobs)
-    tokens = _masked_tokens(logprobs, advantages, mask, behaviour_logprobs, proximal_logprobs)
+    tokens, chosen = padded_tokens(
+        logprobs, advantages, mask, behaviour_logprobs, proximal_logprobs
+    )
+    if kl is not None:
+        reference_N = chosen("reference_logprobs", kl.reference_logprobs)
+        kl = replace(kl, reference_logprobs=reference_N)
+    if entropy is not None:
+        entropy = replace(entropy, entropy=chosen("entropy", entropy.entropy))
+    return packed_policy_loss(
+        tokens,
+        correction=correction,
+        aggregation=aggregation,
+        kl=kl,
+        entropy=entropy,
+        ess_scaling=ess_scaling,
+        max_length=max_length,
+        denominator=denominator,
+    )
+
+
+def packed_policy_loss(
+    tokens: Tokens,
+    *,
+    correction: Correction = DEFAULT_CORRECTION,
+    aggregation: str = "token_mean",
+    kl: KlTerm | None = None,
+    entropy: EntropyTerm | None = None,
+    ess_scaling: EssScaling | None = None,
+    max_length: int | None = None,
+    denominator: float | Tensor | None = None,
+) -> PolicyLoss:
+    """Compute what `policy_loss` does from tokens without padding; the terms hold tensors [N].
+
+    Arguments and errors are those of `policy_loss`.
+    """
+    _check_needs(correction, aggregation, tokens)
     objective = correction.objective(tokens)
-    record = _record(tokens, objective)
-    value_BT, term_metrics = _add_terms(objective.value_BT, tokens, kl, entropy)
-    metrics = token_metrics(record) | term_metrics
+    value_N, reference_kl_N, entropy_N = objective.value_N, None, None
+    if kl is not None:
+        reference_kl_N = kl.per_token(tokens)
+        value_N = value_N - kl.coefficient * reference_kl_N
+    if entropy is not None:
+        entropy_N = entropy.per_token(tokens)
+        value_N = value_N + entropy.coefficient * entropy_N
+    record = _record(tokens, objective, reference_kl_N, entropy_N)
+    metrics = token_metrics(record)
     if denominator is None:
-        denominator = loss_denominator(mask, aggregation=aggregation, max_length=max_length)
-    loss = -AGGREGATIONS[aggregation](value_BT, tokens.mask_BT) / denominator
+        denominator = loss_denominator(
+            tokens.lengths_B, aggregation=aggregation, max_length=max_length
+        )
+    loss = -AGGREGATIONS[aggregation](value_N, tokens) / denominator
     if ess_scaling is not None:
         loss = loss * (metrics["ess"] if ess_scaling.ess is None else ess_scaling.ess) ** 0.5
     return PolicyLoss(loss=loss, metrics=metrics, record=record)
 
 
 def loss_denominator(
-    mask: Tensor, *, aggregation: str = "token_mean", max_length: int | None = None
+    lengths: Tensor, *, aggregation: str = "token_mean", max_length: int | None = None
 ) -> Tensor:
-    """Compute the divisor of a loss summed over these tokens: a 0-dim tensor, at least 1.
+    """Compute the divisor of a loss summed over these sequences: a 0-dim tensor, at least 1.
 
     `token_mean`: the number of tokens; `sequence_mean`: of sequences that have one; `constant`:
     B * max_length.
 
     Args:
-        mask: [B, T] bool or 0/1, true where the policy chose the token.
+        lengths: [B], tokens of each sequence that the policy chose: `mask.sum(-1)`.
         aggregation: a name in `gdpo.AGGREGATIONS`.
         max_length: tokens in the longest possible response.
 
-    Raises ValueError where `constant` lacks its max_length.
+    Raises ValueError where `constant` lacks its max_length, or lengths are not [B].
     """
+    if lengths.dim() != 1:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}: give [sequences]")
     if aggregation == "constant":
         if max_length is None or max_length < 1:
             raise ValueError(
                 f"aggregation 'constant' needs max_length, the tokens in the longest possible "
                 f"response: got {max_length}"
             )
-        return torch.tensor(float(max(mask.shape[0], 1) * max_length), device=mask.device)
-    counted = mask.bool().any(dim=-1) if aggregation == "sequence_mean" else mask.bool()
-    return counted.sum().clamp(min=1)
+        return torch.tensor(float(max(len(lengths), 1) * max_length), device=lengths.device)
+    counted_B = lengths > 0 if aggregation == "sequence_mean" else lengths
+    return counted_B.sum().clamp(min=1)
 
 
-def _sum_of_tokens(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    return value_BT.sum()
+def _sum_of_tokens(value_N: Tensor, tokens: Tokens) -> Tensor:
+    return value_N.sum()
 
 
-def _sum_of_sequence_means(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    return (value_BT.sum(dim=-1) / mask_BT.sum(dim=-1).clamp(min=1)).sum()
+def _sum_of_sequence_means(value_N: Tensor, tokens: Tokens) -> Tensor:
+    return (tokens.sums(value_N) / tokens.lengths_B.clamp(min=1)).sum()
 
 
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+AGGREGATIONS: dict[str, Callable[[Tensor, Tokens], Tensor]] = {
     "token_mean": _sum_of_tokens,
     "sequence_mean": _sum_of_sequence_means,
     "constant": _sum_of_tokens,
 }
-"""Every aggregation by the name that a configuration uses: how the values [B, T] are added up.
+"""Every aggregation by the name that a configuration uses: how the values [N] are added up.
 
 `token_mean` weighs all tokens alike (DAPO, arXiv 2503.14476), `sequence_mean` all sequences (GRPO,
 arXiv 2402.03300, eq. 3), `constant` divides by B * max_length (Dr. GRPO, arXiv 2503.20783);
@@ -132,90 +178,32 @@ arXiv 2402.03300, eq. 3), `constant` divides by B * max_length (Dr. GRPO, arXiv 
 """
 
 
-def _masked_tokens(
-    logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    behaviour_logprobs: Tensor,
-    proximal_logprobs: Tensor | None,
-) -> Tokens:
-    """Check the shapes, and put 0 where the mask is false.
+def _record(
+    tokens: Tokens,
+    objective: Objective,
+    reference_kl_N: Tensor | None,
+    entropy_N: Tensor | None,
+) -> TokenRecord:
+    nowhere_N = torch.zeros_like(tokens.policy_N, dtype=torch.bool)
 
-    Replacing the inputs, not the result, is what keeps garbage out of the gradient: 0 times the
-    derivative of exp at NaN would still be NaN.
-    """
-    if logprobs.dim() != 2 or logprobs.numel() == 0:
-        raise ValueError(
-            f"logprobs has shape {tuple(logprobs.shape)}: give [sequences, tokens], "
-            "with at least one of each"
-        )
-    by_token = {"mask": mask, "behaviour_logprobs": behaviour_logprobs}
-    if proximal_logprobs is not None:
-        by_token["proximal_logprobs"] = proximal_logprobs
-    for name, tensor in by_token.items():
-        if tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}: "
-                "give one entry for each token"
-            )
-    if advantages.shape != logprobs.shape[:1]:
-        raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}, logprobs {tuple(logprobs.shape)}: "
-            "give one advantage for each sequence"
-        )
-    mask_BT = mask.bool()
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)
-
-    def masked(values: Tensor) -> Tensor:
-        return torch.where(mask_BT, values.to(dtype), 0.0)
-
-    return Tokens(
-        policy_BT=masked(logprobs),
-        behaviour_BT=masked(behaviour_logprobs.detach()),
-        proximal_BT=None if proximal_logprobs is None else masked(proximal_logprobs.detach()),
-        advantage_BT=masked(advantages.detach()[:, None].expand_as(mask_BT)),
-        mask_BT=mask_BT,
-    )
-
-
-def _add_terms(
-    value_BT: Tensor, tokens: Tokens, kl: KlTerm | None, entropy: EntropyTerm | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective with its further terms, and the mean of each."""
-    metrics: dict[str, Tensor] = {}
-    if kl is not None:
-        kl_BT = kl.per_token(tokens)
-        value_BT = value_BT - kl.coefficient * kl_BT
-        metrics["reference_kl"] = masked_mean(kl_BT.detach(), tokens.mask_BT)
-    if entropy is not None:
-        entropy_BT = entropy.per_token(tokens)
-        value_BT = value_BT + entropy.coefficient * entropy_BT
-        metrics["entropy"] = masked_mean(entropy_BT.detach(), tokens.mask_BT)
-    return value_BT, metrics
-
-
-def _record(tokens: Tokens, objective: Objective) -> TokenRecord:
-    nowhere_BT = torch.zeros_like(tokens.mask_BT)
-
-    def given(chosen_BT: Tensor | None) -> Tensor:
-        return nowhere_BT if chosen_BT is None else chosen_BT
+    def given(chosen_N: Tensor | None) -> Tensor:
+        return nowhere_N if chosen_N is None else chosen_N
 
     return TokenRecord(
-        mask_BT=tokens.mask_BT,
-        weight_BT=behaviour_weight(tokens),
-        ratio_BT=objective.ratio_BT,
-        log_rho_BT=log_ratio(tokens.policy_BT.detach(), tokens.behaviour_BT),
-        truncated_BT=given(objective.truncated_BT),
-        clipped_low_BT=given(objective.clipped_low_BT),
-        clipped_high_BT=given(objective.clipped_high_BT),
-        masked_low_BT=given(objective.masked_low_BT),
-        masked_high_BT=given(objective.masked_high_BT),
+        weight_N=behaviour_weight(tokens),
+        ratio_N=objective.ratio_N,
+        log_rho_N=log_ratio(tokens.policy_N.detach(), tokens.behaviour_N),
+        truncated_N=given(objective.truncated_N),
+        clipped_low_N=given(objective.clipped_low_N),
+        clipped_high_N=given(objective.clipped_high_N),
+        masked_low_N=given(objective.masked_low_N),
+        masked_high_N=given(objective.masked_high_N),
+        reference_kl_N=None if reference_kl_N is None else reference_kl_N.detach(),
+        entropy_N=None if entropy_N is None else entropy_N.detach(),
     )
 
 
-def _check_needs(
-    correction: Correction, aggregation: str, proximal_logprobs: Tensor | None
-) -> None:
+def _check_needs(correction: Correction, aggregation: str, tokens: Tokens) -> None:
     if not isinstance(correction, Correction):
         raise TypeError(
             f"correction is {correction!r}: use one of {', '.join(CORRECTIONS)} as an object, such "
@@ -225,7 +213,7 @@ def _check_needs(
         raise ValueError(
             f"unknown aggregation {aggregation!r}: use one of {', '.join(AGGREGATIONS)}"
         )
-    if correction.needs_proximal and proximal_logprobs is None:
+    if correction.needs_proximal and tokens.proximal_N is None:
         raise ValueError(
             f"correction {correction.name!r} needs proximal_logprobs: pass the log-probabilities "
             "of the tokens under the policy as it was at the start of this training batch (with "

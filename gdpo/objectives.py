@@ -1,6 +1,6 @@
 """What a correction is: limits, and a per-token objective within them.
 
-Shapes: B sequences, T token positions. mu, pi_prox, pi and their ratios w, r, rho are those of
+Shapes: N tokens that the policy chose. mu, pi_prox, pi and their ratios w, r, rho are those of
 `gdpo.ratios`. A = advantage. `gdpo.corrections` has the corrections themselves.
 """
 
@@ -29,19 +29,19 @@ _RANGES = {
 class Objective:
     """What a correction makes of each token; all but the value without a gradient."""
 
-    value_BT: Tensor
+    value_N: Tensor
     """The objective, to be maximised."""
-    ratio_BT: Tensor
+    ratio_N: Tensor
     """The ratio that carries the gradient: r or rho."""
-    truncated_BT: Tensor | None = None
+    truncated_N: Tensor | None = None
     """bool, True where an importance weight was truncated; None for nowhere, as below."""
-    clipped_low_BT: Tensor | None = None
+    clipped_low_N: Tensor | None = None
     """bool, True where the clip removed the gradient because the ratio was low ..."""
-    clipped_high_BT: Tensor | None = None
+    clipped_high_N: Tensor | None = None
     """... or high."""
-    masked_low_BT: Tensor | None = None
+    masked_low_N: Tensor | None = None
     """bool, True where a mask removed the token because a ratio was low ..."""
-    masked_high_BT: Tensor | None = None
+    masked_high_N: Tensor | None = None
     """... or high."""
 
 
@@ -70,7 +70,7 @@ class Correction(ABC):
 
     @abstractmethod
     def objective(self, tokens: Tokens) -> Objective:
-        """Compute the objective of each token [B, T], to be maximised."""
+        """Compute the objective of each token [N], to be maximised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +87,23 @@ class ClippedCorrection(Correction):
     clip_high: float = 0.2
     """The clip's upper end is 1 + clip_high."""
 
-    def _clip(self, ratio_BT: Tensor, tokens: Tokens) -> Objective:
+    def _clip(self, ratio_N: Tensor, tokens: Tokens) -> Objective:
         low, high = 1 - self.clip_low, 1 + self.clip_high
-        advantage_BT = tokens.advantage_BT
-        clipped_BT = ratio_BT.clamp(low, high)
-        fixed_BT = ratio_BT.detach()
+        advantage_N = tokens.advantage_N
+        clipped_N = ratio_N.clamp(low, high)
+        fixed_N = ratio_N.detach()
         return Objective(
-            value_BT=torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT),
-            ratio_BT=fixed_BT,
-            clipped_low_BT=(fixed_BT < low) & (advantage_BT < 0),
-            clipped_high_BT=(fixed_BT > high) & (advantage_BT > 0),
+            value_N=torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N),
+            ratio_N=fixed_N,
+            clipped_low_N=(fixed_N < low) & (advantage_N < 0),
+            clipped_high_N=(fixed_N > high) & (advantage_N > 0),
         )
 
     def _clip_to_proximal(self, tokens: Tokens) -> Objective:
-        return self._clip(log_ratio(tokens.policy_BT, proximal(tokens)).exp(), tokens)
+        return self._clip(log_ratio(tokens.policy_N, proximal(tokens)).exp(), tokens)
 
 
 def proximal(tokens: Tokens) -> Tensor:
-    """Take log pi_prox [B, T] where the caller must have given it."""
-    assert tokens.proximal_BT is not None, "policy_loss checks this"
-    return tokens.proximal_BT
+    """Take log pi_prox [N] where the caller must have given it."""
+    assert tokens.proximal_N is not None, "packed_policy_loss checks this"
+    return tokens.proximal_N

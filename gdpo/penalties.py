@@ -1,6 +1,6 @@
 """What keeps the policy near a reference model.
 
-Shapes: B sequences, T token positions.
+Shapes: N tokens that the policy chose.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from torch import Tensor
 from gdpo.ratios import log_ratio
 
 
-def k3(logprobs_BT: Tensor, reference_BT: Tensor) -> Tensor:
+def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """pi_ref / pi - log(pi_ref / pi) - 1, unbiased for KL(pi || pi_ref) and never negative.
 
     Source: Schulman, "Approximating KL divergence", 2020; the penalty of GRPO, arXiv 2402.03300,
     eq. 4. The log ratio is limited to +-20.
     """
-    difference_BT = log_ratio(reference_BT, logprobs_BT)
+    difference_N = log_ratio(reference_N, logprobs_N)
     # expm1, because the difference loses every digit where the policies nearly agree.
-    return difference_BT.expm1() - difference_BT
+    return difference_N.expm1() - difference_N
 
 
-def mse(logprobs_BT: Tensor, reference_BT: Tensor) -> Tensor:
+def mse(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """(log pi - log pi_ref)^2 / 2, whose gradient is, on policy, that of KL(pi || pi_ref).
 
     Source: k2 of Schulman, "Approximating KL divergence", 2020; `mse` in verl, with which the
     GDPO paper ran its experiments in mathematics. The log ratio is limited to +-20.
     """
-    return log_ratio(logprobs_BT, reference_BT).square() / 2
+    return log_ratio(logprobs_N, reference_N).square() / 2
 
 
 KL_PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k3": k3, "mse": mse}
@@ -35,7 +35,7 @@ KL_PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k3": k3, "mse": 
 
 
 def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, kind: str = "k3") -> Tensor:
-    """Estimate KL(pi || pi_ref) at each token [B, T] from the log-probabilities of that token.
+    """Estimate KL(pi || pi_ref) at each token, of any shape, from its log-probabilities.
 
     The estimates hold for tokens that pi sampled. Tokens of an older policy are not reweighted
     here, as nowhere else: the penalty is a leash, not a measurement.

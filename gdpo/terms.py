@@ -1,12 +1,11 @@
 """What a policy loss may have besides its objective.
 
-Shapes: B sequences, T token positions.
+Shapes: N tokens that the policy chose; [B, T] where sequences are padded.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gdpo.penalties import KL_PENALTIES, kl_penalty
@@ -21,7 +20,7 @@ class KlTerm:
     """
 
     reference_logprobs: Tensor
-    """[B, T], log-probabilities of the tokens under the reference model."""
+    """[N] or [B, T] as those of the loss: log-probabilities under the reference model."""
     coefficient: float = 0.0
     """0 only measures the divergence."""
     kind: str = "k3"
@@ -35,9 +34,9 @@ class KlTerm:
             )
 
     def per_token(self, tokens: Tokens) -> Tensor:
-        """Estimate the divergence [B, T]; raises ValueError where the shapes differ."""
-        reference_BT = _masked("reference_logprobs", self.reference_logprobs, tokens)
-        return kl_penalty(tokens.policy_BT, reference_BT, self.kind)
+        """Estimate the divergence [N]; raises ValueError where the shapes differ."""
+        reference_N = _checked("reference_logprobs", self.reference_logprobs, tokens)
+        return kl_penalty(tokens.policy_N, reference_N, self.kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class EntropyTerm:
     """
 
     entropy: Tensor
-    """[B, T], in nats, of the policy at each position, with a gradient: `gdpo.token_entropy`."""
+    """[N] or [B, T], in nats, of the policy at each position, with a gradient."""
     coefficient: float = 0.0
     """0 only measures the entropy."""
 
@@ -56,8 +55,8 @@ class EntropyTerm:
         _check_coefficient("entropy", self.coefficient)
 
     def per_token(self, tokens: Tokens) -> Tensor:
-        """Take the entropy [B, T], 0 outside the mask; raises ValueError where shapes differ."""
-        return _masked("entropy", self.entropy, tokens)
+        """Take the entropy [N]; raises ValueError where shapes differ."""
+        return _checked("entropy", self.entropy, tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +76,10 @@ def _check_coefficient(name: str, coefficient: float) -> None:
         raise ValueError(f"the coefficient of {name} is {coefficient}: give a number of at least 0")
 
 
-def _masked(name: str, values: Tensor, tokens: Tokens) -> Tensor:
-    """The input of a term, 0 where the mask is false."""
-    if values.shape != tokens.mask_BT.shape:
+def _checked(name: str, values: Tensor, tokens: Tokens) -> Tensor:
+    if values.shape != tokens.policy_N.shape:
         raise ValueError(
-            f"{name} has shape {tuple(values.shape)}, logprobs {tuple(tokens.mask_BT.shape)}: "
+            f"{name} has shape {tuple(values.shape)}, logprobs {tuple(tokens.policy_N.shape)}: "
             "give one entry for each token"
         )
-    return torch.where(tokens.mask_BT, values.to(tokens.policy_BT.dtype), 0.0)
+    return values.to(tokens.policy_N.dtype)

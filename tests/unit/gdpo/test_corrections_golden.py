@@ -1,7 +1,6 @@
 """The corrections one by one: golden numbers, which tokens they drop, staleness."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +14,10 @@ from gdpo import (
     M2po,
     PolicyLoss,
     interpolated_proximal,
+    join_records,
     metrics_by_staleness,
     policy_loss,
+    token_metrics,
 )
 
 
@@ -224,7 +225,7 @@ def test_the_proximal_policy_lies_between_by_version() -> None:
     behaviour, policy = logs((0.1, 0.1, 0.1)), logs((0.8, 0.8, 0.8))
     found = interpolated_proximal(behaviour, policy, torch.tensor([[7, 6, 5]]), current_version=7)
     assert found.exp().tolist() == [pytest.approx([0.1, 0.282843, 0.4], abs=1e-6)]
-    one_version = interpolated_proximal(behaviour, policy, torch.tensor([[5]]), current_version=7)
+    one_version = interpolated_proximal(behaviour, policy, torch.full((1, 3), 5), current_version=7)
     assert one_version.exp().tolist() == [pytest.approx([0.4, 0.4, 0.4], abs=1e-6)]
 
 
@@ -264,7 +265,7 @@ def test_fresh_tokens_have_weight_one_under_the_interpolated_policy() -> None:
 def test_metrics_are_split_by_staleness() -> None:
     # w = 2, 1 of staleness 1 and 3; w = 10, 1 of staleness 3 and 40.
     record = loss_of("icepop").record
-    found = metrics_by_staleness([record], [torch.tensor([[1, 3], [3, 40]])])
+    found = metrics_by_staleness(record, torch.tensor([1, 3, 3, 40]))
     assert {name.split("/")[1] for name in found} == {"1", "2-3", "16+"}
     assert found["staleness/1/weight_mean"] == pytest.approx(2)
     assert found["staleness/2-3/weight_max"] == pytest.approx(10)
@@ -275,39 +276,27 @@ def test_metrics_are_split_by_staleness() -> None:
     assert found["staleness/1/mismatch_kl"] == pytest.approx(2 - math.log(3))
 
 
-def test_microbatches_of_any_length_are_taken_together() -> None:
+def test_parts_of_any_length_are_taken_together() -> None:
     record = loss_of("tis").record
-    whole = metrics_by_staleness([record], [torch.tensor([0, 5])], buckets=(0, 4))
-    rows = [
-        replace(record, **{name: getattr(record, name)[i : i + 1] for name in vars(record)})
-        for i in range(2)
-    ]
-    # The first microbatch gets two more positions, which are masked.
-    padded = replace(
-        rows[0],
-        **{
-            name: torch.cat([value, torch.zeros_like(value)], dim=1)
-            for name, value in vars(rows[0]).items()
-        },
-    )
-    staleness = [torch.tensor([[0, 0, -7, 99]]), torch.tensor([5])]
-    assert metrics_by_staleness([padded, rows[1]], staleness, buckets=(0, 4)) == whole
+    parts = [record.where(torch.tensor(chosen)) for chosen in ([0], [1, 2, 3])]
+    assert float(token_metrics(parts[0])["tokens"]) == 1
+    assert token_metrics(join_records(parts)) == token_metrics(record)
+    whole = metrics_by_staleness(join_records(parts), torch.tensor([0, 0, 5, 5]), buckets=(0, 4))
     assert whole["staleness/0-3/tokens"] == whole["staleness/4+/tokens"] == 2
 
 
 @pytest.mark.parametrize(
     ("staleness", "buckets", "message"),
     [
-        ([torch.tensor([0, 1])], (1, 2), "buckets is"),
-        ([torch.tensor([0, 1])], (0, 4, 2), "buckets is"),
-        ([torch.tensor([0, 1])], (), "buckets is"),
-        ([], (0,), "0 tensors of staleness"),
-        ([torch.tensor([0, 1, 2])], (0,), "staleness has shape"),
-        ([torch.tensor([0, -1])], (0,), "staleness is negative"),
+        ([0, 1, 2, 3], (1, 2), "buckets is"),
+        ([0, 1, 2, 3], (0, 4, 2), "buckets is"),
+        ([0, 1, 2, 3], (), "buckets is"),
+        ([0, 1, 2], (0,), "staleness has shape"),
+        ([0, 1, 2, -1], (0,), "staleness is negative"),
     ],
 )
 def test_wrong_arguments_of_the_split_are_refused(
-    staleness: list[Tensor], buckets: tuple[int, ...], message: str
+    staleness: list[int], buckets: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        metrics_by_staleness([loss_of("none").record], staleness, buckets)
+        metrics_by_staleness(loss_of("none").record, torch.tensor(staleness), buckets)

@@ -169,7 +169,7 @@ def test_losses_of_the_parts_add_up_to_the_loss_of_the_minibatch(aggregation: st
     mask = torch.tensor([[1, 1], [1, 0]])
     common: dict[str, Any] = {"aggregation": aggregation, "max_length": 4}
     whole = loss_of(POLICY, (2.0, -1.0), mask, **common, **STALE).loss
-    denominator = loss_denominator(mask, **common)
+    denominator = loss_denominator(mask.sum(-1), **common)
     parts = [
         policy_loss(
             POLICY[i : i + 1],

@@ -1,0 +1,185 @@
+"""Who sees whom in a packed row, in the forms that kernels of attention take.
+
+Shapes: N tokens in the row, S segments, R trees of at most M tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Segments of a row in depth-first order: each sees its ancestors, and itself causally."""
+
+    starts: tuple[int, ...]
+    """[S] first token of each segment; it ends where the next one starts."""
+    size: int
+    """N"""
+    parents: tuple[int, ...]
+    """[S] the segment before it, -1 at the root of a tree."""
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """[S] where each segment ends."""
+        return (*self.starts[1:], self.size)
+
+    @cached_property
+    def family_stops(self) -> tuple[int, ...]:
+        """[S] where the descendants of each segment end, which begin where it ends itself."""
+        stops = list(self.stops)
+        for segment in range(len(stops) - 1, -1, -1):
+            parent = self.parents[segment]
+            if parent >= 0:
+                stops[parent] = max(stops[parent], stops[segment])
+        return tuple(stops)
+
+    @cached_property
+    def lengths_before(self) -> tuple[int, ...]:
+        """[S] tokens of the ancestors of each segment."""
+        before: list[int] = []
+        for parent in self.parents:
+            own = self.stops[parent] - self.starts[parent]
+            before.append(before[parent] + own if parent >= 0 else 0)
+        return tuple(before)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        lengths = np.subtract(self.stops, self.starts)
+        return int(np.max(lengths + np.asarray(self.lengths_before), initial=0))
+
+    @cached_property
+    def trees(self) -> tuple[tuple[int, int], ...]:
+        """[R] first token of each tree, and where it ends."""
+        roots = [i for i, parent in enumerate(self.parents) if parent < 0]
+        return tuple((self.starts[i], self.family_stops[i]) for i in roots)
+
+    def path(self, segment: int) -> list[tuple[int, int]]:
+        """The ranges of tokens that a segment sees, its own last."""
+        ranges = []
+        while segment >= 0:
+            ranges.append((self.starts[segment], self.stops[segment]))
+            segment = self.parents[segment]
+        return ranges[::-1]
+
+    def varlen(self, device: torch.device) -> "Varlen":
+        """As sequences of different length for queries and for keys; made once for each device."""
+        if device not in self._varlen:
+            self._varlen[device] = Varlen.of(self, device)
+        return self._varlen[device]
+
+    def dense(self, device: torch.device) -> "Dense":
+        """As one padded batch of trees with a mask; made once for each device."""
+        if device not in self._dense:
+            self._dense[device] = Dense.of(self, device)
+        return self._dense[device]
+
+    @cached_property
+    def _varlen(self) -> dict[torch.device, "Varlen"]:
+        return {}
+
+    @cached_property
+    def _dense(self) -> dict[torch.device, "Dense"]:
+        return {}
+
+    def segments(self) -> Iterator[tuple[int, int, int]]:
+        """First token of each segment that has one, where it ends, and where its descendants do."""
+        for start, stop, family_stop in zip(
+            self.starts, self.stops, self.family_stops, strict=True
+        ):
+            if stop > start:
+                yield start, stop, family_stop
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Varlen:
+    """Each segment as a sequence of queries; its keys are gathered along its path.
+
+    With causal masks aligned at the lower right, as in flash attention, that is the tree's.
+    """
+
+    key_index_K: torch.Tensor
+    """int64: places in the row of all keys."""
+    query_offsets: torch.Tensor
+    """int32 [S + 1]"""
+    key_offsets: torch.Tensor
+    """int32 [S + 1]"""
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device) -> "Varlen":
+        """Lay out the segments that have a token."""
+        paths = [
+            layout.path(i)
+            for i in range(len(layout.starts))
+            if layout.stops[i] > layout.starts[i]
+        ]
+        keys = [np.concatenate([np.arange(*range_) for range_ in path]) for path in paths]
+        queries = [path[-1][1] - path[-1][0] for path in paths]
+
+        def offsets(lengths: list[int]) -> torch.Tensor:
+            return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+
+        lengths = [len(key) for key in keys]
+        return cls(
+            key_index_K=torch.from_numpy(np.concatenate(keys)).to(device),
+            query_offsets=offsets(queries),
+            key_offsets=offsets(lengths),
+            longest_query=max(queries),
+            longest_key=max(lengths),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """Trees as rows of a batch."""
+
+    index_RM: torch.Tensor
+    """int64: place in the packed row; 0 where there is padding."""
+    place_N: torch.Tensor
+    """int64: where each token of the packed row stands in the R * M."""
+    mask_RMM: torch.Tensor
+    """bool: whether a token sees another; padding sees itself, so that no row is empty."""
+    positions_RM: torch.Tensor
+    """int64: position in the sequence."""
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device) -> "Dense":
+        """Pad the trees of a row."""
+        shape = (len(layout.trees), max(stop - start for start, stop in layout.trees))
+        segment_N = np.repeat(np.arange(len(layout.starts)), np.subtract(layout.stops, layout.starts))
+        position_N = (
+            np.arange(layout.size)
+            - np.asarray(layout.starts)[segment_N]
+            + np.asarray(layout.lengths_before)[segment_N]
+        )
+        ancestor_SS = _ancestors(layout.parents)
+        index, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        place = np.zeros(layout.size, dtype=np.int64)
+        mask = np.zeros((*shape, shape[1]), dtype=np.bool_)
+        mask[:, np.arange(shape[1]), np.arange(shape[1])] = True
+        for row, (start, stop) in enumerate(layout.trees):
+            length = stop - start
+            index[row, :length] = np.arange(start, stop)
+            positions[row, :length] = position_N[start:stop]
+            place[start:stop] = row * shape[1] + np.arange(length)
+            segments = segment_N[start:stop]
+            seen = ancestor_SS[segments[:, None], segments[None]]
+            before = position_N[start:stop, None] >= position_N[None, start:stop]
+            mask[row, :length, :length] = seen & before
+        return cls(*(torch.from_numpy(x).to(device) for x in (index, place, mask, positions)))
+
+
+def _ancestors(parents: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """[S, S]: whether the second segment is the first or an ancestor of it."""
+    result = np.eye(len(parents), dtype=np.bool_)
+    for segment, parent in enumerate(parents):
+        if parent >= 0:
+            result[segment] |= result[parent]
+    return result

@@ -8,12 +8,13 @@ Shapes: N tokens that the policy chose, of B sequences; [B, T] where sequences a
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from gdpo.corrections import CORRECTIONS, DEFAULT_CORRECTION
-from gdpo.metrics import TokenRecord, token_metrics
+from gdpo.metrics import TokenRecord, effective_sample_size, token_metrics
 from gdpo.objectives import Correction, Objective
 from gdpo.ratios import Tokens, behaviour_weight, log_ratio, padded_tokens
 from gdpo.terms import EntropyTerm, EssScaling, KlTerm
@@ -25,10 +26,13 @@ class PolicyLoss:
 
     loss: Tensor
     """0-dim, to be minimised."""
-    metrics: dict[str, Tensor]
-    """0-dim tensors without a gradient: those of `gdpo.metrics.token_metrics`."""
     record: TokenRecord
     """What happened to each token, row by row, for `gdpo.metrics_by_staleness`."""
+
+    @cached_property
+    def metrics(self) -> dict[str, Tensor]:
+        """0-dim tensors without a gradient: those of `gdpo.metrics.token_metrics`."""
+        return token_metrics(self.record)
 
 
 def policy_loss(
@@ -118,15 +122,15 @@ def packed_policy_loss(
         entropy_N = entropy.per_token(tokens)
         value_N = value_N + entropy.coefficient * entropy_N
     record = _record(tokens, objective, reference_kl_N, entropy_N)
-    metrics = token_metrics(record)
     if denominator is None:
         denominator = loss_denominator(
             tokens.lengths_B, aggregation=aggregation, max_length=max_length
         )
     loss = -AGGREGATIONS[aggregation](value_N, tokens) / denominator
     if ess_scaling is not None:
-        loss = loss * (metrics["ess"] if ess_scaling.ess is None else ess_scaling.ess) ** 0.5
-    return PolicyLoss(loss=loss, metrics=metrics, record=record)
+        ess = effective_sample_size(record.weight_N) if ess_scaling.ess is None else ess_scaling.ess
+        loss = loss * ess**0.5
+    return PolicyLoss(loss=loss, record=record)
 
 
 def loss_denominator(

@@ -68,7 +68,8 @@ class AlgorithmConfig(StrictModel):
     correction: CorrectionName = "icepop"
     """How the loss learns from stale tokens; formulae in `gdpo.corrections`."""
     proximal: Literal["recomputed", "interpolated"] = "recomputed"
-    """``interpolated`` by the tokens' versions saves a forward pass over the batch."""
+    """``interpolated`` by the tokens' versions saves a forward pass over all minibatches but the
+    first."""
     clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
     """Ratios are clipped below 1 - clip_low. For this limit and those below, None takes the
     correction's own default; a limit that the correction does not have is an error."""
@@ -118,17 +119,17 @@ class AlgorithmConfig(StrictModel):
 
         return gdpo.CORRECTIONS[self.correction](**self._limits())
 
-    def make_kl_term(self, reference_logprobs_BT: "Tensor") -> "gdpo.KlTerm":
-        """Build the penalty on leaving the model of these log-probabilities [B, T]."""
+    def make_kl_term(self, reference_logprobs_N: "Tensor") -> "gdpo.KlTerm":
+        """Build the penalty on leaving the model of these log-probabilities [N]."""
         import gdpo
 
-        return gdpo.KlTerm(reference_logprobs_BT, self.kl_coefficient, self.kl_kind)
+        return gdpo.KlTerm(reference_logprobs_N, self.kl_coefficient, self.kl_kind)
 
-    def make_entropy_term(self, entropy_BT: "Tensor") -> "gdpo.EntropyTerm":
-        """Build the bonus for the policy's entropy [B, T], in nats."""
+    def make_entropy_term(self, entropy_N: "Tensor") -> "gdpo.EntropyTerm":
+        """Build the bonus for the policy's entropy [N], in nats."""
         import gdpo
 
-        return gdpo.EntropyTerm(entropy_BT, self.entropy_coefficient)
+        return gdpo.EntropyTerm(entropy_N, self.entropy_coefficient)
 
     def _limits(self) -> dict[str, float]:
         names = dict.fromkeys(name for limits in LIMITS.values() for name in limits)

@@ -81,11 +81,11 @@ class RunConfig(StrictModel):
                 f"buffer.max_bytes = {self.buffer.max_bytes}: the journal holds what the buffer "
                 "does"
             )
-        sequences = self.training.batch_groups * self.sampling.num_rollouts
-        if sequences < self.training.minibatches:
+        if self.training.batch_groups < self.training.minibatches:
             raise ValueError(
-                f"training.minibatches = {self.training.minibatches} exceeds the {sequences} "
-                "sequences of a batch"
+                f"training.minibatches = {self.training.minibatches} exceeds "
+                f"training.batch_groups = {self.training.batch_groups}: a minibatch takes whole "
+                "groups"
             )
         return self
 

@@ -22,7 +22,7 @@ _SYNONYMS = {
     "batch_size": "training.batch_groups",
     "max_steps": "training.steps",
     "num_steps": "training.steps",
-    "micro_batch_size": "training.microbatch_sequences",
+    "micro_batch_size": "training.microbatch_tokens",
     "num_generations": "sampling.num_rollouts",
     "group_size": "sampling.num_rollouts",
     "max_new_tokens": "sampling.max_tokens",

@@ -24,9 +24,10 @@ class TrainingConfig(StrictModel):
     batch_groups: PositiveInt = 32
     """Prompts P in a training batch; each comes with its group of rollouts."""
     minibatches: PositiveInt = 4
-    """Optimiser steps per training batch."""
-    microbatch_sequences: PositiveInt = 64
-    """Sequences in one forward and backward pass: lower it when memory runs out."""
+    """Optimiser steps per training batch; each takes whole groups."""
+    microbatch_tokens: NonNegativeInt = 0
+    """Tokens in one forward and backward pass, of one sequence at least; prompts count once for
+    their group. 0: by the memory and what a token of the model keeps there."""
     max_staleness: NonNegativeInt = 4
     """Oldest policy version, in training batches back, that a group may contain."""
     threads: NonNegativeInt = 0

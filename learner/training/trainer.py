@@ -2,18 +2,19 @@
 
 Where it departs from the GDPO paper's synchronous recipe:
 1. The loss corrects for stale tokens (`algorithm.correction`); the paper's is on policy.
-2. The proximal policy is recomputed once per batch, before its first update.
+2. The proximal policy is that before the batch's first update: a pass without a gradient gives
+   its log-probabilities, but for the first minibatch, whose own they are.
 3. The KL term is off unless `algorithm.kl_coefficient` is set.
 """
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -22,17 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 import gdpo
 from learner.config.run import RunConfig
-from learner.training.collate import PaddedBatch, collate, scores
-from learner.training.forward import Forward
-from learner.training.microbatches import (
-    Microbatch,
-    add_metrics,
-    lag0_difference,
-    metrics_by_staleness,
-    over_minibatches,
-    whole_ess,
-)
-from learner.training.overlong import cut_off, trained_on
+from learner.packing.budget import token_budget
+from learner.packing.choice import choose
+from learner.packing.forward import Forward
+from learner.packing.rows import Rows
+from learner.packing.split import Work, split
+from learner.training.batch import Batch
+from learner.training.microbatches import Microbatch, lag0_difference, step_metrics, whole_ess
 from learner.training.policy import Policy
 from learner.training.reward_settings import RewardSetting
 from protocol.errors import TrainingError
@@ -86,7 +83,13 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
         )
         self._random = torch.Generator().manual_seed(config.seed)
-        self._forward = Forward(config.sampling.temperature, on_progress)
+        longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
+        self._way = choose(self._model, longest)
+        self._forward = Forward(self._way, config.sampling.temperature, on_progress)
+        self._work = Work.of(self._model)
+        self._max_tokens = config.training.microbatch_tokens or token_budget(
+            self._model, self._forward, longest
+        )
         self._correction = config.algorithm.make_correction()
         self.batch_std: float | None = None
         """Scale of the batches before, which were weighed by ``batch_std_setting``."""
@@ -94,6 +97,7 @@ class Trainer:
         self._reference: Any = None
         if config.algorithm.kl_coefficient:
             self._reference = (reference or copy.deepcopy(policy.model)).requires_grad_(False)
+            choose(self._reference, longest)
         self.version = 0
         self.in_step = False
         """Whether the weights are between two versions, which is so after a step that failed."""
@@ -118,29 +122,23 @@ class Trainer:
     def step(self, groups: list[Group], setting: RewardSetting) -> StepResult:
         """Train on a batch; raises `TrainingError` when loss or gradient is not finite."""
         self.in_step = True
-        scores_PGK = scores(groups)
-        advantages = self._advantages(scores_PGK, setting)
-        batch = collate(groups, self._device)
-        cut_PG = cut_off(groups)
-        trained_B = trained_on(cut_PG, self._config.algorithm.overlong).flatten()
-        batch.mask_BT.logical_and_(trained_B.to(self._device)[:, None])
-        advantages_B = advantages.advantages.flatten().to(self._device)
+        batch = Batch(groups, self._config.algorithm.overlong)
+        advantages = self._advantages(batch.scores_PGK, setting)
         staleness = [self.version - group.oldest_version for group in groups]
-        metrics, difference = self._update(batch, advantages_B)
+        metrics, difference = self._update(batch, advantages.advantages)
         self.version += 1
         self.in_step = False
         names = list(setting.weights)
-        metrics |= gdpo.reward_diagnostics(scores_PGK, advantages, names)
-        metrics["overlong"] = cut_PG.double().mean().item()
-        num_tokens = sum(group.num_tokens for group in groups)
+        metrics |= gdpo.reward_diagnostics(batch.scores_PGK, advantages, names)
+        metrics["overlong"] = batch.cut_PG.double().mean().item()
         return StepResult(
             version=self.version,
-            num_tokens=num_tokens,
+            num_tokens=batch.num_tokens,
             staleness=staleness,
             metrics=metrics,
             rewards={name: metrics[f"reward/{name}/mean"] for name in names},
             setting=setting,
-            mean_tokens=num_tokens / len(batch.tokens_BL),
+            mean_tokens=batch.num_tokens / batch.cut_PG.numel(),
             lag0_difference=difference,
         )
 
@@ -170,93 +168,109 @@ class Trainer:
         self.batch_std = advantages.batch_std
         return advantages
 
-    def _update(
-        self, batch: PaddedBatch, advantages_B: torch.Tensor
-    ) -> tuple[dict[str, float], float | None]:
+    def _update(self, batch: Batch, advantages_PG: Tensor) -> tuple[dict[str, float], float | None]:
         """All optimiser steps of one batch."""
-        proximal_BT = None
-        if self._correction.needs_proximal and self._config.algorithm.proximal == "recomputed":
-            proximal_BT = self._forward.logprobs_in_parts(
-                self._model, batch, self._config.training.microbatch_sequences
-            )
-        history: dict[str, list[float]] = defaultdict(list)
+        order = torch.randperm(len(batch.groups), generator=self._random)
+        minibatches = [
+            _Minibatch(batch, places_p, self._split(batch, places_p))
+            for places_p in order.tensor_split(self._config.training.minibatches)
+        ]
+        # Before the first update: after it, the policy is another one.
+        later = [self._proximal(minibatch) for minibatch in minibatches[1:]]
+        advantages_B = advantages_PG.flatten().to(self._device, torch.float32)
         parts: list[Microbatch] = []
-        order = torch.randperm(len(advantages_B), generator=self._random).to(self._device)
-        for index, rows in enumerate(order.tensor_split(self._config.training.minibatches)):
+        losses, norms, difference = [], [], None
+        for index, (minibatch, proximal) in enumerate(
+            zip(minibatches, [None, *later], strict=True)
+        ):
             self._set_lr(index)
-            new_parts, metrics = self._minibatch(batch, advantages_B, proximal_BT, rows)
+            new_parts, loss = self._backward(minibatch, advantages_B, proximal)
+            if self._config.algorithm.scale_lr_by_ess:
+                self._scale_lr(math.sqrt(whole_ess(new_parts)))
+            norms.append(self._apply(loss))
+            losses.append(loss)
             if index == 0:
                 # Only before the batch's first update is the trainer's policy its version.
                 difference = lag0_difference(new_parts, self.version)
             parts += new_parts
-            for name, value in metrics.items():
-                history[name].append(value)
-        metrics = over_minibatches(history) | metrics_by_staleness(parts, self.version)
+        metrics = step_metrics(parts, self.version)
+        metrics["loss"] = sum(losses) / len(losses)
+        metrics["grad_norm"] = sum(norms) / len(norms)
         return metrics, difference
 
-    def _minibatch(
-        self,
-        batch: PaddedBatch,
-        advantages_B: torch.Tensor,
-        proximal_BT: torch.Tensor | None,
-        rows: torch.Tensor,
-    ) -> tuple[list[Microbatch], dict[str, float]]:
-        """One optimiser step, its gradient summed over microbatches that fit into memory."""
+    def _split(self, batch: Batch, places_p: Tensor) -> list[Rows]:
+        """The passes of a minibatch."""
+        trees = [batch.trees[place] for place in places_p.tolist()]
+        passes = split(trees, self._way, self._max_tokens, self._work)
+        rows = [self._forward.rows(part, self._device) for part in passes]
+        # A prompt alone teaches nothing.
+        return [each for each in rows if len(each.target_N)]
+
+    @torch.no_grad()
+    def _proximal(self, minibatch: "_Minibatch") -> list[Tensor] | None:
+        """Log-probabilities [N] of each pass under the policy as it is now, if they are needed."""
+        if not self._recomputes_proximal:
+            return None
+        return [self._forward.logprobs(self._model, rows) for rows in minibatch.passes]
+
+    @property
+    def _recomputes_proximal(self) -> bool:
+        return self._correction.needs_proximal and self._config.algorithm.proximal == "recomputed"
+
+    def _backward(
+        self, minibatch: "_Minibatch", advantages_B: Tensor, proximal: list[Tensor] | None
+    ) -> tuple[list[Microbatch], float]:
+        """Gradient of a minibatch, summed over passes that fit into memory; returns its loss."""
+        self._optimizer.zero_grad(set_to_none=True)
         denominator = gdpo.loss_denominator(
-            batch.mask_BT[rows],
+            minibatch.lengths_b.to(self._device),
             aggregation=self._config.algorithm.aggregation,
             max_length=self._config.sampling.max_tokens,
         )
-        self._optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = defaultdict(float)
+        total = torch.zeros((), device=self._device)
         parts: list[Microbatch] = []
-        for micro_rows in rows.split(self._config.training.microbatch_sequences):
-            part = batch.select(micro_rows)
-            length = part.mask_BT.shape[1]
-            loss = self._loss(
-                part,
-                advantages_B[micro_rows],
-                None if proximal_BT is None else proximal_BT[micro_rows, :length],
-                denominator,
-            )
+        for index, rows in enumerate(minibatch.passes):
+            proximal_N = None if proximal is None else proximal[index]
+            loss = self._loss(rows, advantages_B, proximal_N, denominator)
             loss.loss.backward()  # type: ignore[no-untyped-call]
-            sums["loss"] += loss.loss.item()
-            add_metrics(sums, loss.metrics, share=len(micro_rows) / len(rows))
-            parts.append(Microbatch(loss.record, part.versions_BT))
-        if self._config.algorithm.scale_lr_by_ess:
-            self._scale_lr(math.sqrt(whole_ess(parts)))
-        sums["grad_norm"] = self._apply(sums["loss"])
-        return parts, dict(sums)
+            total += loss.loss.detach()
+            parts.append(Microbatch(loss.record, rows.versions_N))
+        return parts, total.item()
 
     def _loss(
         self,
-        part: PaddedBatch,
-        advantages_B: torch.Tensor,
-        proximal_BT: torch.Tensor | None,
-        denominator: torch.Tensor,
+        rows: Rows,
+        advantages_B: Tensor,
+        proximal_N: Tensor | None,
+        denominator: Tensor,
     ) -> gdpo.PolicyLoss:
-        """The loss of a microbatch, as the configuration says."""
+        """The loss of a pass, as the configuration says; without ``proximal_N``, the policy is."""
         algorithm = self._config.algorithm
-        entropy = None
+        entropy = kl = None
         if algorithm.entropy_coefficient:
-            logprobs_BT, entropy_BT = self._forward.logprobs_and_entropy(self._model, part)
-            entropy = algorithm.make_entropy_term(entropy_BT)
+            logprobs_N, entropy_N = self._forward.logprobs_and_entropy(self._model, rows)
+            entropy = algorithm.make_entropy_term(entropy_N)
         else:
-            logprobs_BT = self._forward.logprobs(self._model, part)
-        if self._correction.needs_proximal and proximal_BT is None:
-            proximal_BT = gdpo.interpolated_proximal(
-                part.behaviour_BT, logprobs_BT, part.versions_BT, self.version
-            )
-        kl = None
+            logprobs_N = self._forward.logprobs(self._model, rows)
+        if self._correction.needs_proximal and proximal_N is None:
+            proximal_N = logprobs_N.detach()
+            if not self._recomputes_proximal:
+                proximal_N = gdpo.interpolated_proximal(
+                    rows.behaviour_N, proximal_N, rows.versions_N, self.version
+                )
         if self._reference is not None:
             with torch.no_grad():
-                kl = algorithm.make_kl_term(self._forward.logprobs(self._reference, part))
-        return gdpo.policy_loss(
-            logprobs_BT,
-            advantages_B,
-            part.mask_BT,
-            behaviour_logprobs=part.behaviour_BT,
-            proximal_logprobs=proximal_BT,
+                kl = algorithm.make_kl_term(self._forward.logprobs(self._reference, rows))
+        tokens = gdpo.Tokens(
+            policy_N=logprobs_N,
+            behaviour_N=rows.behaviour_N,
+            advantage_N=advantages_B[rows.sequence_N],
+            sequence_N=rows.sequence_N,
+            num_sequences=len(advantages_B),
+            proximal_N=proximal_N,
+        )
+        return gdpo.packed_policy_loss(
+            tokens,
             correction=self._correction,
             aggregation=algorithm.aggregation,
             kl=kl,
@@ -291,6 +305,21 @@ class Trainer:
         )
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * factor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Minibatch:
+    """The groups of one optimiser step."""
+
+    batch: Batch
+    places_p: Tensor
+    """int64: which groups of the batch."""
+    passes: list[Rows]
+
+    @property
+    def lengths_b(self) -> Tensor:
+        """Tokens of each sequence."""
+        return self.batch.lengths_PG[self.places_p].flatten()
 
 
 def lr_factor(update: int, *, warmup: int, total: int, schedule: str) -> float:

@@ -2,7 +2,7 @@
 
     group ──► TokenTree ──► pieces that fit into a budget ──► microbatches of equal work
                                                                  │
-                                            `learner.training.rows` makes tensors of each
+                                            `learner.packing.rows` makes tensors of each
 
 A segment is a run of tokens. Its tokens see its ancestors and those before them in the segment, so
 that a sequence is the path from a root to a leaf, and what sequences share is computed once.
@@ -101,6 +101,10 @@ class TokenTree:
             chosen += [i for i in path if i not in chosen]
             size += more
         yield self._part(chosen, done)
+
+    def chains(self) -> Iterator["TokenTree"]:
+        """Each sequence as a tree of its own."""
+        return self.pieces(0)
 
     def _path(self, index: int) -> list[int]:
         path: list[int] = []

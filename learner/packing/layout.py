@@ -87,13 +87,16 @@ class Layout:
     def _dense(self) -> dict[torch.device, "Dense"]:
         return {}
 
-    def segments(self) -> Iterator[tuple[int, int, int]]:
-        """First token of each segment that has one, where it ends, and where its descendants do."""
-        for start, stop, family_stop in zip(
-            self.starts, self.stops, self.family_stops, strict=True
+    def segments(self) -> Iterator[tuple[int, int, int, bool]]:
+        """Each segment that has a token: its first one, where it ends, where its descendants do.
+
+        The last is whether nothing stands before it in the tree.
+        """
+        for start, stop, family_stop, before in zip(
+            self.starts, self.stops, self.family_stops, self.lengths_before, strict=True
         ):
             if stop > start:
-                yield start, stop, family_stop
+                yield start, stop, family_stop, before == 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,9 +119,7 @@ class Varlen:
     def of(cls, layout: Layout, device: torch.device) -> "Varlen":
         """Lay out the segments that have a token."""
         paths = [
-            layout.path(i)
-            for i in range(len(layout.starts))
-            if layout.stops[i] > layout.starts[i]
+            layout.path(i) for i in range(len(layout.starts)) if layout.stops[i] > layout.starts[i]
         ]
         keys = [np.concatenate([np.arange(*range_) for range_ in path]) for path in paths]
         queries = [path[-1][1] - path[-1][0] for path in paths]
@@ -153,7 +154,9 @@ class Dense:
     def of(cls, layout: Layout, device: torch.device) -> "Dense":
         """Pad the trees of a row."""
         shape = (len(layout.trees), max(stop - start for start, stop in layout.trees))
-        segment_N = np.repeat(np.arange(len(layout.starts)), np.subtract(layout.stops, layout.starts))
+        segment_N = np.repeat(
+            np.arange(len(layout.starts)), np.subtract(layout.stops, layout.starts)
+        )
         position_N = (
             np.arange(layout.size)
             - np.asarray(layout.starts)[segment_N]

@@ -5,13 +5,14 @@ Shapes: R rows of L tokens in the pass, packed ones R = 1; N trained tokens, whi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from learner.training.layout import Layout
-from learner.training.trees import Segment, TokenTree
+from learner.packing.layout import Layout
+from learner.packing.trees import Segment, TokenTree
 
 _Indices = npt.NDArray[np.int64]
 
@@ -95,7 +96,7 @@ def _rows(
     device: torch.device,
 ) -> Rows:
     """Take the sampled tokens out of their segments."""
-    trained = [(s, source) for s, source in sources if s.sampled is not None]
+    trained = [(s, s.sampled, source) for s, source in sources if s.sampled is not None]
 
     def column(values: list[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> torch.Tensor:
         empty = np.zeros(0, dtype=dtype)
@@ -106,11 +107,16 @@ def _rows(
         tokens_RL=torch.from_numpy(tokens).to(device),
         positions_RL=None if positions is None else torch.from_numpy(positions).to(device),
         layout=layout,
-        source_N=column([source[s.sampled] for s, source in trained], np.int64),
-        target_N=column([s.tokens[s.sampled] for s, _ in trained], np.int64),
+        source_N=column([source[chosen] for _, chosen, source in trained], np.int64),
+        target_N=column([s.tokens[chosen] for s, chosen, _ in trained], np.int64),
         sequence_N=column(
-            [np.full(int(np.sum(s.sampled)), s.sequence) for s, _ in trained], np.int64
+            [np.full(int(chosen.sum()), s.sequence) for s, chosen, _ in trained], np.int64
         ),
-        behaviour_N=column([s.logprobs[s.sampled] for s, _ in trained], np.float32),  # type: ignore[index]
-        versions_N=column([s.versions[s.sampled] for s, _ in trained], np.int32),  # type: ignore[index]
+        behaviour_N=column([_at(s.logprobs, chosen) for s, chosen, _ in trained], np.float32),
+        versions_N=column([_at(s.versions, chosen) for s, chosen, _ in trained], np.int32),
     )
+
+
+def _at(values: npt.NDArray[Any] | None, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    assert values is not None
+    return values[chosen]

@@ -1,0 +1,1 @@
+"""Sequences that share their beginnings, as rows without padding, through a model's attention."""

@@ -1,0 +1,81 @@
+"""How many tokens fit into a forward and backward pass, from what one is seen to keep."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.packing.choice import probe
+from learner.packing.forward import Forward
+
+_LARGEST = {"cpu": 4096}
+_LARGEST_ON_A_GPU = 65_536
+_SMALLEST = 256
+_SHARE_OF_MEMORY = 0.25
+"""The share of a machine's memory: actors and others have the rest."""
+_SHARE_OF_FREE = 0.8
+_BACKWARD = 1.25
+"""What the backward pass takes beside what the forward pass kept."""
+
+
+def token_budget(model: Any, forward: Forward, longest: int) -> int:
+    """Tokens of a pass: a power of two, so that it is the same in every run on a machine.
+
+    One pass over a few tokens shows what a token keeps; the share of the memory that this may take
+    is divided by it. On GPUs, gradients and optimiser are left room for. A sequence alone may be
+    longer.
+    """
+    device = next(model.parameters()).device
+    limit = _LARGEST.get(device.type, _LARGEST_ON_A_GPU)
+    tokens = _memory(model, device) / (_BACKWARD * bytes_per_token(model, forward, longest))
+    return int(max(_SMALLEST, min(limit, 2 ** math.floor(math.log2(max(tokens, 1))))))
+
+
+def bytes_per_token(model: Any, forward: Forward, longest: int) -> float:
+    """Bytes that a pass keeps for its gradient, for each token of its rows."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rows = forward.rows(probe(model, longest), next(model.parameters()).device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, _same):
+        # It holds what was kept, so that no address is seen twice.
+        logprobs_N = forward.logprobs(model, rows)
+    del logprobs_N
+    total = sum(kept.values())
+    return float(total / rows.tokens_RL.numel())
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _memory(model: Any, device: torch.device) -> float:
+    if device.type != "cuda":
+        return _SHARE_OF_MEMORY * _total_memory()
+    free: float = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Gradient and two moments in float32.
+    return _SHARE_OF_FREE * max(0.0, free - 12 * trained)
+
+
+def _total_memory() -> int:
+    """Bytes of this machine, or what its container may use of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total

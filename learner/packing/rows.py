@@ -43,6 +43,7 @@ def packed_row(trees: Sequence[TokenTree], device: torch.device) -> Rows:
     """Lay trees out one behind another: no padding, and what sequences share once."""
     parents: list[int] = []
     starts: list[int] = []
+    lasts: list[int] = []  # Place of the last token of each segment, or of one before it.
     positions: list[_Indices] = []
     segments: list[Segment] = []
     sources: list[_Indices] = []
@@ -51,9 +52,10 @@ def packed_row(trees: Sequence[TokenTree], device: torch.device) -> Rows:
         first = len(parents)
         for segment, before in zip(tree.segments, tree.lengths_before, strict=True):
             parent = first + segment.parent if segment.parent >= 0 else -1
+            last = lasts[parent] if parent >= 0 else -1
             source = np.arange(size - 1, size - 1 + len(segment.tokens))
-            if len(source):
-                source[0] = starts[parent] + len(segments[parent].tokens) - 1 if parent >= 0 else -1
+            source[:1] = last
+            lasts.append(size + len(segment.tokens) - 1 if len(segment.tokens) else last)
             parents.append(parent)
             starts.append(size)
             positions.append(np.arange(before, before + len(segment.tokens)))

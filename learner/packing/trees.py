@@ -157,24 +157,33 @@ def microbatches(
     where room does not matter (Graham, "Bounds on multiprocessing timing anomalies", 1969).
     """
     pieces = [piece for tree in trees for piece in tree.pieces(max_tokens)]
-    total = sum(piece.num_tokens for piece in pieces)
-    parts: list[list[TokenTree]] = [[] for _ in range(max(1, -(-total // max_tokens)))]
-    costs, sizes = [0.0] * len(parts), [0] * len(parts)
-    for piece in sorted(pieces, key=cost, reverse=True):
+    pieces.sort(key=cost, reverse=True)
+    number = max(1, -(-sum(piece.num_tokens for piece in pieces) // max_tokens))
+    while (parts := _share_out(pieces, number, max_tokens, cost)) is None:
+        number += 1
+    return [part for part in parts if part]
+
+
+def _share_out(
+    pieces: Sequence[TokenTree],
+    number: int,
+    max_tokens: int,
+    cost: Callable[[TokenTree], float],
+) -> list[list[TokenTree]] | None:
+    """Give each piece to the cheapest part that has room; None if one finds no room."""
+    parts: list[list[TokenTree]] = [[] for _ in range(number)]
+    costs, sizes = [0.0] * number, [0] * number
+    for piece in pieces:
         room = [
             i for i, size in enumerate(sizes) if not size or size + piece.num_tokens <= max_tokens
         ]
-        if room:
-            part = min(room, key=costs.__getitem__)
-        else:
-            part = len(parts)
-            parts.append([])
-            costs.append(0.0)
-            sizes.append(0)
+        if not room:
+            return None
+        part = min(room, key=costs.__getitem__)
         parts[part].append(piece)
         costs[part] += cost(piece)
         sizes[part] += piece.num_tokens
-    return [part for part in parts if part]
+    return parts
 
 
 def _token_versions(rollout: Rollout) -> Ints:

@@ -53,7 +53,7 @@ POINTS = {
     "learner.answered": Point("learner.coordinator.intake:Intake._send", "after"),
     "learner.accepted": Point("learner.replay.buffer:ReplayBuffer.add", "after"),
     "learner.step": Point("learner.training.trainer:Trainer.step", "before"),
-    "learner.step.inside": Point("learner.training.trainer:Trainer._minibatch", "before"),
+    "learner.step.inside": Point("learner.training.trainer:Trainer._backward", "before"),
     "learner.step.done": Point("learner.training.trainer:Trainer.step", "after"),
     "learner.push": Point("learner.weights.epochs:Epochs._meet", "before"),
     "learner.push.joined": Point("learner.weights.epochs:Epochs._meet", "after"),

@@ -265,7 +265,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         ),
         ("rewards.length.name=format", "two rewards have the same name"),
         ("rewards=[]", "rewards: "),
-        ("training.minibatches=999", "exceeds training.batch_groups = 64"),
+        ("training.minibatches=999", "exceeds training.batch_groups = 32"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
         ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas"),
         ("endpoints.metrics_port=70000", "endpoints.metrics_port"),

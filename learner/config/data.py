@@ -14,7 +14,8 @@ class ModelConfig(StrictModel):
     path: str
     """Hub name, or a folder with config, safetensors and tokenizer files."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights; gradients and optimiser state have it too."""
+    """Type that the learner computes in. Of a bfloat16 model, the optimiser keeps and updates the
+    weights in float32 (``optimizer.master_weights``)."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers; ``flash_attention_2`` needs its package."""
     device: str = "auto"

@@ -72,7 +72,7 @@ class Trainer:
         self._model = policy.model
         self._config = config
         self._device = next(self._model.parameters()).device
-        self._optimizer = PolicyOptimizer(self._model, config.optimizer)
+        self._optimizer = PolicyOptimizer(self._model, config.optimizer, seed=config.seed)
         self._random = torch.Generator().manual_seed(config.seed)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
         self._way = choose(self._model, longest)

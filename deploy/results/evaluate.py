@@ -23,7 +23,7 @@ from learner.prompts.evaluation import Evaluation
 from learner.prompts.rows import load_rows
 from learner.prompts.stream import evaluation_work
 from learner.run_folder import RunFolder
-from learner.training.policy import Policy, load_policy
+from learner.training.policy import Policy, load_policy, with_dtype
 from learner.weights.pack import pack_into
 from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
@@ -47,6 +47,7 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )
     rows = load_rows(heldout, config.data.heldout_split)
+    config = with_dtype(config)
     works = evaluation_work(rows, config, version=0)
     evaluation = asyncio.run(_evaluate(config, load_policy(config), works, allowed_modules))
     if evaluation.num_prompts == 0:

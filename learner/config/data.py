@@ -13,8 +13,9 @@ class ModelConfig(StrictModel):
 
     path: str
     """Hub name, or a folder with config, safetensors and tokenizer files."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights; gradients and optimiser state have it too."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that the learner computes in; ``auto``: float32 for a model whose files say so, else
+    bfloat16, of which the optimiser keeps and updates a float32 copy."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers; ``flash_attention_2`` needs its package."""
     device: str = "auto"

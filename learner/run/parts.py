@@ -28,7 +28,7 @@ from learner.replay.buffer import ReplayBuffer
 from learner.run.progress import Progress
 from learner.run.throughput import Throughput
 from learner.run_folder import RunFolder
-from learner.training.policy import Policy
+from learner.training.policy import Policy, with_dtype
 from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult, Trainer
 from learner.weights.chunks import ChunkSource
@@ -94,6 +94,7 @@ class Parts(Materials):
 
 def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> Materials:
     """Load model and data, the model as it was at ``checkpoint``; raises `ConfigError`."""
+    config = with_dtype(config)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     data, registry = config.data, CollectorRegistry()

@@ -70,7 +70,7 @@ class Correction(ABC):
 
     @property
     def acts_without_advantage(self) -> bool:
-        """Whether tokens of advantage 0 matter, by a gradient of their own or to what others count."""
+        """Whether tokens of advantage 0 have a gradient, or a part in that of others."""
         return False
 
     @abstractmethod

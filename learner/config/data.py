@@ -15,7 +15,7 @@ class ModelConfig(StrictModel):
     """Hub name, or a folder with config, safetensors and tokenizer files."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the learner computes in; ``auto``: float32 for a model whose files say so, else
-    bfloat16, of which the optimiser keeps and updates a float32 copy."""
+    bfloat16, of which the optimiser updates a float32 copy (``optimizer.master_weights``)."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers; ``flash_attention_2`` needs its package."""
     device: str = "auto"

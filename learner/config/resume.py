@@ -11,11 +11,13 @@ _FIXED = (
     "data",
     "seed",
     "sampling",
+    "optimizer.kind",
+    "optimizer.master_weights",
     "rewards",
     "buffer.durability",
     "buffer.max_uses",
 )
-"""What must stay as it was: the groups, prompts and batches of a run depend on it."""
+"""What must stay as it was: groups, prompts, batches or checkpoints of a run depend on it."""
 
 
 def check_resumable(before: RunConfig, config: RunConfig) -> None:

@@ -33,13 +33,26 @@ class TrainingConfig(StrictModel):
     threads: NonNegativeInt = 0
     """CPU threads of the learner; 0: on a CPU, those that actors on this machine leave idle, from
     step to step, unless buffer.lag is set."""
+    activation_checkpointing: bool = False
+    """Whether a layer's activations are computed again in the backward pass, and not kept: memory
+    for about a third more time. Log-probabilities and gradients stay the same."""
+    compile: bool = False
+    """Whether the model's layers are compiled by ``torch.compile``: faster on GPUs, after some
+    minutes."""
     pause_per_step_s: NonNegativeFloat = 0.0
     """Seconds of sleep after every step: to watch back-pressure work, and to test it."""
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW, and the learning rate over the run."""
+    """The optimiser, and the learning rate over the run."""
 
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or torchao's with moments in 8 bits, 2 bytes a parameter instead of 8 (needs ``pip
+    install "async-gdpo[8bit]"`` and a compiler)."""
+    master_weights: bool = True
+    """Whether a bfloat16 model is trained through weights in float32, which add up what is smaller
+    than bfloat16 resolves. Without them it needs 6 bytes a parameter less for weights and gradient,
+    and at a learning rate of 1e-6 nearly all of its updates are rounded away."""
     lr: PositiveFloat = 1e-6
     """Learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0

@@ -55,7 +55,8 @@ class _Form:
 
 def register() -> None:
     """Make `PACKED` known to transformers."""
-    AttentionInterface.register(PACKED, packed_attention)
+    # As it is: compiled, it would be compiled again for every other layout.
+    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
     # Who sees whom is in the layout: no mask is made.
     AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 

@@ -16,11 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 import gdpo
 from learner.config.run import RunConfig
@@ -30,13 +25,14 @@ from learner.packing.forward import Forward
 from learner.packing.rows import Rows
 from learner.packing.split import Work, split
 from learner.training.batch import Batch
+from learner.training.memory import prepare_layers
 from learner.training.microbatches import Microbatch, lag0_difference, step_metrics, whole_ess
+from learner.training.optimizers import PolicyOptimizer
 from learner.training.policy import Policy
 from learner.training.reward_settings import RewardSetting
 from protocol.errors import TrainingError
 from protocol.groups import Group
 
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _RANDOM = "random_generator"
 
 
@@ -77,15 +73,15 @@ class Trainer:
         self._model = policy.model
         self._config = config
         self._device = next(self._model.parameters()).device
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-        )
+        self._optimizer = PolicyOptimizer(self._model, config.optimizer)
         self._random = torch.Generator().manual_seed(config.seed)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
         self._way = choose(self._model, longest)
+        prepare_layers(
+            self._model,
+            checkpointed=config.training.activation_checkpointing,
+            compiled=config.training.compile,
+        )
         self._forward = Forward(self._way, config.sampling.temperature, on_progress)
         self._work = Work.of(self._model)
         self._max_tokens = config.training.microbatch_tokens or token_budget(
@@ -106,18 +102,16 @@ class Trainer:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Optimiser and random generator: what a checkpoint needs besides the weights.
 
-        They are the optimiser's own; `load_state` takes them back.
+        Masters of the weights are part of the optimiser. `load_state` takes them all back.
         """
-        return self._optimizer_tensors() | {_RANDOM: self._random.get_state()}
+        return self._optimizer.state_tensors() | {_RANDOM: self._random.get_state()}
 
     def load_state(self, version: int, fill: Callable[[dict[str, torch.Tensor]], None]) -> None:
         """Be as after the step that made ``version``; ``fill`` writes into `state_tensors`."""
         tensors = self.state_tensors()
         fill(tensors)
-        self._random.set_state(tensors.pop(_RANDOM))
-        state = get_optimizer_state_dict(self._model, self._optimizer, options=_FLAT)
-        state.update(tensors)  # type: ignore[arg-type]
-        set_optimizer_state_dict(self._model, self._optimizer, state, options=_FLAT)
+        self._random.set_state(tensors[_RANDOM])
+        self._optimizer.filled()
         self.version = version
 
     def step(self, groups: list[Group], setting: RewardSetting) -> StepResult:
@@ -142,12 +136,6 @@ class Trainer:
             mean_tokens=batch.num_tokens / batch.cut_PG.numel(),
             lag0_difference=difference,
         )
-
-    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        state: dict[str, Any] = dict(
-            get_optimizer_state_dict(self._model, self._optimizer, options=_FLAT)
-        )
-        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
     def _advantages(self, scores_PGK: torch.Tensor, setting: RewardSetting) -> gdpo.Advantages:
         algorithm = self._config.algorithm
@@ -187,7 +175,7 @@ class Trainer:
             self._set_lr(index)
             new_parts, loss = self._backward(minibatch, advantages_B, proximal)
             if self._config.algorithm.scale_lr_by_ess:
-                self._scale_lr(math.sqrt(whole_ess(new_parts)))
+                self._optimizer.scale_lr(math.sqrt(whole_ess(new_parts)))
             norms.append(self._apply(loss))
             losses.append(loss)
             if index == 0:
@@ -235,7 +223,7 @@ class Trainer:
         self, minibatch: "_Minibatch", advantages_B: Tensor, proximal: list[Tensor] | None
     ) -> tuple[list[Microbatch], float]:
         """Gradient of a minibatch, summed over passes that fit into memory; returns its loss."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         denominator = gdpo.loss_denominator(
             minibatch.lengths_b.to(self._device),
             aggregation=self._config.algorithm.aggregation,
@@ -296,9 +284,7 @@ class Trainer:
 
     def _apply(self, loss: float) -> float:
         """Clip the gradient and step; returns its norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._model.parameters(), self._config.optimizer.max_grad_norm
-        ).item()
+        norm = self._optimizer.clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {self.version + 1}: loss {loss}, gradient norm {norm}. Lower optimizer.lr, "
@@ -306,10 +292,6 @@ class Trainer:
             )
         self._optimizer.step()
         return norm
-
-    def _scale_lr(self, factor: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] *= factor
 
     def _set_lr(self, minibatch: int) -> None:
         config, minibatches = self._config.optimizer, self._config.training.minibatches
@@ -319,8 +301,7 @@ class Trainer:
             total=self._config.training.steps * minibatches,
             schedule=config.lr_schedule,
         )
-        for group in self._optimizer.param_groups:
-            group["lr"] = config.lr * factor
+        self._optimizer.set_lr(factor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

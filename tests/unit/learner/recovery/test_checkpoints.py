@@ -126,6 +126,7 @@ def assert_equal_bits(some: dict[str, torch.Tensor], others: dict[str, torch.Ten
     [
         "optimizer.weight_decay=0.1",
         "model.dtype=bfloat16",
+        "optimizer.master_weights=false",
         "algorithm.batch_std_ema=0.5",
         "algorithm.kl_coefficient=0.1",
         "algorithm.proximal=interpolated",

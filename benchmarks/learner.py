@@ -99,7 +99,8 @@ def main() -> int:
     console.print(make_table(works, results))
     console.print(
         f"{os.cpu_count()} CPU cores, {options.threads} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; "
         f"earlier: {options.earlier}",
         soft_wrap=True,
     )
@@ -137,7 +138,7 @@ def tool(name: str) -> str:
 def measure(side: str, work: Work, path: Path, threads: int) -> Figures:
     """One side in a process of its own, with the packages that are in ``path``."""
     run = subprocess.run(
-        [sys.executable, str(SIDE), side, str(threads), json.dumps(asdict(work))],
+        [sys.executable, "-P", str(SIDE), side, str(threads), json.dumps(asdict(work))],
         env=os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": str(threads)},
         cwd=path,
         capture_output=True,

@@ -61,7 +61,7 @@ class Learner:
         self.parts = assemble(load(config, folder, checkpoint))
         if resume:
             resume_run(self.parts, checkpoint)
-        folder.go_on(self.parts.config)
+        folder.go_on(config)
         self.connections = connect(self.parts)
         self.endpoints = EndpointServer(self.parts, self.connections)
         self._loop = TrainingLoop(self.parts, self.connections.publisher)

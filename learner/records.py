@@ -82,6 +82,8 @@ class Step(Record):
     staleness_mean: float
     """Versions, over the groups of the batch."""
     staleness_max: Count
+    groups_refilled: Count
+    """Groups without signal that are not in the batch: others took their place."""
     tokens_generated_per_s: float
     tokens_trained_per_s: float
     actor_idle_share: float

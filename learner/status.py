@@ -140,6 +140,8 @@ class Status(Record):
     buffer_bytes: Count
     batch_groups: Count
     """Groups that a batch takes."""
+    groups_refilled: Count
+    """Groups without signal in whose place others were put, in the whole run."""
     actors_live: Count
     actors_wanted: Count | None
     """Actors that would keep the learner busy; None while unknown."""

@@ -326,10 +326,10 @@ class Coordinator:
         with self._lock:
             self._pace.batch_wanted(self._clock())
 
-    def batch_taken(self) -> None:
+    def batch_taken(self, num_refilled: int) -> None:
         """Note that the trainer has the batch that it asked for."""
         with self._lock:
-            self._pace.batch_taken(self._clock())
+            self._pace.batch_taken(self._clock(), num_refilled)
 
     def make_room(self) -> None:
         """Have intake issue leases, as the trainer took groups from the buffer, say."""

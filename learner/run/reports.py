@@ -20,7 +20,7 @@ from learner.records import (
     SummaryWeights,
 )
 from learner.registry import ActorState
-from learner.replay.buffer import ReplayBuffer
+from learner.replay.buffer import NO_SIGNAL, ReplayBuffer, TrainingBatch
 from learner.run.connections import Connections
 from learner.run.parts import Parts
 from learner.run.throughput import Throughput
@@ -55,6 +55,7 @@ def status_report(parts: Parts, connections: Connections) -> Status:
         buffer_groups=len(buffer),
         buffer_bytes=buffer.size_bytes,
         batch_groups=config.training.batch_groups,
+        groups_refilled=buffer.counts.evicted[NO_SIGNAL],
         actors_live=live,
         actors_wanted=rates.actors_wanted if free else None,
         actor_idle_share=rates.actor_idle_share,
@@ -84,8 +85,8 @@ def weights_report(parts: Parts, connections: Connections) -> WeightsStatus:
     )
 
 
-def step_report(parts: Parts, step: StepResult, seconds: float) -> Step:
-    """The line of a step that took ``seconds``."""
+def step_report(parts: Parts, step: StepResult, batch: TrainingBatch, seconds: float) -> Step:
+    """The line of a step on ``batch`` that took ``seconds``."""
     rates, buffer = parts.throughput.rates, parts.buffer
     return Step.model_validate(
         {
@@ -97,6 +98,7 @@ def step_report(parts: Parts, step: StepResult, seconds: float) -> Step:
             "completion_tokens_mean": step.mean_tokens,
             "staleness_mean": fmean(step.staleness),
             "staleness_max": max(step.staleness),
+            "groups_refilled": batch.num_refilled,
             "tokens_generated_per_s": rates.tokens_generated_per_s,
             "tokens_trained_per_s": rates.tokens_trained_per_s,
             "actor_idle_share": rates.actor_idle_share,

@@ -73,6 +73,7 @@ EARLY: dict[str, Any] = {
     "buffer_groups": 0,
     "buffer_bytes": 0,
     "batch_groups": 32,
+    "groups_refilled": 0,
     "actors_live": 0,
     "actors_wanted": None,
     "actor_idle_share": 0.0,

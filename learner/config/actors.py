@@ -55,8 +55,11 @@ class AdmissionConfig(StrictModel):
     """Actors connected at once; more are refused."""
     self_check: bool = True
     """Compare the log-probabilities of every new actor with the learner's before it gets work."""
+    spot_check_share: Annotated[float, Field(ge=0, le=0.5)] = 0.01
+    """Share of the time of one thread in which actors at work are compared likewise, a few rollouts
+    now and then; 0: never. An actor that differs is named in a warning. Needs self_check."""
     check_limit: PositiveFloat | None = None
-    """Mean difference in nats above which an actor is refused; None: twice what rounding to the
+    """Mean difference in nats above which an actor does not pass; None: twice what rounding to the
     actors' type makes in the learner's own model, and at least 0.001."""
 
 

@@ -20,7 +20,7 @@ Who does what; each part knows of those below it only:
 
     Coordinator     takes messages and ticks; begins and ends
     ├─ Leasing      work for actors, and the groups that come back
-    ├─ Admission    who may join, and the check of those who do: their first lease
+    ├─ Admission    who may join, and the checks: of their first lease, and of some later ones
     ├─ Offers       weights: pushes, pulls, and what actors say they have
     └─ Registry     who is there, what goes out, what is wrong
 """
@@ -34,7 +34,7 @@ from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission, Greeting
 from learner.coordinator.leasing import Leasing
 from learner.coordinator.pace import Pace
-from learner.coordinator.self_check import CheckResult, SelfCheck
+from learner.coordinator.self_check import SelfCheck
 from learner.pacing import Pacing
 from learner.phases import Phases
 from learner.prompts.evaluation import Evaluation
@@ -118,9 +118,9 @@ class Coordinator:
             self._registry,
             self._offers,
             greeting=greeting,
-            max_actors=config.admission.max_actors,
+            settings=config.admission,
             self_check=self_check,
-            on_result=self._judged,
+            locked=self._with_lock,
         )
         self._pace = Pace(config.training.batch_groups, config.buffer.max_uses)
         self._leasing = Leasing(
@@ -438,8 +438,8 @@ class Coordinator:
         self._offers.release(actor)
         return self._leasing.give_back(actor)
 
-    def _judged(self, actor: ActorState, result: CheckResult) -> None:
-        """Pass on a verdict, on the thread of the self-check."""
+    def _with_lock(self, take: Callable[[], None]) -> None:
+        """Have a part ``take`` what a thread of its own found out."""
         with self._lock:
-            self._admission.judged(actor, result)
+            take()
             self._leasing.issue(self._clock())

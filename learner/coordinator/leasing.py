@@ -136,6 +136,8 @@ class Leasing:
             self._registry.record_phase(actor, "generate", group.generation_seconds)
             self._registry.record_phase(actor, "score", group.reward_seconds)
         self._leases.arrive(lease)
+        if lease.work.purpose == "train":
+            self._admission.works(actor, group)
         received = ReceivedGroup(lease, group)
         if lease.work.purpose == "train" and self._journal is not None:
             self._journal.append(received, header, payloads)

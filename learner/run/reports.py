@@ -1,6 +1,7 @@
 """The records of a run, made of its parts as they are at the moment."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from statistics import fmean
 
@@ -87,7 +88,7 @@ def weights_report(parts: Parts, connections: Connections) -> WeightsStatus:
 
 def step_report(parts: Parts, step: StepResult, batch: TrainingBatch, seconds: float) -> Step:
     """The line of a step on ``batch`` that took ``seconds``."""
-    rates, buffer = parts.throughput.rates, parts.buffer
+    rates, buffer, actors = parts.throughput.rates, parts.buffer, parts.coordinator.actors()
     return Step.model_validate(
         {
             "step": step.version,
@@ -105,8 +106,10 @@ def step_report(parts: Parts, step: StepResult, batch: TrainingBatch, seconds: f
             "learner_wait_share": rates.learner_wait_share,
             "buffer_groups": len(buffer),
             "buffer_bytes": buffer.size_bytes,
-            "actors_live": parts.coordinator.num_live,
+            "actors_live": len(actors),
             "lag0_logprob_difference": step.lag0_difference,
+            "actor_difference_mean": _largest(actor.difference_mean for actor in actors),
+            "actor_difference_largest": _largest(actor.difference_largest for actor in actors),
             **step.metrics,
         }
     )
@@ -204,6 +207,8 @@ def _actor(actor: ActorState, throughput: Throughput) -> ActorStatus:
         groups=actor.groups,
         check=actor.check,
         check_difference=actor.check_difference,
+        difference_mean=actor.difference_mean,
+        difference_largest=actor.difference_largest,
         idle_share=idle,
         stalled_share=stalled,
         # By the coordinator's clock.
@@ -222,6 +227,10 @@ def _push(report: PushReport) -> PushStatus:
         evicted={str(actor): cause for actor, cause in report.evicted.items()},
         behind=list(report.behind),
     )
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _seconds_left(seconds: float, done: int, total: int) -> float | None:

@@ -25,6 +25,8 @@ STEP: dict[str, Any] = {
     "buffer_bytes": 1234,
     "actors_live": 1,
     "lag0_logprob_difference": None,
+    "actor_difference_mean": 1e-6,
+    "actor_difference_largest": None,
     "loss": 0.125,
     "ess": 0.5,
 }

@@ -37,6 +37,8 @@ class ActorState:
     route: str = ""
     offered: int = -1
     """Version that it was last told of."""
+    progressed_at: float = 0.0
+    """When it was last heard to have generated a token."""
     weights_active_at: float = 0.0
     """When it was last offered weights, asked for a chunk, loaded or confirmed a version."""
     status: Status | None = None

@@ -39,7 +39,8 @@ class DeadlinesConfig(StrictModel):
     """How long the learner waits for its actors."""
 
     lease_timeout_s: PositiveFloat = 600.0
-    """Seconds after which a group that an actor has not returned is leased to another."""
+    """Seconds without a token of its actor after which a prompt is leased to another. An actor that
+    generates keeps it for eight times what groups usually take, and at least for these seconds."""
     actor_timeout_s: PositiveFloat = 10.0
     """Seconds of silence after which an actor counts as lost."""
     join_timeout_s: PositiveFloat = 300.0

@@ -103,7 +103,7 @@ class Coordinator:
         self._clock = clock
         self._on_pull = on_pull
         self._bad_message_logged_at, self._has_room = float("-inf"), False
-        self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
+        self.leases = LeaseBook()
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._registry = Registry(
@@ -409,6 +409,18 @@ class Coordinator:
         """How long before it is needed a batch is leased; None while that is not known."""
         with self._lock:
             return self._pace.lead_s(self._clock())
+
+    @property
+    def lease_limit_s(self) -> float:
+        """How long a lease that is issued now may last, whatever its actor says."""
+        with self._lock:
+            return self._leasing.limit.limit_s
+
+    @property
+    def progressed_at(self) -> float:
+        """When an actor was last heard to have generated a token, by the clock; 0 if none is."""
+        with self._lock:
+            return max((a.progressed_at for a in self._registry.live.values()), default=0.0)
 
     @property
     def num_live(self) -> int:

@@ -157,16 +157,19 @@ class _Patience:
     def __init__(self, parts: Parts) -> None:
         deadlines = parts.config.deadlines
         self._parts = parts
-        self._limit_s = deadlines.lease_timeout_s + deadlines.wait_for_actors_s
+        self._timeout_s, self._wait_s = deadlines.lease_timeout_s, deadlines.wait_for_actors_s
         self._accepted = parts.buffer.counts.accepted
         self._since = time.monotonic()
 
     def check(self) -> None:
-        """Raise `TrainingError` if the last group came too long ago."""
+        """Raise `TrainingError` if the last group came too long ago, or the last token."""
+        now, coordinator = time.monotonic(), self._parts.coordinator
         if self._parts.buffer.counts.accepted > self._accepted:
-            self._since, self._accepted = time.monotonic(), self._parts.buffer.counts.accepted
-        if time.monotonic() - self._since > self._limit_s:
+            self._since, self._accepted = now, self._parts.buffer.counts.accepted
+        idle_s = now - max(self._since, coordinator.progressed_at)
+        limit_s = coordinator.lease_limit_s + self._wait_s
+        if idle_s > self._timeout_s + self._wait_s or now - self._since > limit_s:
             raise TrainingError(
-                f"no group came in for {self._limit_s:.0f} s, though "
-                f"{self._parts.coordinator.num_live} actors are connected; look into their logs"
+                f"no group came in for {now - self._since:.0f} s, though "
+                f"{coordinator.num_live} actors are connected; look into their logs"
             )

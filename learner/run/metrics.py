@@ -273,6 +273,11 @@ class StateCollector(Collector):
         yield ended
         yield outstanding
         yield _gauge(
+            "gdpo_lease_limit_seconds",
+            "Time after which a lease is given up whatever its actor reports",
+            self._parts.coordinator.lease_limit_s,
+        )
+        yield _gauge(
             "gdpo_lease_lead_seconds",
             "Time before a batch is needed at which its prompts are leased; 0 while unknown",
             self._parts.coordinator.lead_s or 0.0,

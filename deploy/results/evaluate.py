@@ -103,14 +103,16 @@ async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
 async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig) -> Evaluation:
     """Roll out and score all prompts; raises the failure of a reward that must not fail."""
     evaluation = Evaluation(works, version=0)
-    book = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
+    book = LeaseBook()
     room = asyncio.Semaphore(IN_FLIGHT)
     vital = {reward.name for reward in config.rewards if reward.on_failure == "error"}
 
     async def roll_out(work: Work) -> None:
         async with room:
             try:
-                group = await worker.roll_out(book.issue(work, "gdpo eval", now=0.0))
+                limit_s = config.deadlines.lease_timeout_s
+                lease = book.issue(work, "gdpo eval", now=0.0, limit_s=limit_s)
+                group = await worker.roll_out(lease)
             except (RewardFailure, UnusableRow) as error:
                 if isinstance(error, RewardFailure) and error.reward in vital:
                     raise RewardError(f"{work.prompt_id}: {error}") from error

@@ -24,7 +24,7 @@ from learner.prompts.work_queue import WorkQueue
 from learner.recovery.checkpoints import Checkpoint
 from learner.recovery.history import History
 from learner.recovery.resume import load_trainer
-from learner.replay.buffer import ReplayBuffer
+from learner.replay.buffer import ReplayBuffer, TrainingBatch
 from learner.run.progress import Progress
 from learner.run.throughput import Throughput
 from learner.run_folder import RunFolder
@@ -86,10 +86,10 @@ class Parts(Materials):
         """Copy the weights of the trainer's version out of the model."""
         return _packed(self.trainer, self.policy, self.memory)
 
-    def note(self, step: StepResult) -> None:
+    def note(self, step: StepResult, batch: TrainingBatch) -> None:
         """Count a step, for pages and reports."""
         self.progress.note(step)
-        self.throughput.note(step.version, step.num_tokens)
+        self.throughput.note(step.version, step.num_tokens, len(batch.groups) + batch.num_refilled)
 
 
 def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> Materials:
@@ -154,7 +154,7 @@ def assemble(given: Materials) -> Parts:
     return Parts(
         **{field.name: getattr(given, field.name) for field in fields(given)},
         progress=Progress(),
-        throughput=Throughput(coordinator, config.training.batch_groups),
+        throughput=Throughput(coordinator),
         memory=memory,
         snapshots=snapshots,
         weights_stream=weights_stream,

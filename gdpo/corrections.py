@@ -215,7 +215,13 @@ class DppoTv(Correction):
     tv_limit: float = 0.2
     """d: limit on |pi - mu|."""
     log_ratio_penalty: float = 1e-3
+
     """c: coefficient of (log rho)^2."""
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        """Whether there is a penalty, which is on every token."""
+        return self.log_ratio_penalty > 0
 
     def objective(self, tokens: Tokens) -> Objective:
         """Mask tokens [N] by the difference of their probabilities."""
@@ -249,6 +255,11 @@ class M2po(Correction):
     needs_proximal = False
     second_moment_limit: float = 0.04
     """Limit on the mean of (log rho)^2."""
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        """They do: they have a part in the mean."""
+        return True
 
     def objective(self, tokens: Tokens) -> Objective:
         """Mask the tokens [N] with the largest (log rho)^2."""

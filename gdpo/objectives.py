@@ -68,6 +68,11 @@ class Correction(ABC):
             if field.name == "weight_cap" and value == 0:
                 raise ValueError(f"weight_cap is {value}: give a positive number, or inf")
 
+    @property
+    def acts_without_advantage(self) -> bool:
+        """Whether tokens of advantage 0 have a gradient, or a part in that of others."""
+        return False
+
     @abstractmethod
     def objective(self, tokens: Tokens) -> Objective:
         """Compute the objective of each token [N], to be maximised."""

@@ -82,6 +82,8 @@ class Step(Record):
     staleness_mean: float
     """Versions, over the groups of the batch."""
     staleness_max: Count
+    groups_refilled: Count
+    """Groups without signal that are not in the batch: others took their place."""
     tokens_generated_per_s: float
     tokens_trained_per_s: float
     actor_idle_share: float
@@ -92,6 +94,11 @@ class Step(Record):
     lag0_logprob_difference: float | None
     """The largest difference of actors' and learner's log-probability of a token that was sampled
     from exactly the trainer's version; None without such a token."""
+    actor_difference_mean: AnyFloat | None
+    """The mean difference of log-probabilities in the newest check of each live actor, at whatever
+    lag: of the actor where it is largest. None before any check."""
+    actor_difference_largest: AnyFloat | None
+    """The largest difference in any check of a live actor, likewise."""
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -37,6 +37,8 @@ class ActorState:
     route: str = ""
     offered: int = -1
     """Version that it was last told of."""
+    progressed_at: float = 0.0
+    """When it was last heard to have generated a token."""
     weights_active_at: float = 0.0
     """When it was last offered weights, asked for a chunk, loaded or confirmed a version."""
     status: Status | None = None
@@ -55,11 +57,24 @@ class ActorState:
     """See `learner.coordinator.self_check`; off where nobody is checked."""
     check_difference: float | None = None
     """The largest of log-probabilities; None before the check."""
+    difference_mean: float | None = None
+    """The mean one of log-probabilities, in nats, when they were last compared."""
+    difference_largest: float | None = None
+    """The largest one that was ever found."""
+    drifted: bool = False
+    """Whether a spot check found that it does not compute the learner's policy any more."""
 
     @property
     def ready(self) -> bool:
         """Whether it samples from some version of the weights."""
         return self.version >= 0
+
+    def note_difference(self, mean: float, largest: float) -> None:
+        """Note what a comparison of log-probabilities found."""
+        self.difference_mean = mean
+        # Not "is above": a NaN is no agreement.
+        if self.difference_largest is None or not largest <= self.difference_largest:
+            self.difference_largest = largest
 
     @property
     def is_checked(self) -> bool:
@@ -83,6 +98,7 @@ class WireCounters:
     verdicts: Counter[str] = field(default_factory=Counter)
     actors_lost: int = 0
     digest_mismatches: int = 0
+    spot_checks: int = 0
     reward_failures: Counter[str] = field(default_factory=Counter)
     """Groups that a reward function failed on, by reward."""
 

@@ -50,6 +50,11 @@ class ActorStatus(Record):
     """How far its self-check is; ``off`` where nobody is checked."""
     check_difference: AnyFloat | None
     """The largest difference of log-probabilities in its self-check; None before that."""
+    difference_mean: AnyFloat | None
+    """The mean difference of log-probabilities, in nats, in its newest check, spot checks included;
+    None before the first."""
+    difference_largest: AnyFloat | None
+    """The largest difference in all its checks, likewise."""
     idle_share: float | None
     """The share of its time since it was first heard in which it had nothing to generate; None
     before it reported any."""
@@ -140,6 +145,8 @@ class Status(Record):
     buffer_bytes: Count
     batch_groups: Count
     """Groups that a batch takes."""
+    groups_refilled: Count
+    """Groups without signal in whose place others were put, in the whole run."""
     actors_live: Count
     actors_wanted: Count | None
     """Actors that would keep the learner busy; None while unknown."""

@@ -3,7 +3,7 @@
 A lease is one prompt row to be rolled out G times. It has exactly one end:
 
     issue ──► held ──► arrived ──► received   a valid group came from its holder, and is stored
-               └─────► failed                 the actor said so, was lost, or missed the deadline
+               └─────► failed                 the actor said so, was lost, or took too long
 
     invariant, per purpose:   leased = received + failed + outstanding (held or arrived)
 
@@ -12,7 +12,7 @@ group that arrives after its lease was given up is refused and cannot be trained
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -36,6 +36,8 @@ class Work:
     """Position in the endless stream of training prompts; the same however often it is leased."""
     attempts: int = 0
     """Leases of this row that failed so far."""
+    failed_on: str = ""
+    """Holder of the last one that failed; empty if none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,9 @@ class OutstandingLease:
     number: int
     work: Work
     holder: str
+    issued_at: float
     expires_at: float
+    """When it is given up, whatever its holder does."""
 
 
 @dataclass(slots=True)
@@ -75,10 +79,7 @@ class LeaseCounts:
 class LeaseBook:
     """Issues leases and settles each of them once."""
 
-    def __init__(self, *, timeout_s: float) -> None:
-        if timeout_s <= 0:
-            raise ValueError(f"lease timeout must be positive, not {timeout_s}")
-        self._timeout_s = timeout_s
+    def __init__(self) -> None:
         self.next_lease = 1
         """Number of the lease that is issued next."""
         self._held: dict[int, OutstandingLease] = {}
@@ -90,9 +91,9 @@ class LeaseBook:
             "eval": LeaseCounts(),
         }
 
-    def issue(self, work: Work, holder: str, now: float) -> Lease:
-        """Lease ``work`` to ``holder`` until ``now`` plus the timeout."""
-        lease = OutstandingLease(self.next_lease, work, holder, now + self._timeout_s)
+    def issue(self, work: Work, holder: str, now: float, *, limit_s: float) -> Lease:
+        """Lease ``work`` to ``holder`` until ``now`` plus the limit, at the longest."""
+        lease = OutstandingLease(self.next_lease, work, holder, now, now + limit_s)
         self.next_lease += 1
         self._held[lease.number] = lease
         self._counts(lease).leased += 1
@@ -106,8 +107,13 @@ class LeaseBook:
             temperature=work.temperature,
             max_tokens=work.max_tokens,
             purpose=work.purpose,
-            deadline_s=self._timeout_s,
+            deadline_s=limit_s,
         )
+
+    @property
+    def held(self) -> list[OutstandingLease]:
+        """Leases that are to be fulfilled, the oldest first."""
+        return list(self._held.values())
 
     def held_by(self, holder: str) -> list[OutstandingLease]:
         """Leases that one actor has yet to fulfil."""
@@ -152,10 +158,6 @@ class LeaseBook:
         self._failed[lease.number] = cause
         if len(self._failed) > _REMEMBERED_FAILURES:
             self._failed.popitem(last=False)
-
-    def overdue(self, now: float) -> Iterable[OutstandingLease]:
-        """Leases to be fulfilled whose deadline has passed."""
-        return [lease for lease in self._held.values() if lease.expires_at <= now]
 
     def open_works(self, purpose: Purpose) -> list[Work]:
         """Work of all outstanding leases of a purpose."""

@@ -243,7 +243,8 @@ class Lease(Header, tag="lease", frozen=True):
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     purpose: Purpose
     deadline_s: Seconds
-    """Seconds from receipt after which the learner issues the row again."""
+    """Seconds from receipt after which the learner issues the row again, and an actor may drop it.
+    Where `Status.tokens_generated` does not grow, the learner does so earlier."""
 
 
 class Ack(Header, tag="ack", frozen=True):

@@ -62,6 +62,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="in place of that of each case"
+    )
     parser.add_argument("--batches", type=int, help="in place of the number of each case")
     parser.add_argument(
         "--limit", type=float, default=300, help="seconds for one case with one system"
@@ -77,6 +80,8 @@ def run_case(
     made = folder / "made"
     made.mkdir()
     case = CASES[name](made)
+    if options.dtype:
+        case = replace(case, dtype=options.dtype)
     if options.batches:
         case = replace(case, batches=options.batches)
     limits = Limits(start=options.limit, run=options.limit)

@@ -43,6 +43,8 @@ class Case:
     max_prompt_tokens: int = 32
     max_tokens: int = 32
     """Longest completion."""
+    dtype: str = "float32"
+    """Type that both compute in; of bfloat16 they keep the weights in float32 besides."""
 
     @property
     def samples(self) -> int:
@@ -67,7 +69,8 @@ def medium(folder: Path) -> Case:
     """The demo's prompts to random weights of 25 million parameters."""
     model = folder / "model"
     make_model(model, hidden_size=512, intermediate_size=1408, num_hidden_layers=9)
-    return Case("Qwen2, 25 M", str(model), str(DEMO / "train.jsonl"), batches=10, lr=1e-5)
+    rows = str(DEMO / "train.jsonl")
+    return Case("Qwen2, 25 M", str(model), rows, batches=10, lr=1e-5, dtype="bfloat16")
 
 
 def small_instruct(folder: Path) -> Case:
@@ -85,6 +88,7 @@ def small_instruct(folder: Path) -> Case:
         rollouts=8,
         max_prompt_tokens=256,
         max_tokens=48,
+        dtype="bfloat16",
     )
 
 

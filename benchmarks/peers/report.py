@@ -31,11 +31,12 @@ def make_table(results: Sequence[tuple[Case, Sequence[Result]]]) -> Table:
 def row(case: Case, result: Result, base: Result) -> tuple[str, ...]:
     """Return the cells of one result."""
     memory = memory_text(result.peak_bytes)
+    name = f"{case.name}, {case.dtype}"
     if not result.ends:
-        return (case.name, result.system, "0", *["-"] * 6, result.note, memory)
+        return (name, result.system, "0", *["-"] * 6, result.note, memory)
     rate, warm = result.samples_per_s, result.later_samples_per_s
     return (
-        case.name,
+        name,
         result.system,
         f"{len(result.ends)} of {case.batches}",
         f"{rate:.2f}",

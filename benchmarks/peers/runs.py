@@ -69,7 +69,7 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
     return {
         "name": "peers",
         "runs_folder": str(folder / "runs"),
-        "model": {"path": case.model, "dtype": "float32", "device": "cpu"},
+        "model": {"path": case.model, "dtype": case.dtype, "device": "cpu"},
         "data": {"train": case.rows},
         "rewards": [{"name": name, "function": path} for name, path in REWARDS.items()],
         "sampling": {

@@ -110,7 +110,7 @@ def make_config(case: Case, folder: Path) -> Any:
         learning_rate=case.lr,
         lr_scheduler_type="constant",
         multi_objective_aggregation="normalize_then_sum",
-        bf16=False,
+        bf16=case.dtype == "bfloat16",
         use_cpu=True,
         gradient_checkpointing=False,
         dataloader_pin_memory=False,

@@ -23,7 +23,7 @@ from learner.prompts.evaluation import Evaluation
 from learner.prompts.rows import load_rows
 from learner.prompts.stream import evaluation_work
 from learner.run_folder import RunFolder
-from learner.training.policy import Policy, load_policy
+from learner.training.policy import Policy, load_policy, with_dtype
 from learner.weights.pack import pack_into
 from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
@@ -47,6 +47,7 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )
     rows = load_rows(heldout, config.data.heldout_split)
+    config = with_dtype(config)
     works = evaluation_work(rows, config, version=0)
     evaluation = asyncio.run(_evaluate(config, load_policy(config), works, allowed_modules))
     if evaluation.num_prompts == 0:
@@ -102,14 +103,16 @@ async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
 async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig) -> Evaluation:
     """Roll out and score all prompts; raises the failure of a reward that must not fail."""
     evaluation = Evaluation(works, version=0)
-    book = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
+    book = LeaseBook()
     room = asyncio.Semaphore(IN_FLIGHT)
     vital = {reward.name for reward in config.rewards if reward.on_failure == "error"}
 
     async def roll_out(work: Work) -> None:
         async with room:
             try:
-                group = await worker.roll_out(book.issue(work, "gdpo eval", now=0.0))
+                limit_s = config.deadlines.lease_timeout_s
+                lease = book.issue(work, "gdpo eval", now=0.0, limit_s=limit_s)
+                group = await worker.roll_out(lease)
             except (RewardFailure, UnusableRow) as error:
                 if isinstance(error, RewardFailure) and error.reward in vital:
                     raise RewardError(f"{work.prompt_id}: {error}") from error

@@ -73,6 +73,8 @@ def render_line(status: Status) -> str:
             f"staleness {status.staleness_mean:.1f} (max {status.staleness_max})",
             f"buffer {status.buffer_groups}",
         ]
+    if status.groups_refilled:
+        parts.append(f"without signal {status.groups_refilled}")
     parts.append(f"actors {status.actors_live}")
     if status.bottleneck:
         parts.append(f"bottleneck {status.bottleneck}")
@@ -111,6 +113,8 @@ def render_panel(status: Status, width: int | None = 76) -> Panel:
         f"{status.buffer_groups} groups, {status.buffer_bytes / 1e6:.1f} MB "
         f"(a batch takes {status.batch_groups})",
     )
+    if status.groups_refilled:
+        add_row(table, "no signal", f"{status.groups_refilled} groups, others in their place")
     wanted = f", {status.actors_wanted} would do" if status.actors_wanted else ""
     add_row(table, "actors", f"{status.actors_live} live{wanted}")
     if status.bottleneck:

@@ -39,7 +39,8 @@ class DeadlinesConfig(StrictModel):
     """How long the learner waits for its actors."""
 
     lease_timeout_s: PositiveFloat = 600.0
-    """Seconds after which a group that an actor has not returned is leased to another."""
+    """Seconds without a token of its actor after which a prompt is leased to another. An actor that
+    generates keeps it for eight times what groups usually take, and at least for these seconds."""
     actor_timeout_s: PositiveFloat = 10.0
     """Seconds of silence after which an actor counts as lost."""
     join_timeout_s: PositiveFloat = 300.0
@@ -55,8 +56,11 @@ class AdmissionConfig(StrictModel):
     """Actors connected at once; more are refused."""
     self_check: bool = True
     """Compare the log-probabilities of every new actor with the learner's before it gets work."""
+    spot_check_share: Annotated[float, Field(ge=0, le=0.5)] = 0.01
+    """Share of the time of one thread in which actors at work are compared likewise, a few rollouts
+    now and then; 0: never. An actor that differs is named in a warning. Needs self_check."""
     check_limit: PositiveFloat | None = None
-    """Mean difference in nats above which an actor is refused; None: twice what rounding to the
+    """Mean difference in nats above which an actor does not pass; None: twice what rounding to the
     actors' type makes in the learner's own model, and at least 0.001."""
 
 

@@ -6,7 +6,7 @@ and its like do, when they are called.
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from protocol.config import StrictModel
 
@@ -64,6 +64,12 @@ class AlgorithmConfig(StrictModel):
     """Leave groups without any signal out of the batch's standard deviation."""
     batch_std_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the batches before in the batch's standard deviation."""
+    no_signal: Literal["keep", "refill"] = "keep"
+    """Groups all of whose advantages are 0: ``refill`` leaves them out and puts other prompts in
+    their place, so that every group of a batch teaches something (DAPO's dynamic sampling)."""
+    max_refills: PositiveInt = 10
+    """Batches' worth of groups without signal that one batch may cost; then the run ends with an
+    error, as it would generate for nothing."""
 
     correction: CorrectionName = "icepop"
     """How the loss learns from stale tokens; formulae in `gdpo.corrections`."""

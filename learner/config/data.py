@@ -13,9 +13,9 @@ class ModelConfig(StrictModel):
 
     path: str
     """Hub name, or a folder with config, safetensors and tokenizer files."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that the learner computes in. Of a bfloat16 model, the optimiser keeps and updates the
-    weights in float32 (``optimizer.master_weights``)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that the learner computes in; ``auto``: float32 for a model whose files say so, else
+    bfloat16, of which the optimiser updates a float32 copy (``optimizer.master_weights``)."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers; ``flash_attention_2`` needs its package."""
     device: str = "auto"

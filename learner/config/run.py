@@ -90,6 +90,15 @@ class RunConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _refills_need_no_lag(self) -> Self:
+        if self.algorithm.no_signal == "refill" and self.buffer.lag is not None:
+            raise ValueError(
+                'algorithm.no_signal = "refill" does not go with buffer.lag: what takes the place '
+                "of a group is sampled from a later version; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _network_is_guarded(self) -> Self:
         host, _ = parse_tcp(self.endpoints.bind)
         if self.keys.secret is None and not is_loopback(host):

@@ -6,13 +6,14 @@ weights that it is checked with; then it catches up.
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Literal
 
+from learner.config.actors import AdmissionConfig
 from learner.coordinator.self_check import CheckResult, SelfCheck
+from learner.coordinator.spot_checks import Locked, SpotChecks
 from learner.registry import ActorState, Registry
 from learner.weights.offers import Offers
 from protocol.errors import TrainingError
@@ -47,21 +48,26 @@ class Admission:
         offers: Offers,
         *,
         greeting: Greeting,
-        max_actors: int,
+        settings: AdmissionConfig,
         self_check: SelfCheck | None,
-        on_result: Callable[[ActorState, CheckResult], None],
+        locked: Locked,
     ) -> None:
         """Without a ``self_check`` nobody is checked.
 
-        ``on_result`` gets every verdict on the thread of the check, and passes it to `judged`.
+        ``locked`` takes the lock for verdicts, which come on the thread of the check.
         """
         self._registry = registry
         self._offers = offers
         self._greeting = greeting
-        self._max_actors = max_actors
+        self._max_actors = settings.max_actors
         self._self_check = self_check
         self._checks = cycle(self_check.works if self_check is not None else ())
-        self._on_result = on_result
+        self._spot_checks = None
+        if self_check is not None:
+            self._spot_checks = SpotChecks(
+                registry, offers, self_check, share=settings.spot_check_share, locked=locked
+            )
+        self._locked = locked
         self._num_scored = 0
 
     # --- who may join ---------------------------------------------------------------------------
@@ -124,9 +130,18 @@ class Admission:
         assert self._self_check is not None and snapshot is not None
         actor.check = "scoring"
         self._num_scored += 1
-        self._self_check.submit(group, snapshot, partial(self._on_result, actor))
+        self._self_check.submit(group, snapshot, partial(self._report, actor))
 
-    def judged(self, actor: ActorState, result: CheckResult) -> None:
+    def works(self, actor: ActorState, group: Group) -> None:
+        """Have a look at what an actor at work sends, now and then."""
+        if self._spot_checks is not None:
+            self._spot_checks.arrived(actor, group)
+
+    def _report(self, actor: ActorState, result: CheckResult) -> None:
+        """Take a verdict, on the thread of the check."""
+        self._locked(partial(self._judged, actor, result))
+
+    def _judged(self, actor: ActorState, result: CheckResult) -> None:
         """Let an actor that has passed its check work, and refuse one that has not."""
         self._num_scored -= 1
         if self._registry.live.get(actor.session) is not actor:
@@ -139,6 +154,7 @@ class Admission:
             self._end(actor, "due")
             return
         actor.check_difference = result.largest_difference
+        actor.note_difference(result.mean_difference, result.largest_difference)
         if result.likely_cause:
             self._not_passed(actor, result)
             return

@@ -20,7 +20,7 @@ Who does what; each part knows of those below it only:
 
     Coordinator     takes messages and ticks; begins and ends
     ├─ Leasing      work for actors, and the groups that come back
-    ├─ Admission    who may join, and the check of those who do: their first lease
+    ├─ Admission    who may join, and the checks: of their first lease, and of some later ones
     ├─ Offers       weights: pushes, pulls, and what actors say they have
     └─ Registry     who is there, what goes out, what is wrong
 """
@@ -34,7 +34,7 @@ from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission, Greeting
 from learner.coordinator.leasing import Leasing
 from learner.coordinator.pace import Pace
-from learner.coordinator.self_check import CheckResult, SelfCheck
+from learner.coordinator.self_check import SelfCheck
 from learner.pacing import Pacing
 from learner.phases import Phases
 from learner.prompts.evaluation import Evaluation
@@ -103,7 +103,7 @@ class Coordinator:
         self._clock = clock
         self._on_pull = on_pull
         self._bad_message_logged_at, self._has_room = float("-inf"), False
-        self.leases = LeaseBook(timeout_s=config.deadlines.lease_timeout_s)
+        self.leases = LeaseBook()
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._registry = Registry(
@@ -118,9 +118,9 @@ class Coordinator:
             self._registry,
             self._offers,
             greeting=greeting,
-            max_actors=config.admission.max_actors,
+            settings=config.admission,
             self_check=self_check,
-            on_result=self._judged,
+            locked=self._with_lock,
         )
         self._pace = Pace(config.training.batch_groups, config.buffer.max_uses)
         self._leasing = Leasing(
@@ -326,10 +326,10 @@ class Coordinator:
         with self._lock:
             self._pace.batch_wanted(self._clock())
 
-    def batch_taken(self) -> None:
+    def batch_taken(self, num_refilled: int) -> None:
         """Note that the trainer has the batch that it asked for."""
         with self._lock:
-            self._pace.batch_taken(self._clock())
+            self._pace.batch_taken(self._clock(), num_refilled)
 
     def make_room(self) -> None:
         """Have intake issue leases, as the trainer took groups from the buffer, say."""
@@ -411,6 +411,18 @@ class Coordinator:
             return self._pace.lead_s(self._clock())
 
     @property
+    def lease_limit_s(self) -> float:
+        """How long a lease that is issued now may last, whatever its actor says."""
+        with self._lock:
+            return self._leasing.limit.limit_s
+
+    @property
+    def progressed_at(self) -> float:
+        """When an actor was last heard to have generated a token, by the clock; 0 if none is."""
+        with self._lock:
+            return max((a.progressed_at for a in self._registry.live.values()), default=0.0)
+
+    @property
     def num_live(self) -> int:
         """The number of live actors."""
         with self._lock:
@@ -438,8 +450,8 @@ class Coordinator:
         self._offers.release(actor)
         return self._leasing.give_back(actor)
 
-    def _judged(self, actor: ActorState, result: CheckResult) -> None:
-        """Pass on a verdict, on the thread of the self-check."""
+    def _with_lock(self, take: Callable[[], None]) -> None:
+        """Have a part ``take`` what a thread of its own found out."""
         with self._lock:
-            self._admission.judged(actor, result)
+            take()
             self._leasing.issue(self._clock())

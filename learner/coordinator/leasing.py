@@ -3,17 +3,19 @@
                      ┌────────────────────────── tried again, or left out ◄──┐
                      ▼                                                       │
     work queue ──► issue ──► lease ─┬─► group ──► journal ──► accept ──► ack │
-                     ▲              ├─► failed, invalid, overdue ────────────┘
+                     ▲              ├─► failed, invalid, too slow ───────────┘
                      └──────────────┴─► lost on the way, or with its actor
 
 The coordinator holds its lock when it calls any method.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission
+from learner.coordinator.deadlines import LeaseLimit
 from learner.coordinator.pace import Pace
 from learner.pacing import Pacing
 from learner.prompts.work_queue import MAX_ATTEMPTS, WorkQueue, group_limits
@@ -56,6 +58,7 @@ class Leasing:
         self._pace = pace
         self._journal = journal
         self._any_group = group_limits(config, vocab_size)
+        self.limit = LeaseLimit(config.deadlines.lease_timeout_s)
         self.training = False
         """Whether training leases are issued."""
         self.trainer_version = 0
@@ -66,16 +69,24 @@ class Leasing:
         """Give work to the actors, the emptiest first, as far as it is allowed."""
         with_room = [actor for actor in self._registry.live.values() if actor.room > 0]
         while with_room:
-            actor = min(with_room, key=lambda a: a.num_leases / (a.num_leases + a.room))
+            actor = self._emptiest(with_room)
             work = self._work_for(actor, now)
             if work is not None:
-                lease = self._leases.issue(work, actor.session, now)
+                lease = self._leases.issue(work, actor.session, now, limit_s=self.limit.limit_s)
                 if work.purpose == "train":
                     self._pace.leased(work.prompt_index, now)
                 actor.num_leases += 1
                 self._registry.send(actor.session, lease)
             if work is None or actor.room == 0:
                 with_room.remove(actor)
+
+    def _emptiest(self, with_room: Sequence[ActorState]) -> ActorState:
+        """Choose who gets the next row: not the one on which it failed, if there is another."""
+        others = [actor for actor in with_room if actor.session != self._work.failed_on]
+        return min(
+            others or with_room,
+            key=lambda actor: actor.num_leases / (actor.num_leases + actor.room),
+        )
 
     def give_back(self, actor: ActorState) -> int:
         """Have all that an actor holds issued again, because it leaves; returns how much it was."""
@@ -93,7 +104,8 @@ class Leasing:
         work = self._work.next_evaluation(actor.version)
         if work is None:
             if self._may_train(actor, now):
-                return self._work.next_training()
+                alone = len(self._registry.live) == 1
+                return self._work.next_training(actor.session, alone=alone)
             self._pace.burst_over()
         return work
 
@@ -136,6 +148,9 @@ class Leasing:
             self._registry.record_phase(actor, "generate", group.generation_seconds)
             self._registry.record_phase(actor, "score", group.reward_seconds)
         self._leases.arrive(lease)
+        if lease.work.purpose == "train":
+            self.limit.arrived(self._registry.clock() - lease.issued_at)
+            self._admission.works(actor, group)
         received = ReceivedGroup(lease, group)
         if lease.work.purpose == "train" and self._journal is not None:
             self._journal.append(received, header, payloads)
@@ -166,7 +181,7 @@ class Leasing:
         self._registry.counters.bad_messages += 1
         self._end(actor, lease, "invalid_group")
         self._ack(actor.session, lease.number, "rejected", cause)
-        self._try_again(lease.work)
+        self._try_again(lease)
         self._count_failure(actor, lease.work, cause)
 
     def _ack(self, session: str, lease: int, verdict: Verdict, cause: str) -> None:
@@ -188,11 +203,13 @@ class Leasing:
         if message.kind == "reward":
             self._reward_failed(actor, lease.work, message.reward, cause)
         self._end(actor, lease, "actor_failed")
-        self._try_again(lease.work)
+        self._try_again(lease)
         self._count_failure(actor, lease.work, cause)
 
     def status(self, actor: ActorState, status: Status) -> None:
         """Note what an actor works on and has room for; a lease that it cannot know of was lost."""
+        if actor.status is not None and status.tokens_generated > actor.status.tokens_generated:
+            actor.progressed_at = self._registry.clock()
         actor.status = status
         # What it overran and does not list is not being worked on any more.
         actor.overrun.intersection_update(status.leases)
@@ -210,18 +227,33 @@ class Leasing:
         self._registry.send(actor.session, pong)
 
     def end_overdue(self, now: float) -> None:
-        """Give up the leases whose deadline has passed."""
-        for lease in self._leases.overdue(now):
-            log.warning("lease %d overran its deadline; issued again", lease.number)
+        """Give up the leases that lead nowhere; see `learner.coordinator.deadlines`."""
+        for lease in self._leases.held:
             holder = self._registry.live[lease.holder]
-            self._end(holder, lease, "deadline")
+            if now >= lease.expires_at:
+                cause, what = "deadline", "is not done after"
+                seconds = lease.expires_at - lease.issued_at
+            elif now - max(lease.issued_at, holder.progressed_at) >= self.limit.timeout_s:
+                cause, what = "no_progress", "got nowhere: no token for"
+                seconds = self.limit.timeout_s
+            else:
+                continue
+            log.warning(
+                "lease %d (%s) %s %g s on actor %d; issued again",
+                lease.number,
+                lease.work.prompt_id,
+                what,
+                seconds,
+                holder.number,
+            )
+            self._end(holder, lease, cause)
             holder.overrun.add(lease.number)
-            self._try_again(lease.work)
+            self._try_again(lease)
 
-    def _try_again(self, work: Work) -> None:
+    def _try_again(self, lease: OutstandingLease) -> None:
         """Lease work again that failed, unless it did so too often."""
-        if not self._work.failed(work):
-            self._pace.gave_up(work.prompt_index)
+        if not self._work.failed(lease.work, lease.holder):
+            self._pace.gave_up(lease.work.prompt_index)
 
     def _end(self, holder: ActorState, lease: OutstandingLease, cause: str) -> None:
         """Close a lease as failed."""

@@ -15,8 +15,10 @@ and each estimate errs to the early side, because a trainer that waits costs mor
            + the longest that the trainer waited for a batch + a tick of intake
     step = the shortest step
 
-of the last `REMEMBERED` each. Where actors are the slower side, what they take and what the trainer
-waits are longer than steps, the lead reaches further than they ever get, and nothing is held back.
+of the last `REMEMBERED` each. Where groups without signal are refilled, a batch takes as many more
+as the one of them that took most. Where actors are the slower side, what they take and what the
+trainer waits are longer than steps, the lead reaches further than they ever get, and nothing is
+held back.
 The limit on staleness (`learner.pacing`) holds besides, and waiting costs no permission: from which
 versions a batch may be sampled depends on its number, not on when it is leased.
 """
@@ -68,6 +70,7 @@ class Pace:
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
         self._waits: deque[float] = deque(maxlen=REMEMBERED)
         self._bursts: deque[float] = deque(maxlen=REMEMBERED)
+        self._refills: deque[int] = deque(maxlen=REMEMBERED)
         self._wanted_at: float | None = None
         """When the trainer asked for the batch that it waits for; None while it trains."""
         self._taken_at: float | None = None
@@ -85,8 +88,9 @@ class Pace:
         if self._taken_at is not None:
             self._steps.append(now - self._taken_at)
 
-    def batch_taken(self, now: float) -> None:
-        """Note that it has one."""
+    def batch_taken(self, now: float, num_refilled: int = 0) -> None:
+        """Note that it has one, for which ``num_refilled`` groups without signal were left out."""
+        self._refills.append(num_refilled)
         # Nothing could be leased early enough for the first one.
         if self._wanted_at is not None and self._taken_at is not None:
             self._waits.append(now - self._wanted_at)
@@ -160,4 +164,5 @@ class Pace:
         batches = batches_within(
             lead_s, until_next_s=until_next_s, step_s=step_s, max_uses=self._max_uses
         )
-        return None if batches is None else batches * self._batch_groups
+        of_one = self._batch_groups + max(self._refills, default=0)
+        return None if batches is None else batches * of_one

@@ -58,10 +58,12 @@ class _Job:
     group: Group
     snapshot: Snapshot
     report: Callable[[CheckResult], None]
+    failed: Callable[[Exception], None]
+    """Takes what made the comparison impossible."""
 
 
 class SelfCheck:
-    """Scores sequences of new actors on a thread of its own: training continues."""
+    """Scores sequences of actors on a thread of its own: training continues."""
 
     def __init__(self, policy: Policy, config: RunConfig, works: Sequence[Work]) -> None:
         """``works`` are what actors are checked with, in turn. Raises `ConfigError`."""
@@ -72,9 +74,10 @@ class SelfCheck:
         except ConfigError as error:
             raise ConfigError(f"the check of new actors: {error}; {WITHOUT}") from error
         self._waiting: deque[_Job] = deque()
+        self._spot_check: _Job | None = None
         self._worker = Worker(
             "self-check",
-            lambda: self._waiting.popleft() if self._waiting else None,
+            self._take,
             self._score,
             drains=True,
             before=self._limit_threads,
@@ -93,7 +96,22 @@ class SelfCheck:
     ) -> None:
         """Compare ``group`` with its version's snapshot; ``report`` is called on the thread."""
         with self._worker.adding():
-            self._waiting.append(_Job(group, snapshot, report))
+            self._waiting.append(_Job(group, snapshot, report, self._impossible))
+
+    def spot_check(
+        self, group: Group, snapshot: Snapshot, report: Callable[[CheckResult | None], None]
+    ) -> None:
+        """Compare likewise once no new actor waits; None is reported if that is not possible.
+
+        One at a time.
+        """
+
+        def failed(error: Exception) -> None:
+            log.warning("an actor at work could not be checked: %s", brief(error))
+            report(None)
+
+        with self._worker.adding():
+            self._spot_check = _Job(group, snapshot, report, failed)
 
     def compare(self, group: Group, snapshot: Snapshot) -> CheckResult:
         """Compare the log-probabilities of the actor with the learner's.
@@ -112,21 +130,31 @@ class SelfCheck:
         )
 
     def close(self) -> None:
-        """Score what waits, and end."""
+        """Score what new actors wait for, and end."""
         self._worker.close()
 
     def _limit_threads(self) -> None:
         if self._config.training.threads:
             torch.set_num_threads(self._config.training.threads)
 
+    def _take(self) -> _Job | None:
+        """New actors first: they wait for it."""
+        if self._waiting:
+            return self._waiting.popleft()
+        job, self._spot_check = self._spot_check, None
+        return None if self._worker.closing else job
+
     def _score(self, job: _Job) -> None:
         try:
             result = self.compare(job.group, job.snapshot)
         except Exception as error:
-            log.exception("check of a new actor")
-            self._fail(TrainingError(f"the check of a new actor failed: {brief(error)}; {WITHOUT}"))
+            job.failed(error)
         else:
             job.report(result)
+
+    def _impossible(self, error: Exception) -> None:
+        log.error("check of a new actor", exc_info=error)
+        self._fail(TrainingError(f"the check of a new actor failed: {brief(error)}; {WITHOUT}"))
 
     def _agreement(self, group: Group, snapshot: Snapshot, temperature: float) -> Agreement | None:
         """Compare at a temperature; None if no token is of the snapshot's version."""

@@ -28,7 +28,8 @@ PACKED = "gdpo_packed"
 """The attention's name among those of transformers."""
 LAYOUT = "packed_layout"
 """The argument of a model's call that takes the `Layout`."""
-_DENSE_TOKENS = 256
+_HALF = (torch.float16, torch.bfloat16)
+_DENSE_TOKENS = 96
 """Trees up to this size are cheaper with a mask than the calls for their segments are."""
 
 
@@ -101,8 +102,8 @@ _Attention = Callable[[Tensor, Tensor, Tensor, Layout, _Form], Tensor]
 def _choose(query: Tensor, value: Tensor, layout: Layout, form: _Form) -> _Attention:
     same_size = query.shape[-1] == value.shape[-1]
     if query.is_cuda:
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        return _varlen if half and same_size and _kernel_can(form) else _by_segments
+        fits = query.dtype in _HALF and same_size and _kernel_can(form)
+        return _varlen if fits else _by_segments
     if max(stop - start for start, stop in layout.trees) <= _DENSE_TOKENS:
         return _dense
     return _cascade if form.is_plain and same_size else _by_segments

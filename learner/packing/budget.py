@@ -11,7 +11,7 @@ from torch import Tensor
 from learner.packing.choice import probe
 from learner.packing.forward import Forward
 
-_LARGEST = {"cpu": 4096}
+_LARGEST = {"cpu": 1024}
 _LARGEST_ON_A_GPU = 65_536
 _SMALLEST = 256
 _SHARE_OF_MEMORY = 0.25

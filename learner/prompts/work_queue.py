@@ -42,9 +42,22 @@ class WorkQueue:
             return None
         return evaluation.waiting.popleft()
 
-    def next_training(self) -> Work:
-        """Return a row to train on; the stream has no end."""
-        return self.retries.popleft() if self.retries else self._stream.next()
+    def next_training(self, session: str, *, alone: bool) -> Work:
+        """Return a row to train on; the stream has no end.
+
+        A row that failed goes to another actor than the one before, unless this one is ``alone``:
+        a single bad one could use up all attempts.
+        """
+        for position, work in enumerate(self.retries):
+            if alone or work.failed_on != session:
+                del self.retries[position]
+                return work
+        return self._stream.next()
+
+    @property
+    def failed_on(self) -> str:
+        """The actor on which the row that is next failed last; empty for a new one."""
+        return self.retries[0].failed_on if self.retries else ""
 
     @property
     def next_prompt_index(self) -> int:
@@ -63,12 +76,12 @@ class WorkQueue:
         elif evaluation := self._evaluation_of(work):
             evaluation.waiting.append(work)
 
-    def failed(self, work: Work) -> bool:
-        """Try a row again that could not be rolled out, or took too long; returns whether it is.
+    def failed(self, work: Work, session: str) -> bool:
+        """Try a row again that an actor could not roll out, or not in time; returns whether it is.
 
         After `MAX_ATTEMPTS` it is left out: the fault may be the actor's or the row's.
         """
-        work = replace(work, attempts=work.attempts + 1)
+        work = replace(work, attempts=work.attempts + 1, failed_on=session)
         if work.attempts < MAX_ATTEMPTS:
             self.again(work)
             return True

@@ -1,12 +1,15 @@
 """The replay buffer: complete groups between intake and trainer.
 
-    add ──► buffered ──► trained          used `max_uses` times, or fewer and then too stale
-                    └──► evicted[cause]   never used: too stale when a batch was cut, or no room
+    add ──► buffered ──► trained          used `max_uses` times, or fewer and then evicted
+                    └──► evicted[cause]   never used: too stale or without signal when it would have
+                                          been in a batch, or no room
 
     invariant:   accepted = trained + evicted + buffered
 
 Raw scores are stored; advantages are computed when a batch is cut. Staleness is measured then
-too, so time in the queue counts: trainer version minus the oldest version in the group.
+too, so time in the queue counts: trainer version minus the oldest version in the group. Whether a
+group has any signal is asked then as well, of those only whose turn it is: it depends on what the
+rewards count, which may change from one step to the next.
 
 With a fixed ``lag`` of L a batch is cut only while the L batches after it are buffered as well, and
 pacing leaves room for no more. So nothing is being generated when a batch is cut, the next one is
@@ -20,14 +23,18 @@ sampled from exactly the version that the step makes, and is trained on L versio
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from learner.config.run import RunConfig
 from learner.state import GroupState
 from protocol.groups import Group
+
+LackSignal = Callable[[Sequence[Group]], Sequence[bool]]
+"""Tells of each group whether there is nothing to learn from it."""
+NO_SIGNAL = "no_signal"
 
 
 @dataclass(slots=True)
@@ -56,6 +63,15 @@ class _Entry:
     uses: int = 0
 
 
+class _Evicted(NamedTuple):
+    """What is remembered of a group until the next batch is cut: not its tokens."""
+
+    prompt_index: int
+    cause: str
+    num_tokens: int
+    used: bool
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
     """A training batch, and what it took to get it: enough to cut the same one again."""
@@ -67,6 +83,11 @@ class TrainingBatch:
     """(prompt_index, cause) of the groups that were evicted since the batch before."""
     finished: tuple[int, ...]
     """Prompt indices of the groups, evicted ones included, that are not in the buffer any more."""
+
+    @property
+    def num_refilled(self) -> int:
+        """Groups without signal whose place others took."""
+        return sum(cause == NO_SIGNAL for _, cause in self.evicted)
 
 
 class ReplayBuffer:
@@ -92,8 +113,8 @@ class ReplayBuffer:
         self._sampling = sampling
         self._lag = lag
         self._entries: list[_Entry] = []
-        self._evicted: list[tuple[_Entry, str]] = []
-        """What was evicted since the last batch was cut, and why."""
+        self._evicted: list[_Evicted] = []
+        """What was evicted since the last batch was cut."""
         self._changed = Condition()
         self._woken = False
         self.in_training = 0
@@ -129,15 +150,15 @@ class ReplayBuffer:
         with self._changed:
             counts = self.counts
             evicted, tokens = Counter(counts.evicted), Counter(counts.evicted_tokens)
-            for entry, cause in self._evicted:
-                if not entry.uses:
-                    evicted[cause] -= 1
-                    tokens[cause] -= entry.group.num_tokens
+            for gone in self._evicted:
+                if not gone.used:
+                    evicted[gone.cause] -= 1
+                    tokens[gone.cause] -= gone.num_tokens
             buffered = [entry.group.num_tokens for entry in self._entries if not entry.uses]
             reusable = [entry.group.num_tokens for entry in self._entries if entry.uses]
-            pending = sum(entry.group.num_tokens for entry, _ in self._evicted)
+            pending = sum(gone.num_tokens for gone in self._evicted)
             return GroupState(
-                trained=counts.trained - sum(1 for entry, _ in self._evicted if entry.uses),
+                trained=counts.trained - sum(gone.used for gone in self._evicted),
                 ended_tokens=counts.accepted_tokens - sum(buffered) - sum(reusable) - pending,
                 buffered=len(buffered),
                 buffered_tokens=sum(buffered),
@@ -185,26 +206,40 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     def take(
-        self, num_groups: int, version: int, timeout_s: float, *, batches_after: int = 0
+        self,
+        num_groups: int,
+        version: int,
+        timeout_s: float,
+        *,
+        batches_after: int = 0,
+        lack_signal: LackSignal | None = None,
     ) -> TrainingBatch | None:
         """Cut a batch of ``num_groups`` for the trainer at ``version``.
 
-        None after ``timeout_s``, or after `wake`. ``batches_after`` is the number of batches that
-        are still to come in the run: at its end fewer than the lag can be held back.
+        None after ``timeout_s``, after `wake`, or when evictions made room for other groups.
+        ``batches_after`` is the number of batches that are still to come in the run: at its end
+        fewer than the lag can be held back.
 
-        Groups that are too stale by now are evicted first. ``fifo`` takes them in the order of the
-        data, so that a slow group is not overtaken while it can still be used; ``freshest`` takes
-        those whose oldest token is youngest.
+        Groups that are too stale by now are evicted first, and of those that would be in the batch
+        the ones that ``lack_signal``. ``fifo`` takes groups in the order of the data, so that a
+        slow one is not overtaken while it can still be used; ``freshest`` takes those whose oldest
+        token is youngest.
         """
         needed = num_groups * (1 + min(self._lag, batches_after))
+        known: dict[_Entry, bool] = {}
+
+        def is_complete() -> bool:
+            self._evict_stale(version)
+            if lack_signal is not None:
+                self._evict_silent(num_groups, lack_signal, known)
+            return len(self._entries) >= needed
+
         with self._changed:
-            self._woken = False
+            self._woken, before = False, len(self._evicted)
             self._changed.wait_for(
-                lambda: self._woken or self._evict_stale(version) >= needed, timeout_s
+                lambda: self._woken or is_complete() or len(self._evicted) > before, timeout_s
             )
-            if self._evict_stale(version) < needed:
-                return None
-            return self._cut(self._choose(num_groups), version)
+            return self._cut(self._choose(num_groups), version) if is_complete() else None
 
     def retake(
         self, prompt_indices: Sequence[int], evicted: Iterable[tuple[int, str]], version: int
@@ -239,7 +274,7 @@ class ReplayBuffer:
                 self.in_training += 1
                 self._remove(entry)
                 self.counts.trained += 1
-        evicted, self._evicted = tuple((e.prompt_index, cause) for e, cause in self._evicted), []
+        evicted, self._evicted = tuple((e.prompt_index, e.cause) for e in self._evicted), []
         used_up = [entry.prompt_index for entry in chosen if entry.uses == self._max_uses]
         return TrainingBatch(
             groups=[entry.group for entry in chosen],
@@ -254,12 +289,33 @@ class ReplayBuffer:
             return by_age[:num_groups]
         return self._entries[:num_groups]
 
-    def _evict_stale(self, version: int) -> int:
-        """Evict what is too stale; returns the number of groups that are left."""
+    @property
+    def num_refilled(self) -> int:
+        """Groups without signal that were evicted since the last batch was cut."""
+        with self._changed:
+            return sum(gone.cause == NO_SIGNAL for gone in self._evicted)
+
+    def _evict_stale(self, version: int) -> None:
+        """Evict what is too stale."""
         oldest_allowed = version - self._max_staleness
         for entry in [e for e in self._entries if e.group.oldest_version < oldest_allowed]:
             self._evict(entry, "stale")
-        return len(self._entries)
+
+    def _evict_silent(
+        self, num_groups: int, lack_signal: LackSignal, known: dict[_Entry, bool]
+    ) -> None:
+        """Evict from the next ``num_groups`` until all of them have a signal, as far as ``known``.
+
+        What is found out about the others is added there.
+        """
+        while chosen := self._choose(num_groups):
+            if new := [entry for entry in chosen if entry not in known]:
+                known |= zip(new, lack_signal([entry.group for entry in new]), strict=True)
+            silent = [entry for entry in chosen if known[entry]]
+            if not silent:
+                return
+            for entry in silent:
+                self._evict(entry, NO_SIGNAL)
 
     def _accept(self, entry: _Entry) -> None:
         self.counts.accepted += 1
@@ -275,7 +331,9 @@ class ReplayBuffer:
 
     def _evict(self, entry: _Entry, cause: str) -> None:
         self._remove(entry)
-        self._evicted.append((entry, cause))
+        self._evicted.append(
+            _Evicted(entry.prompt_index, cause, entry.group.num_tokens, bool(entry.uses))
+        )
         if entry.uses:
             # It was trained on, if fewer times than allowed.
             self.counts.trained += 1

@@ -14,7 +14,7 @@ Every loop has a thread of its own:
 | stream     | weights-stream | pulls        | pulls, versions | intake, pushes   | chunks         |
 | publisher  | publisher      | versions     | actors' answers | intake, clock    | actors in step |
 | checkpoint | checkpoint     | copies       | a copy          | training         | checkpoints    |
-| self-check | self-check     | first groups | a first group   | intake           | verdicts       |
+| self-check | self-check     | some groups  | such a group    | intake           | verdicts       |
 | pages      | http           | requests     | a request       | clients          | pages          |
 | broadcast  | broadcast      | one version  | its members     | members, clock   | sent buckets   |
 | call       | collective     | one call     | its peers       | peers            | its result     |

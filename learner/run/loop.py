@@ -1,17 +1,22 @@
 """The training loop: batches in, versions out, on the main thread."""
 
+import logging
 import time
+from functools import partial
 
-from learner.replay.buffer import TrainingBatch
+from learner.replay.buffer import LackSignal, TrainingBatch
 from learner.run.metrics import StepMetrics
 from learner.run.parts import Parts
 from learner.run.progress import STOP_CHECK_S
 from learner.run.reports import step_report
 from learner.run.saving import checkpoint
 from learner.run.trainer_threads import automatic_threads, busy_cores
+from learner.training.signal import lack_signal
 from learner.training.trainer import StepResult
 from learner.weights.publisher import Publisher
 from protocol.errors import TrainingError
+
+log = logging.getLogger("learner")
 
 
 class TrainingLoop:
@@ -41,7 +46,7 @@ class TrainingLoop:
             parts.coordinator.advance(version)
             if parts.pacing.is_pushed(version):
                 self._publish()
-            self._record(step, started)
+            self._record(step, batch, started)
             if self._threads is not None:
                 holds_up = parts.throughput.rates.bottleneck == "learner"
                 self._threads.follow(speed, busy_cores(parts), holds_up=holds_up)
@@ -70,8 +75,9 @@ class TrainingLoop:
                 parts.heartbeat.beat()
                 batch = self._take()
                 if batch is not None:
-                    parts.coordinator.batch_taken()
+                    parts.coordinator.batch_taken(batch.num_refilled)
                     return batch
+                self._check_refills()
         return None
 
     def _take(self) -> TrainingBatch | None:
@@ -82,10 +88,34 @@ class TrainingLoop:
             parts.trainer.version,
             STOP_CHECK_S,
             batches_after=config.steps - parts.trainer.version - 1,
+            lack_signal=self._lack_signal(),
         )
         # Room in the buffer.
         parts.coordinator.make_room()
         return batch
+
+    def _lack_signal(self) -> LackSignal | None:
+        """What tells the groups that are to be refilled; None where all are trained on.
+
+        A command that comes while a batch is being cut counts in its step, but did not choose its
+        groups.
+        """
+        parts, algorithm = self._parts, self._parts.config.algorithm
+        if algorithm.no_signal == "keep":
+            return None
+        setting = parts.rewards.upcoming(parts.trainer.version + 1)
+        return partial(lack_signal, setting=setting, algorithm=algorithm)
+
+    def _check_refills(self) -> None:
+        """Raise `TrainingError` if a batch costs too many groups without signal."""
+        config, refilled = self._parts.config, self._parts.buffer.num_refilled
+        if refilled > config.algorithm.max_refills * config.training.batch_groups:
+            raise TrainingError(
+                f"step {self._parts.trainer.version + 1}: {refilled} groups without signal, more "
+                f"than algorithm.max_refills = {config.algorithm.max_refills} batches of them: "
+                "look for rewards that do not vary, prompts that are too easy or too hard, or set "
+                'algorithm.no_signal = "keep"'
+            )
 
     def _publish(self) -> None:
         """Give the weights to the publisher; training waits for the copy, not for a push."""
@@ -93,14 +123,21 @@ class TrainingLoop:
         snapshot = self._parts.packed()
         self._publisher.publish(snapshot, time.monotonic() - started)
 
-    def _record(self, step: StepResult, started: float) -> None:
+    def _record(self, step: StepResult, batch: TrainingBatch, started: float) -> None:
         """Record a step that began at ``started``, everywhere."""
         parts, seconds = self._parts, time.monotonic() - started
         parts.progress.training_seconds = time.monotonic() - self._began_at
-        parts.note(step)
+        parts.note(step, batch)
         parts.throughput.sample()
         self._metrics.step(step, seconds)
-        parts.folder.append_step(step_report(parts, step, seconds))
+        parts.folder.append_step(step_report(parts, step, batch, seconds))
+        if batch.num_refilled > len(batch.groups):
+            log.info(
+                "step %d: %d groups without signal were refilled, for %d that have one",
+                step.version,
+                batch.num_refilled,
+                len(batch.groups),
+            )
 
     def _pause(self) -> None:
         """Be as slow as ``training.pause_per_step_s`` asks for."""
@@ -120,16 +157,19 @@ class _Patience:
     def __init__(self, parts: Parts) -> None:
         deadlines = parts.config.deadlines
         self._parts = parts
-        self._limit_s = deadlines.lease_timeout_s + deadlines.wait_for_actors_s
+        self._timeout_s, self._wait_s = deadlines.lease_timeout_s, deadlines.wait_for_actors_s
         self._accepted = parts.buffer.counts.accepted
         self._since = time.monotonic()
 
     def check(self) -> None:
-        """Raise `TrainingError` if the last group came too long ago."""
+        """Raise `TrainingError` if the last group came too long ago, or the last token."""
+        now, coordinator = time.monotonic(), self._parts.coordinator
         if self._parts.buffer.counts.accepted > self._accepted:
-            self._since, self._accepted = time.monotonic(), self._parts.buffer.counts.accepted
-        if time.monotonic() - self._since > self._limit_s:
+            self._since, self._accepted = now, self._parts.buffer.counts.accepted
+        idle_s = now - max(self._since, coordinator.progressed_at)
+        limit_s = coordinator.lease_limit_s + self._wait_s
+        if idle_s > self._timeout_s + self._wait_s or now - self._since > limit_s:
             raise TrainingError(
-                f"no group came in for {self._limit_s:.0f} s, though "
-                f"{self._parts.coordinator.num_live} actors are connected; look into their logs"
+                f"no group came in for {now - self._since:.0f} s, though "
+                f"{coordinator.num_live} actors are connected; look into their logs"
             )

@@ -119,6 +119,7 @@ class StateCollector(Collector):
         """Yield every family, as Prometheus' client asks for it."""
         yield from self._groups()
         yield from self._actors()
+        yield from self._checks()
         yield from self._wire()
         yield from self._weights()
         yield from self._leases()
@@ -178,6 +179,29 @@ class StateCollector(Collector):
             "reward",
             coordinator.counters.reward_failures,
         )
+
+    def _checks(self) -> Iterator[Metric]:
+        """Whether the actors compute what the learner does."""
+        coordinator = self._parts.coordinator
+        yield _counter(
+            "gdpo_spot_checks", "Comparisons of actors at work", coordinator.counters.spot_checks
+        )
+        mean = GaugeMetricFamily(
+            "gdpo_actor_logprob_difference_mean",
+            "Mean difference of log-probabilities, actor to learner, in its newest check, in nats",
+            labels=["actor"],
+        )
+        largest = GaugeMetricFamily(
+            "gdpo_actor_logprob_difference_largest",
+            "Largest difference of log-probabilities in all checks of an actor, in nats",
+            labels=["actor"],
+        )
+        for actor in coordinator.actors():
+            if actor.difference_mean is not None and actor.difference_largest is not None:
+                mean.add_metric([str(actor.number)], actor.difference_mean)
+                largest.add_metric([str(actor.number)], actor.difference_largest)
+        yield mean
+        yield largest
 
     def _wire(self) -> Iterator[Metric]:
         counters, access = self._parts.coordinator.counters, self._connections.access
@@ -248,6 +272,11 @@ class StateCollector(Collector):
         yield issued
         yield ended
         yield outstanding
+        yield _gauge(
+            "gdpo_lease_limit_seconds",
+            "Time after which a lease is given up whatever its actor reports",
+            self._parts.coordinator.lease_limit_s,
+        )
         yield _gauge(
             "gdpo_lease_lead_seconds",
             "Time before a batch is needed at which its prompts are leased; 0 while unknown",

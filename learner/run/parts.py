@@ -24,11 +24,11 @@ from learner.prompts.work_queue import WorkQueue
 from learner.recovery.checkpoints import Checkpoint
 from learner.recovery.history import History
 from learner.recovery.resume import load_trainer
-from learner.replay.buffer import ReplayBuffer
+from learner.replay.buffer import ReplayBuffer, TrainingBatch
 from learner.run.progress import Progress
 from learner.run.throughput import Throughput
 from learner.run_folder import RunFolder
-from learner.training.policy import Policy
+from learner.training.policy import Policy, with_dtype
 from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult, Trainer
 from learner.weights.chunks import ChunkSource
@@ -86,14 +86,15 @@ class Parts(Materials):
         """Copy the weights of the trainer's version out of the model."""
         return _packed(self.trainer, self.policy, self.memory)
 
-    def note(self, step: StepResult) -> None:
+    def note(self, step: StepResult, batch: TrainingBatch) -> None:
         """Count a step, for pages and reports."""
         self.progress.note(step)
-        self.throughput.note(step.version, step.num_tokens)
+        self.throughput.note(step.version, step.num_tokens, len(batch.groups) + batch.num_refilled)
 
 
 def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> Materials:
     """Load model and data, the model as it was at ``checkpoint``; raises `ConfigError`."""
+    config = with_dtype(config)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     data, registry = config.data, CollectorRegistry()
@@ -153,7 +154,7 @@ def assemble(given: Materials) -> Parts:
     return Parts(
         **{field.name: getattr(given, field.name) for field in fields(given)},
         progress=Progress(),
-        throughput=Throughput(coordinator, config.training.batch_groups),
+        throughput=Throughput(coordinator),
         memory=memory,
         snapshots=snapshots,
         weights_stream=weights_stream,

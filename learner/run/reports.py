@@ -1,6 +1,7 @@
 """The records of a run, made of its parts as they are at the moment."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from statistics import fmean
 
@@ -20,7 +21,7 @@ from learner.records import (
     SummaryWeights,
 )
 from learner.registry import ActorState
-from learner.replay.buffer import ReplayBuffer
+from learner.replay.buffer import NO_SIGNAL, ReplayBuffer, TrainingBatch
 from learner.run.connections import Connections
 from learner.run.parts import Parts
 from learner.run.throughput import Throughput
@@ -55,6 +56,7 @@ def status_report(parts: Parts, connections: Connections) -> Status:
         buffer_groups=len(buffer),
         buffer_bytes=buffer.size_bytes,
         batch_groups=config.training.batch_groups,
+        groups_refilled=buffer.counts.evicted[NO_SIGNAL],
         actors_live=live,
         actors_wanted=rates.actors_wanted if free else None,
         actor_idle_share=rates.actor_idle_share,
@@ -84,9 +86,9 @@ def weights_report(parts: Parts, connections: Connections) -> WeightsStatus:
     )
 
 
-def step_report(parts: Parts, step: StepResult, seconds: float) -> Step:
-    """The line of a step that took ``seconds``."""
-    rates, buffer = parts.throughput.rates, parts.buffer
+def step_report(parts: Parts, step: StepResult, batch: TrainingBatch, seconds: float) -> Step:
+    """The line of a step on ``batch`` that took ``seconds``."""
+    rates, buffer, actors = parts.throughput.rates, parts.buffer, parts.coordinator.actors()
     return Step.model_validate(
         {
             "step": step.version,
@@ -97,14 +99,17 @@ def step_report(parts: Parts, step: StepResult, seconds: float) -> Step:
             "completion_tokens_mean": step.mean_tokens,
             "staleness_mean": fmean(step.staleness),
             "staleness_max": max(step.staleness),
+            "groups_refilled": batch.num_refilled,
             "tokens_generated_per_s": rates.tokens_generated_per_s,
             "tokens_trained_per_s": rates.tokens_trained_per_s,
             "actor_idle_share": rates.actor_idle_share,
             "learner_wait_share": rates.learner_wait_share,
             "buffer_groups": len(buffer),
             "buffer_bytes": buffer.size_bytes,
-            "actors_live": parts.coordinator.num_live,
+            "actors_live": len(actors),
             "lag0_logprob_difference": step.lag0_difference,
+            "actor_difference_mean": _largest(actor.difference_mean for actor in actors),
+            "actor_difference_largest": _largest(actor.difference_largest for actor in actors),
             **step.metrics,
         }
     )
@@ -202,6 +207,8 @@ def _actor(actor: ActorState, throughput: Throughput) -> ActorStatus:
         groups=actor.groups,
         check=actor.check,
         check_difference=actor.check_difference,
+        difference_mean=actor.difference_mean,
+        difference_largest=actor.difference_largest,
         idle_share=idle,
         stalled_share=stalled,
         # By the coordinator's clock.
@@ -220,6 +227,10 @@ def _push(report: PushReport) -> PushStatus:
         evicted={str(actor): cause for actor, cause in report.evicted.items()},
         behind=list(report.behind),
     )
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _seconds_left(seconds: float, done: int, total: int) -> float | None:

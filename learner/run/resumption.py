@@ -33,8 +33,8 @@ def resume(parts: Parts, checkpoint: Checkpoint | None) -> None:
         started = time.monotonic()
         step = parts.trainer.step(batch.groups, setting)
         parts.progress.training_seconds += time.monotonic() - started
-        parts.note(step)
-        folder.append_step(step_report(parts, step, time.monotonic() - started))
+        parts.note(step, batch)
+        folder.append_step(step_report(parts, step, batch, time.monotonic() - started))
 
     resumed.replay(parts.buffer, parts.rewards, train_again, history.note_finished)
     resumed.restore_work(parts.prompts, parts.work, parts.coordinator.leases, parts.buffer)

@@ -28,6 +28,7 @@ class _Sample:
     tokens_trained: float
     learner_wait_seconds: float
     steps: int
+    groups_used: int
 
 
 class _Counters(NamedTuple):
@@ -80,11 +81,9 @@ class Throughput:
     def __init__(
         self,
         coordinator: Coordinator,
-        batch_groups: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._coordinator = coordinator
-        self._batch_groups = batch_groups
         self._clock = clock
         self._lock = Lock()
         self._samples: deque[_Sample] = deque()
@@ -97,12 +96,13 @@ class Throughput:
         """Tokens that were generated for the learners before a resume."""
         self._waited = 0.0
         self._waiting_since: float | None = None
-        self.steps = 0
+        self.steps = self._groups_used = 0
         self.rates = Rates()
 
-    def note(self, version: int, num_tokens: int) -> None:
-        """Count a training step."""
+    def note(self, version: int, num_tokens: int, num_groups: int) -> None:
+        """Count a training step, and the groups that it cost, those without signal included."""
         self.tokens_trained += num_tokens
+        self._groups_used += num_groups
         self.steps = version
 
     def restart(self) -> None:
@@ -168,6 +168,7 @@ class Throughput:
             self.tokens_trained,
             self.wait_seconds,
             self.steps,
+            self._groups_used,
         )
         self._samples.append(new)
         # At least some steps, however long they take.
@@ -228,7 +229,7 @@ class Throughput:
         )
         if steps < 1 or groups < 1 or actor_busy <= 0 or busy_seconds <= 0:
             return None
-        demand = steps * self._batch_groups / busy_seconds
+        demand = (new.groups_used - old.groups_used) / busy_seconds
         return math.ceil(demand / (groups / actor_busy))
 
 

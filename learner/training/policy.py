@@ -60,6 +60,7 @@ def load_policy(config: RunConfig, weights: Path | None = None) -> Policy:
 
     ``weights`` is the folder of a checkpoint's model, whose weights take the place of the model's.
     """
+    config = with_dtype(config)
     folder = _folder(config.model.path)
     model = load_model(config, weights or folder)
     _check_lengths(config, model.config)
@@ -78,8 +79,18 @@ def load_policy(config: RunConfig, weights: Path | None = None) -> Policy:
     )
 
 
+def with_dtype(config: RunConfig) -> RunConfig:
+    """The configuration with the type that ``model.dtype = "auto"`` means; raises `ConfigError`."""
+    if config.model.dtype != "auto":
+        return config
+    dtype = _model_config(_folder(config.model.path)).dtype
+    dtype = "float32" if dtype in (None, torch.float32, torch.float64) else "bfloat16"
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
 def load_model(config: RunConfig, folder: Path) -> Any:
     """The model in ``folder``, as ``config.model`` says; raises `ConfigError`."""
+    config = with_dtype(config)
     # Its bars would tear our own display.
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -102,12 +113,7 @@ def check_model(config: RunConfig) -> None:
     path = config.model.path
     if not Path(path).is_dir() and not _names_folder(path):
         return
-    folder = _folder(path)
-    try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise ConfigError(f"the model in {folder}: {brief(error)}") from error
-    _check_lengths(config, model_config)
+    _check_lengths(config, _model_config(_folder(path)))
 
 
 def _names_folder(path: str) -> bool:
@@ -128,6 +134,13 @@ def _folder(path: str) -> Path:
         raise ConfigError(
             f"model.path = {path!r} is no folder, and the hub does not give it: {brief(error)}"
         ) from error
+
+
+def _model_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(f"the model in {folder}: {brief(error)}") from error
 
 
 def _model_files(folder: Path) -> list[Path]:

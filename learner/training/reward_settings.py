@@ -119,6 +119,15 @@ class RewardSchedule:
             self._follow_schedule(step)
             return self._current
 
+    def upcoming(self, step: int) -> RewardSetting:
+        """What `begin` would return for ``step`` now; a command may still change it."""
+        with self._lock:
+            setting = self._current
+            for from_step, name, update in self._schedule:
+                if from_step <= step:
+                    setting = setting.updated(name, update)
+            return setting
+
     def command(self, updates: Any) -> dict[str, Any]:
         """Apply ``{reward: {"weight": ..., "when": ...}}``, all or nothing, from the next step on.
 

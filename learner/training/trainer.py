@@ -3,7 +3,8 @@
 Where it departs from the GDPO paper's synchronous recipe:
 1. The loss corrects for stale tokens (`algorithm.correction`); the paper's is on policy.
 2. The proximal policy is that before the batch's first update: a pass without a gradient gives
-   its log-probabilities, but for the first minibatch, whose own they are.
+   its log-probabilities, but for the first minibatch, whose own they are. Groups whose scores
+   do not differ are computed without a gradient, as theirs is 0.
 3. The KL term is off unless `algorithm.kl_coefficient` is set.
 """
 
@@ -160,7 +161,7 @@ class Trainer:
         """All optimiser steps of one batch."""
         order = torch.randperm(len(batch.groups), generator=self._random)
         minibatches = [
-            _Minibatch(batch, places_p, self._split(batch, places_p))
+            _Minibatch(batch, places_p, self._split(batch, places_p, advantages_PG))
             for places_p in order.tensor_split(self._config.training.minibatches)
         ]
         # Before the first update: after it, the policy is another one.
@@ -186,20 +187,33 @@ class Trainer:
         metrics["grad_norm"] = sum(norms) / len(norms)
         return metrics, difference
 
-    def _split(self, batch: Batch, places_p: Tensor) -> list[Rows]:
-        """The passes of a minibatch."""
-        trees = [batch.trees[place] for place in places_p.tolist()]
-        passes = split(trees, self._way, self._max_tokens, self._work)
-        rows = [self._forward.rows(part, self._device) for part in passes]
+    def _split(self, batch: Batch, places_p: Tensor, advantages_PG: Tensor) -> list["_Pass"]:
+        """The passes of a minibatch: groups that have a gradient, then those that have none."""
+        learns_P = (advantages_PG != 0).any(1) | self._all_learn
+        passes = []
+        for learns in (True, False):
+            trees = [batch.trees[p] for p in places_p.tolist() if learns_P[p] == learns]
+            parts = split(trees, self._way, self._max_tokens, self._work) if trees else []
+            passes += [_Pass(self._forward.rows(part, self._device), learns) for part in parts]
         # A prompt alone teaches nothing.
-        return [each for each in rows if len(each.target_N)]
+        return [each for each in passes if len(each.rows.target_N)]
+
+    @property
+    def _all_learn(self) -> bool:
+        """Whether tokens have a gradient that their advantage has no part in."""
+        algorithm = self._config.algorithm
+        return bool(
+            algorithm.kl_coefficient
+            or algorithm.entropy_coefficient
+            or self._correction.acts_without_advantage
+        )
 
     @torch.no_grad()
     def _proximal(self, minibatch: "_Minibatch") -> list[Tensor] | None:
         """Log-probabilities [N] of each pass under the policy as it is now, if they are needed."""
         if not self._recomputes_proximal:
             return None
-        return [self._forward.logprobs(self._model, rows) for rows in minibatch.passes]
+        return [self._forward.logprobs(self._model, each.rows) for each in minibatch.passes]
 
     @property
     def _recomputes_proximal(self) -> bool:
@@ -217,12 +231,14 @@ class Trainer:
         )
         total = torch.zeros((), device=self._device)
         parts: list[Microbatch] = []
-        for index, rows in enumerate(minibatch.passes):
+        for index, each in enumerate(minibatch.passes):
             proximal_N = None if proximal is None else proximal[index]
-            loss = self._loss(rows, advantages_B, proximal_N, denominator)
-            loss.loss.backward()  # type: ignore[no-untyped-call]
+            with torch.set_grad_enabled(each.learns):
+                loss = self._loss(each.rows, advantages_B, proximal_N, denominator)
+            if each.learns:
+                loss.loss.backward()  # type: ignore[no-untyped-call]
             total += loss.loss.detach()
-            parts.append(Microbatch(loss.record, rows.versions_N))
+            parts.append(Microbatch(loss.record, each.rows.versions_N))
         return parts, total.item()
 
     def _loss(
@@ -289,13 +305,22 @@ class Trainer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """What goes through the model at once."""
+
+    rows: Rows
+    learns: bool
+    """Whether it has a gradient: without a difference in their scores, groups only have metrics."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Minibatch:
     """The groups of one optimiser step."""
 
     batch: Batch
     places_p: Tensor
     """int64: which groups of the batch."""
-    passes: list[Rows]
+    passes: list["_Pass"]
 
     @property
     def lengths_b(self) -> Tensor:

@@ -123,6 +123,10 @@ class Offers:
             self.announce_latest(actor)
         return snapshot
 
+    def kept(self, version: int) -> Snapshot | None:
+        """Return the weights of a version, if the learner still has them."""
+        return self._snapshots.kept(version)
+
     def held_for(self, actor: ActorState) -> Snapshot | None:
         """Return what is kept for an actor's check."""
         return self._held.get(actor.session)

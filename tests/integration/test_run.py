@@ -31,6 +31,7 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
     assert summary["books"]["groups"]["trained"] == 8 * 8
     assert summary["staleness"]["largest"] <= summary["staleness"]["limit"]
     assert summary["lag0_logprob_difference"] < 1e-4
+    assert 0 < steps(system)[-1]["actor_difference_largest"] < 1e-4
     assert summary["weights"]["digest_mismatches"] == 0
     for when in ("before", "after"):
         assert summary["rewards"][when]["prompts"] == 8

@@ -45,6 +45,26 @@ def test_a_reward_function_that_does_not_import(system, function, expected):
     )
 
 
+def test_rewards_without_any_signal_do_not_generate_for_ever(system):
+    (system.folder / "same_for_all.py").write_text(
+        "def reward(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    assert_one_line(
+        system,
+        [
+            "run",
+            str(RECIPE),
+            *QUICK,
+            "algorithm.no_signal=refill",
+            "algorithm.max_refills=2",
+            "rewards.format.function=same_for_all:reward",
+            "rewards.correctness.function=same_for_all:reward",
+        ],
+        "groups without signal, more than algorithm.max_refills = 2 batches of them",
+        'set algorithm.no_signal = "keep"',
+    )
+
+
 def test_a_learner_that_is_not_there(system):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

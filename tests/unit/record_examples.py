@@ -16,6 +16,7 @@ STEP: dict[str, Any] = {
     "completion_tokens_mean": 9.0,
     "staleness_mean": 0.5,
     "staleness_max": 1,
+    "groups_refilled": 2,
     "tokens_generated_per_s": 100.0,
     "tokens_trained_per_s": 50.0,
     "actor_idle_share": 0.0,
@@ -24,6 +25,8 @@ STEP: dict[str, Any] = {
     "buffer_bytes": 1234,
     "actors_live": 1,
     "lag0_logprob_difference": None,
+    "actor_difference_mean": 1e-6,
+    "actor_difference_largest": None,
     "loss": 0.125,
     "ess": 0.5,
 }

@@ -130,7 +130,7 @@ class Learner:
 
     def __init__(self) -> None:
         self.cluster = Cluster(make_config(training={"steps": 10**9}, admission={"max_actors": 8}))
-        self.progress = Throughput(self.cluster.coordinator, 2, self.cluster.clock)
+        self.progress = Throughput(self.cluster.coordinator, self.cluster.clock)
         self.num_accepted = 0
         add = self.cluster.buffer.add
 

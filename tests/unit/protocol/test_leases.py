@@ -16,7 +16,7 @@ PURPOSES = st.sampled_from(["train", "eval"])
 
 
 def make_book() -> LeaseBook:
-    return LeaseBook(timeout_s=10)
+    return LeaseBook()
 
 
 def found(book: LeaseBook, lease: int, holder: str) -> OutstandingLease:
@@ -27,7 +27,7 @@ def found(book: LeaseBook, lease: int, holder: str) -> OutstandingLease:
 
 def test_a_lease_carries_its_work_and_its_deadline():
     book, work = make_book(), make_work("row", "eval")
-    lease = book.issue(work, "a", now=100)
+    lease = book.issue(work, "a", now=100, limit_s=10)
     assert (lease.lease, lease.row, lease.prompt_id) == (1, work.row, "row")
     assert (lease.seed, lease.num_rollouts, lease.temperature) == (1, 2, 1.0)
     assert (lease.max_tokens, lease.purpose, lease.deadline_s) == (8, "eval", 10)
@@ -35,27 +35,26 @@ def test_a_lease_carries_its_work_and_its_deadline():
 
 def test_lease_numbers_are_never_used_twice():
     book = make_book()
-    first = book.issue(make_work(), "a", now=0).lease
+    first = book.issue(make_work(), "a", now=0, limit_s=10).lease
     book.fail(found(book, first, "a"), "actor_lost")
-    assert book.issue(make_work(), "a", now=0).lease == first + 1
+    assert book.issue(make_work(), "a", now=0, limit_s=10).lease == first + 1
 
 
 def test_only_the_holder_finds_its_lease():
     book = make_book()
-    lease = book.issue(make_work(), "a", now=0).lease
+    lease = book.issue(make_work(), "a", now=0, limit_s=10).lease
     assert found(book, lease, "a").holder == "a"
     assert book.find(lease, "b") is None
     assert [held.number for held in book.held_by("a")] == [lease]
     assert book.held_by("b") == []
 
 
-def test_a_lease_is_overdue_from_its_deadline_on():
+def test_a_lease_knows_when_it_was_issued_and_when_it_ends():
     book = make_book()
-    early = book.issue(make_work(), "a", now=0).lease
-    late = book.issue(make_work(), "a", now=1).lease
-    assert list(book.overdue(9.9)) == []
-    assert [held.number for held in book.overdue(10)] == [early]
-    assert [held.number for held in book.overdue(11)] == [early, late]
+    first = book.issue(make_work(), "a", now=5, limit_s=10).lease
+    second = book.issue(make_work(), "b", now=7, limit_s=20).lease
+    times = [(held.number, held.issued_at, held.expires_at) for held in book.held]
+    assert times == [(first, 5, 15), (second, 7, 27)]
 
 
 def receive(book: LeaseBook, lease: int, holder: str) -> None:
@@ -66,10 +65,10 @@ def receive(book: LeaseBook, lease: int, holder: str) -> None:
 
 def test_a_group_that_is_being_stored_is_neither_held_nor_received():
     book = make_book()
-    held = found(book, book.issue(make_work(), "a", now=0).lease, "a")
+    held = found(book, book.issue(make_work(), "a", now=0, limit_s=10).lease, "a")
     book.arrive(held)
     assert book.find(held.number, "a") is None
-    assert book.held_by("a") == list(book.overdue(1000)) == []
+    assert book.held_by("a") == book.held == []
     # It will be answered when it is stored.
     assert book.why_not(held.number) is None
     assert (book.counts["train"].outstanding, book.counts["train"].received) == (1, 0)
@@ -86,7 +85,9 @@ def test_books_go_on_after_the_loss_of_a_learner():
 
 def test_why_not_tells_the_four_cases_apart():
     book = make_book()
-    received, failed, held = (book.issue(make_work(), "a", now=0).lease for _ in range(3))
+    received, failed, held = (
+        book.issue(make_work(), "a", now=0, limit_s=10).lease for _ in range(3)
+    )
     receive(book, received, "a")
     book.fail(found(book, failed, "a"), "deadline")
     assert book.why_not(received) == ("duplicate", f"lease {received} is settled")
@@ -100,7 +101,7 @@ def test_why_not_tells_the_four_cases_apart():
 @pytest.mark.parametrize("second", ["arrive", "fail"])
 def test_a_settled_lease_cannot_be_settled_again(first, second):
     book = make_book()
-    held = found(book, book.issue(make_work(), "a", now=0).lease, "a")
+    held = found(book, book.issue(make_work(), "a", now=0, limit_s=10).lease, "a")
     settle = {"arrive": book.arrive, "fail": lambda held: book.fail(held, "again")}
     settle[first](held)
     before = repr(book.counts)
@@ -113,16 +114,12 @@ def test_failures_are_remembered_in_bounded_memory(monkeypatch):
     monkeypatch.setattr(leases, "_REMEMBERED_FAILURES", 3)
     book = make_book()
     for _ in range(5):
-        book.fail(found(book, book.issue(make_work(), "a", now=0).lease, "a"), "deadline")
+        book.fail(
+            found(book, book.issue(make_work(), "a", now=0, limit_s=10).lease, "a"), "deadline"
+        )
     reasons = [book.why_not(lease) for lease in range(1, 6)]
     verdicts = [reason[0] for reason in reasons if reason is not None]
     assert verdicts == ["duplicate"] * 2 + ["rejected"] * 3
-
-
-def test_a_timeout_that_is_not_positive_is_refused():
-    for timeout_s in (0, -1):
-        with pytest.raises(ValueError, match="must be positive"):
-            LeaseBook(timeout_s=timeout_s)
 
 
 class AnyInterleaving(RuleBasedStateMachine):
@@ -140,7 +137,7 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     @rule(actor=ACTORS, purpose=PURPOSES)
     def issue(self, actor, purpose):
-        lease = self.book.issue(make_work("row", purpose), actor, self.now).lease
+        lease = self.book.issue(make_work("row", purpose), actor, self.now, limit_s=10).lease
         assert lease not in self.holders
         self.holders[lease], self.purposes[lease] = actor, purpose
 
@@ -180,8 +177,9 @@ class AnyInterleaving(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 15))
     def time_passes(self, seconds):
         self.now += seconds
-        for held in self.book.overdue(self.now):
-            self.end_as_failed(held, "deadline")
+        for held in self.book.held:
+            if held.expires_at <= self.now:
+                self.end_as_failed(held, "deadline")
 
     def end_as_failed(self, held, cause):
         self.book.fail(held, cause)

@@ -276,6 +276,11 @@ def test_an_invalid_value_is_refused_in_one_line(tmp_path, override, problem):
     assert problem in refusal(tmp_path, override)
 
 
+def test_settings_that_contradict_each_other_are_refused(tmp_path):
+    problem = refusal(tmp_path, "buffer.lag=1", "algorithm.no_signal=refill")
+    assert 'algorithm.no_signal = "refill" does not go with buffer.lag' in problem
+
+
 @pytest.mark.parametrize("missing", ["model", "data", "rewards"])
 def test_a_missing_table_is_named(tmp_path, missing):
     start = {"model": "[model]", "data": "[data]", "rewards": "[[rewards]]"}[missing]

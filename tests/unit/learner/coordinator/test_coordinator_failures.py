@@ -174,7 +174,7 @@ def test_a_lease_that_overruns_its_deadline_is_issued_again_under_a_new_number()
     again = cluster.heard("a", Lease) + cluster.heard("b", Lease)
     assert {lease.prompt_id for lease in again} == {*overdue.values()}
     assert not {lease.lease for lease in again} & overdue.keys()
-    assert cluster.coordinator.leases.counts["train"].failed == {"deadline": 2}
+    assert cluster.coordinator.leases.counts["train"].failed == {"no_progress": 2}
     for lease in overdue:
         assert cluster.finish("a", lease).verdict == "rejected"
 

@@ -119,7 +119,7 @@ def test_a_lease_that_is_being_stored_does_not_overrun_its_deadline(cluster, jou
     cluster.clock.advance(61)
     cluster.status("a")
     cluster.coordinator.tick()
-    assert cluster.coordinator.leases.counts["train"].failed == {"deadline": 3}
+    assert cluster.coordinator.leases.counts["train"].failed == {"no_progress": 3}
     journal.store(cluster)
     assert accepted(lease) in cluster.heard("a", Ack)
 

@@ -191,6 +191,8 @@ class Run:
     max_uses: int = 1
     push_every: int = 1
     just_in_time: bool = True
+    silent: float = 0.0
+    """Share of groups without signal, which are refilled."""
     seed: int = 0
     staleness: list[float] = field(default_factory=list)
     """Mean of each batch."""
@@ -256,8 +258,13 @@ class Run:
     def roll_out(self, session: str, lease: int) -> None:
         version = self.versions[session]
 
+        silent = self.silent and self.random.random() < self.silent
+        scores = [[0.0, 0.0]] * 2 if silent else None
+
         def send() -> None:
-            self.cluster.say(session, *self.cluster.group_message(lease, version=version))
+            self.cluster.say(
+                session, *self.cluster.group_message(lease, version=version, scores=scores)
+            )
 
         self.after(self.group_s * self.random.lognormvariate(0, self.spread), send)
 
@@ -270,12 +277,17 @@ class Run:
         if self.waiting_since is None:
             return
         version = self.cluster.version
-        batch = self.cluster.buffer.take(self.batch_groups, version, timeout_s=0)
+        batch = self.cluster.buffer.take(
+            self.batch_groups,
+            version,
+            timeout_s=0,
+            lack_signal=lambda groups: [not group.scores.any() for group in groups],
+        )
         self.cluster.coordinator.make_room()
         if batch is None:
             return
         if self.just_in_time:
-            self.cluster.coordinator.batch_taken()
+            self.cluster.coordinator.batch_taken(batch.num_refilled)
         if self.staleness:
             self.waited_s += self.now - self.waiting_since
         self.waiting_since = None
@@ -331,6 +343,17 @@ def test_an_actor_bound_run_is_not_slowed_down():
     assert after.seconds <= before.seconds * 1.02
 
 
+def test_groups_without_signal_are_leased_for_beforehand():
+    """Half of them are refilled: a trainer that waited for each would mostly wait."""
+    run = Run(step_s=2.0, group_s=0.4, silent=0.5).finish()
+    counts = run.cluster.buffer.counts
+    assert counts.evicted["no_signal"] > 0.3 * counts.accepted
+    assert counts.trained == 40 * 8
+    assert counts.balanced
+    assert run.settled < 2
+    assert run.waited_s < 0.05 * run.seconds
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     facts=st.fixed_dictionaries(
@@ -343,6 +366,7 @@ def test_an_actor_bound_run_is_not_slowed_down():
             "push_s": st.floats(0, 2),
             "max_staleness": st.integers(1, 6),
             "max_uses": st.integers(1, 2),
+            "silent": st.sampled_from([0.0, 0.3]),
             "seed": st.integers(0, 2**32),
         }
     ),

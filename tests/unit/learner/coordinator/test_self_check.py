@@ -16,7 +16,7 @@ import torch
 from learner.config.file import load_config
 from learner.config.run import RunConfig
 from learner.coordinator.self_check import CheckResult, SelfCheck
-from learner.training.policy import Policy, load_policy
+from learner.training.policy import Policy, load_policy, with_dtype
 from learner.weights.offers import MAX_SNAPSHOTS_HELD
 from learner.weights.snapshots import STILL_PULLED_S, Snapshot
 from protocol.errors import TrainingError
@@ -33,7 +33,7 @@ FAILED = CheckResult(8, 0.5, 2.0, "the moon")
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
     recipe = Path(__file__).parents[4] / "examples" / "tool_calling_tiny.toml"
-    return load_config(recipe, ["sampling.temperature=0.7"])
+    return with_dtype(load_config(recipe, ["sampling.temperature=0.7"]))
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,9 @@ class FakeCheck:
     def submit(self, group, snapshot, report) -> None:
         self.submitted.append((group, snapshot))
         self._reports.append(report)
+
+    def spot_check(self, group, snapshot, report) -> None:
+        self.submit(group, snapshot, report)
 
     def judge(self, result: CheckResult) -> None:
         self._reports.pop(0)(result)

@@ -1,8 +1,13 @@
 """Trees of tokens of any shape, for properties of what packs them."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
+from learner.packing.layout import Layout
+from learner.packing.rows import packed_row
 from learner.packing.trees import Segment, TokenTree
 
 VOCAB = 97
@@ -37,12 +42,21 @@ def trees(draw, max_segments: int = 7, max_length: int = 9) -> TokenTree:
     return TokenTree(tuple(segments))
 
 
+def layout_of(forest: Sequence[TokenTree]) -> Layout:
+    """The layout of trees in one packed row."""
+    layout = packed_row(forest, torch.device("cpu")).layout
+    assert layout is not None
+    return layout
+
+
 def contexts(tree: TokenTree) -> list[tuple[tuple[int, ...], int, int, float, int]]:
     """Every trained token: those before it, itself, its sequence, log-probability and version."""
     result = []
     for index, segment in enumerate(tree.segments):
         if segment.sampled is None:
             continue
+        assert segment.logprobs is not None
+        assert segment.versions is not None
         before: list[int] = []
         above = segment.parent
         while above >= 0:

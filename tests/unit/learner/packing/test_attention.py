@@ -1,5 +1,6 @@
 """Every kernel of packed attention against a mask over the whole row."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,12 +9,16 @@ from torch import nn
 
 from learner.packing import attention
 from learner.packing.attention import packed_attention
-from learner.packing.rows import packed_row
-from tests.unit.learner.packing.random_trees import trees
+from learner.packing.trees import Segment, TokenTree
+from tests.unit.learner.packing.random_trees import layout_of, trees
 from tests.unit.learner.packing.test_rows import seen_by
 
-CPU = torch.device("cpu")
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
+
+
+def group() -> TokenTree:
+    tokens = np.arange(40, dtype=np.int32)
+    return TokenTree((Segment(-1, tokens), Segment(0, tokens), Segment(0, tokens[:7])))
 
 
 def reference(query, key, value, layout, *, window, softcap, sinks):
@@ -47,7 +52,7 @@ def reference(query, key, value, layout, *, window, softcap, sinks):
 def test_outputs_and_gradients_are_those_of_a_mask(
     dense_tokens, forest, window, softcap, with_sinks, seed
 ):
-    layout = packed_row(forest, CPU).layout
+    layout = layout_of(forest)
     torch.manual_seed(seed)
     leaves = [
         torch.randn(1, heads, layout.size, SIZE, requires_grad=True)
@@ -57,16 +62,19 @@ def test_outputs_and_gradients_are_those_of_a_mask(
     weight = torch.randn(1, layout.size, HEADS, SIZE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_DENSE_TOKENS", dense_tokens)
+        query, key, value = leaves
         out, _ = packed_attention(
             nn.Module(),
-            *leaves,
+            query,
+            key,
+            value,
             None,
             sliding_window=window,
             softcap=softcap,
             s_aux=sinks,
             packed_layout=layout,
         )
-    wanted = reference(*leaves, layout, window=window, softcap=softcap, sinks=sinks)
+    wanted = reference(query, key, value, layout, window=window, softcap=softcap, sinks=sinks)
     inputs = leaves if sinks is None else [*leaves, sinks]
     grads = torch.autograd.grad((out * weight).sum(), inputs)
     wanted_grads = torch.autograd.grad((wanted * weight).sum(), inputs)
@@ -77,18 +85,18 @@ def test_outputs_and_gradients_are_those_of_a_mask(
 
 def test_half_precision_stays_near(monkeypatch):
     monkeypatch.setattr(attention, "_DENSE_TOKENS", 0)
-    layout = packed_row([trees_of_a_group()], CPU).layout
+    layout = layout_of([group()])
     torch.manual_seed(0)
-    parts = [torch.randn(1, h, layout.size, SIZE) for h in (HEADS, KEY_HEADS, KEY_HEADS)]
-    exact, _ = packed_attention(nn.Module(), *parts, None, packed_layout=layout)
-    half = [part.bfloat16() for part in parts]
-    rounded, _ = packed_attention(nn.Module(), *half, None, packed_layout=layout)
+    q, k, v = (torch.randn(1, h, layout.size, SIZE) for h in (HEADS, KEY_HEADS, KEY_HEADS))
+    exact, _ = packed_attention(nn.Module(), q, k, v, None, packed_layout=layout)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    rounded, _ = packed_attention(nn.Module(), q, k, v, None, packed_layout=layout)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.05
 
 
 def test_what_it_would_leave_out_is_refused():
-    layout = packed_row([trees_of_a_group()], CPU).layout
+    layout = layout_of([group()])
     part = torch.randn(1, 1, layout.size, SIZE)
     with pytest.raises(NotImplementedError, match="does not hand on"):
         packed_attention(nn.Module(), part, part, part, None)
@@ -96,10 +104,3 @@ def test_what_it_would_leave_out_is_refused():
         packed_attention(
             nn.Module(), part, part, part, None, packed_layout=layout, position_bias=part
         )
-
-
-def trees_of_a_group():
-    from learner.packing.trees import Segment, TokenTree
-
-    tokens = torch.arange(40, dtype=torch.int32).numpy()
-    return TokenTree((Segment(-1, tokens), Segment(0, tokens), Segment(0, tokens[:7])))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from learner.packing.layout import Layout
 from learner.packing.rows import packed_row, padded_rows
-from tests.unit.learner.packing.random_trees import contexts, trees
+from tests.unit.learner.packing.random_trees import contexts, layout_of, trees
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def seen_by(layout: Layout, place: int) -> list[int]:
     return [i for start, stop in ranges for i in range(start, stop) if i <= place]
 
 
-def trained(rows, context_of) -> Counter:
+def trained(rows, context_of):
     return Counter(
         (context_of(source), target, sequence, behaviour, version)
         for source, target, sequence, behaviour, version in zip(
@@ -37,13 +37,16 @@ def trained(rows, context_of) -> Counter:
 @given(st.lists(trees(), min_size=1, max_size=3))
 def test_a_packed_row_has_each_token_in_its_context(forest):
     rows = packed_row(forest, CPU)
+    layout, positions_RL = rows.layout, rows.positions_RL
+    assert layout is not None
+    assert positions_RL is not None
     tokens = rows.tokens_RL[0].tolist()
     assert len(tokens) == sum(tree.num_tokens for tree in forest)
 
     def context(source: int) -> tuple[int, ...]:
-        places = seen_by(rows.layout, source)
+        places = seen_by(layout, source)
         # Positions are those in the sequence.
-        assert rows.positions_RL[0, places].tolist() == list(range(len(places)))
+        assert positions_RL[0, places].tolist() == list(range(len(places)))
         return tuple(tokens[place] for place in places)
 
     expected = Counter(each for tree in forest for each in contexts(tree))
@@ -65,8 +68,7 @@ def test_padded_rows_have_each_token_in_its_context(forest):
 
 @given(st.lists(trees(), min_size=1, max_size=3))
 def test_dense_and_varlen_say_the_same_as_the_paths(forest):
-    layout = packed_row(forest, CPU).layout
-    assert layout is not None
+    layout = layout_of(forest)
     seen = {place: seen_by(layout, place) for place in range(layout.size)}
     dense, varlen = layout.dense(CPU), layout.varlen(CPU)
     flat = dense.index_RM.flatten()

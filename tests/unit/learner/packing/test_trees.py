@@ -15,7 +15,7 @@ from tests.unit.learner.packing.random_trees import contexts, trees
 PADDED = Way(packed=False, fused_head=True)
 
 
-def all_contexts(parts) -> Counter:
+def all_contexts(parts):
     return Counter(context for tree in parts for context in contexts(tree))
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +35,7 @@ from learner.run_folder import RunFolder
 from learner.state import RunState
 from learner.training.policy import Policy
 from learner.training.reward_settings import RewardSchedule, RewardSetting
+from learner.training.signal import lack_signal
 from protocol.config import RewardConfig
 from protocol.errors import ConfigError, TrainingError
 from protocol.messages import Ack, Failed, Lease
@@ -130,7 +132,11 @@ class Life:
     def arrive(self, session: str, number: int) -> None:
         if lease := self._lease(session, number):
             version = max(0, self.cluster.version - number % 3)
-            self.cluster.say(session, *self.cluster.group_message(lease, version=version))
+            # Of the fourth kind no reward varies; of the others the second never does.
+            scores = [[1.0, 1.0]] * 2 if number == 4 else None
+            self.cluster.say(
+                session, *self.cluster.group_message(lease, version=version, scores=scores)
+            )
             self._hear()
 
     def fail(self, session: str, number: int) -> None:
@@ -153,9 +159,17 @@ class Life:
         config = self.run.config.training
         if self.batch is not None or self.cluster.version >= config.steps:
             return
-        self.batch = self.buffer.take(config.batch_groups, self.cluster.version, timeout_s=0)
+        step, algorithm = self.cluster.version + 1, self.run.config.algorithm
+        lack = partial(lack_signal, setting=self.rewards.upcoming(step), algorithm=algorithm)
+        refills = algorithm.no_signal == "refill"
+        self.batch = self.buffer.take(
+            config.batch_groups,
+            self.cluster.version,
+            timeout_s=0,
+            lack_signal=lack if refills else None,
+        )
         if self.batch is not None:
-            step = self.cluster.version + 1
+            assert not (refills and any(lack(self.batch.groups)))
             self.history.begin(step, self.batch)
             setting = self.rewards.begin(step)
             self.run.begun.append((step, self.batch.prompt_indices, setting.as_json()))
@@ -342,10 +356,17 @@ HISTORIES = st.lists(
 SCHEDULE = [{"from_step": step, "weight": step / 10} for step in (2, 3, 5, 8)]
 
 
-def run_config(*, durability: str = "journal", max_uses: int = 1, **training: Any) -> RunConfig:
+def run_config(
+    *,
+    durability: str = "journal",
+    max_uses: int = 1,
+    no_signal: str = "keep",
+    **training: Any,
+) -> RunConfig:
     config = make_config(
         training={"steps": 30, "max_staleness": 2, **training},
         buffer={"durability": durability, "max_uses": max_uses},
+        algorithm={"no_signal": no_signal},
     )
     rewards = [
         RewardConfig.model_validate(
@@ -394,6 +415,20 @@ def test_guarantees_1_2_3_and_7_hold_wherever_a_learner_with_a_journal_is_killed
         life = live(run, events)
         event(f"{min(len(run.begun) // 3 * 3, 12)} steps or more")
         event(f"{'some' if life.buffer.counts.evicted else 'none'} evicted")
+
+
+@pytest.mark.timeout(180)
+@settings(max_examples=60, deadline=None)
+@example(
+    events=[("arrive", "a", 4), *batches(2), ("kill", "a", 0), *batches(1), *CHECKPOINT],
+    max_uses=1,
+)
+@given(events=HISTORIES, max_uses=st.integers(1, 3))
+def test_a_run_that_refills_groups_without_signal_has_one_history_too(events, max_uses):
+    with tempfile.TemporaryDirectory() as name:
+        run = Run(Path(name), run_config(max_uses=max_uses, no_signal="refill"))
+        life = live(run, events)
+        event(f"{'some' if life.buffer.counts.evicted['no_signal'] else 'none'} refilled")
 
 
 @pytest.mark.timeout(120)

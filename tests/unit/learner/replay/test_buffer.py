@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from threading import Timer
 
 import pytest
@@ -109,6 +110,50 @@ def test_with_a_lag_the_batches_behind_are_waited_for():
 
 
 # ---- Evicting ----------------------------------------------------------------------------------
+
+
+def even(groups: Sequence[Group]) -> list[bool]:
+    """Groups of even leases have no signal."""
+    return [group.lease % 2 == 0 for group in groups]
+
+
+def test_groups_without_signal_are_left_out_and_counted():
+    buffer = filled((1, 0), (2, 0), (3, 0), (5, 0))
+    batch = buffer.take(2, version=0, timeout_s=0, lack_signal=even)
+    assert batch is not None
+    assert leases(batch) == [1, 3]
+    assert batch.num_refilled == 1
+    assert batch.evicted == ((2, "no_signal"),)
+    assert set(batch.finished) == {1, 2, 3}
+    assert buffer.counts.evicted == {"no_signal": 1}
+    assert buffer.counts.evicted_tokens == {"no_signal": 5}
+    assert buffer.counts.balanced
+
+
+def test_only_groups_whose_turn_it_is_are_asked_for_a_signal():
+    buffer = filled((1, 0), (3, 0), (4, 0), (5, 0))
+    assert leases(buffer.take(2, version=0, timeout_s=0, lack_signal=even)) == [1, 3]
+    # In the next step other rewards may count.
+    assert leases(buffer.take(2, version=0, timeout_s=0, lack_signal=None)) == [4, 5]
+
+
+def test_room_that_is_made_in_the_wait_is_told_at_once():
+    buffer = filled((1, 0), (2, 0))
+    assert buffer.take(2, version=0, timeout_s=60, lack_signal=even) is None
+    assert (len(buffer), buffer.num_refilled) == (1, 1)
+    add(buffer, make_group(3))
+    batch = buffer.take(2, version=0, timeout_s=60, lack_signal=even)
+    assert batch is not None
+    assert leases(batch) == [1, 3]
+    assert (batch.num_refilled, buffer.num_refilled) == (1, 0)
+
+
+def test_what_was_left_out_for_a_batch_to_come_is_not_in_the_state_of_the_last_one():
+    buffer = filled((1, 0), (2, 0))
+    assert buffer.take(2, version=0, timeout_s=0, lack_signal=even) is None
+    assert buffer.counts.evicted == {"no_signal": 1}
+    state = buffer.state()
+    assert (state.evicted, state.evicted_tokens, state.ended_tokens) == ({}, {}, 0)
 
 
 def test_groups_that_became_too_stale_in_the_queue_are_evicted_and_counted():

@@ -40,7 +40,7 @@ class Writer:
 
     def append(self, prompt_index: int, group: Group | None = None) -> Group:
         group = group or make_group(prompt_index + 100)
-        held = OutstandingLease(group.lease, make_work(), "a", 0.0)
+        held = OutstandingLease(group.lease, make_work(), "a", 0.0, 0.0)
         object.__setattr__(held.work, "prompt_index", prompt_index)
         header, payloads = pack_group(group)
         # As it comes from the network.

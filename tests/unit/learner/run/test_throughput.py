@@ -13,7 +13,7 @@ from tests.unit.factories import Cluster, make_status
 def make_progress() -> tuple[Cluster, Throughput]:
     cluster = Cluster()
     cluster.join("a")
-    progress = Throughput(cluster.coordinator, batch_groups=2, clock=cluster.clock)
+    progress = Throughput(cluster.coordinator, clock=cluster.clock)
     progress.sample()
     return cluster, progress
 
@@ -23,7 +23,7 @@ def test_rates_are_differences_over_the_time_between_samples():
     cluster.clock.advance(4)
     with progress.waiting():
         cluster.clock.advance(1)
-    progress.tokens_trained, progress.steps = 100, 2
+    progress.note(2, 100, 4)
     cluster.status(
         "a", tokens_generated=250, groups_generated=4, idle_seconds=1.0, uptime_seconds=5.0
     )

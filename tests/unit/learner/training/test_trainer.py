@@ -278,3 +278,47 @@ def test_the_learning_rate_warms_up_and_falls():
     # 1/3, 2/3, then 4/4, 3/4, 2/4, 1/4
     assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
     assert lr_factor(5, warmup=2, total=6, schedule="constant") == 1.0
+
+
+def without_signal(groups: list[Group], number: int) -> list[Group]:
+    for group in groups[:number]:
+        group.scores[:] = 1.0
+    return groups
+
+
+@pytest.mark.parametrize("correction", gdpo.CORRECTIONS)
+def test_groups_without_signal_need_no_gradient(config, correction, monkeypatch):
+    """The step is the same if they are computed with theirs, which is 0 or a penalty's."""
+    changed = with_algorithm(config, correction=correction)
+    weights, metrics = [], []
+    for all_learn in (False, True):
+        if all_learn:
+            monkeypatch.setattr(Trainer, "_all_learn", True)
+        policy = load_policy(changed)
+        result = train(Trainer(policy, changed), without_signal(make_groups(changed), 3))
+        metrics.append(result.metrics)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-5)
+    assert (weights[1] - weights[0]).abs().mean() < 1e-2 * config.optimizer.lr
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "passes"),
+    [({}, 3), ({"kl_coefficient": 0.1}, 6), ({"entropy_coefficient": 0.1}, 6)],
+)
+def test_only_what_has_a_gradient_is_computed_with_one(config, algorithm, passes, monkeypatch):
+    changed = with_algorithm(config, **algorithm)
+    learning = []
+    loss = Trainer._loss
+
+    def counted(self, rows, *arguments):
+        learning.extend([torch.is_grad_enabled()] * len(set(rows.sequence_N.tolist())))
+        return loss(self, rows, *arguments)
+
+    monkeypatch.setattr(Trainer, "_loss", counted)
+    train(
+        Trainer(load_policy(changed), changed),
+        without_signal(make_groups(changed), NUM_PROMPTS - 3),
+    )
+    assert learning.count(True) == passes * NUM_ROLLOUTS
+    assert len(learning) == NUM_PROMPTS * NUM_ROLLOUTS

@@ -9,8 +9,9 @@ Bfloat16 has 8 significant bits: an update that is smaller than about a 500th of
 rounded away, which at a learning rate of 1e-6 are nearly all of them. A master adds them up.
 
 Masters begin anywhere in what rounds to the model's weight, at random. If they began at the weight
-itself, the model would not change before an update reaches the edge, hundreds of steps later; so,
-some are near it from the start, and the model follows its masters on average from the first step.
+itself, the model would not change before the updates add up to half a step of bfloat16, at small
+learning rates hundreds of them. So, some are near the edge from the start, and the model follows
+its masters on average from the first step.
 
 Memory for each parameter of a bfloat16 model: 2 bytes of it, 4 of its master, 4 of the master's
 gradient. Of the gradient in bfloat16 there is never more than what the backward pass works on.

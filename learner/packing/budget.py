@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.packing.choice import probe
 from learner.packing.forward import Forward
+from learner.packing.probe import probe
 
 _LARGEST = {"cpu": 1024}
 _LARGEST_ON_A_GPU = 65_536

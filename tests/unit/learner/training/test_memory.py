@@ -10,8 +10,8 @@ from learner.config.training import TrainingConfig
 from learner.packing import budget
 from learner.packing.budget import bytes_per_token
 from learner.packing.choice import choose
-from learner.packing.probe import probe
 from learner.packing.forward import Forward
+from learner.packing.probe import probe
 from learner.training.masters import Masters
 from learner.training.memory import prepare_layers, prepared
 from protocol.errors import ConfigError

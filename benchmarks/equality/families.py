@@ -160,7 +160,7 @@ FAMILIES = (
 def make_family(family: Family, seed: int = 0) -> Any:
     """Return a model of a family in float32, the same every time."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.kind, **_SHAPE | family.settings)
+    config = AutoConfig.for_model(family.kind, **_SHAPE | dict(family.settings))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -109,7 +109,8 @@ def sequence(model: Any, prompt: Any, completion: Any) -> Tensor:
     """Log-probabilities of a completion's tokens by the model itself."""
     ids = torch.from_numpy(np.concatenate([prompt, completion])).long()
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return (logits.float() / TEMPERATURE).log_softmax(-1).gather(-1, ids[len(prompt) :, None])[:, 0]
+    logprobs: Tensor = (logits.float() / TEMPERATURE).log_softmax(-1)
+    return logprobs.gather(-1, ids[len(prompt) :, None])[:, 0]
 
 
 def padded(rows: list[Tensor]) -> Tensor:

@@ -1,179 +1,129 @@
-"""Kernels of attention over a packed row, behind transformers' own interface.
+"""The learner's own attention with one kernel or another, and flex attention beside it.
 
-Shapes: N tokens, H heads, K heads of keys and values, D numbers each.
+Shapes: N tokens, H heads of D numbers each, fewer heads of keys and values.
 """
 
-import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.gpu.report import Skip
-from benchmarks.gpu.rows import Row
+from learner.packing import kernels
+from learner.packing.attention import PACKED, packed_attention, register
+from learner.packing.layout import Layout
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Row, float], Tensor]
-"""q [N, H, D], k and v [N, K, D], the row and the scale to [N, H, D]."""
-
-
-def varlen(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
-    """Torch's own flash attention."""
-    attend: Any = import_module("torch.nn.attention.varlen").varlen_attn
-    known = inspect.signature(attend).parameters
-    # How it is told the mask, and that keys have fewer heads, changed between torch 2.10 and 2.13.
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {}
-    if not options:
-        options = {"is_causal": True}
-    if "scale" in known:
-        options["scale"] = scale
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    else:
-        k, v = repeated(k, q), repeated(v, q)
-    index, (queries, keys), (longest_q, longest_k) = row.key_index, row.offsets, longest(row)
-    return attend(q, k[index], v[index], queries, keys, longest_q, longest_k, **options)  # type: ignore[no-any-return]
+FLEX = "flex"
+NAMES = {"varlen": "torch varlen_attn", "flash2": "flash-attn 2", "flash4": "flash-attn 4"}
+"""The kernels of the learner, as they are called there."""
+LOOP = "sdpa"
+"""One segment after the other, as the learner does without a kernel."""
+Attend = Callable[..., tuple[Tensor, None]]
+_KERNELS = dict(kernels.KERNELS)
 
 
-def flash2(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
-    """The package flash-attn."""
-    attend: Any = import_module("flash_attn").flash_attn_varlen_func
-    index, (queries, keys), (longest_q, longest_k) = row.key_index, row.offsets, longest(row)
-    return attend(  # type: ignore[no-any-return]
-        *(q, k[index], v[index], queries, keys, longest_q, longest_k),
-        softmax_scale=scale,
-        causal=True,
-    )
+def use(name: str) -> tuple[str, Attend]:
+    """Leave the learner this kernel alone; returns transformers' name for it, and the function.
 
-
-def flash4(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
-    """The package flash-attn-4."""
-    attend: Any = import_module("flash_attn.cute").flash_attn_varlen_func
-    index, (queries, keys), (longest_q, longest_k) = row.key_index, row.offsets, longest(row)
-    known = inspect.signature(attend).parameters
-    sizes = {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
-    result = attend(
-        q,
-        k[index],
-        v[index],
-        cu_seqlens_q=queries,
-        cu_seqlens_k=keys,
-        **{name: size for name, size in sizes.items() if name in known},
-        softmax_scale=scale,
-        causal=True,
-    )
-    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
-    """A loop over segments."""
-    lower_right = import_module("torch.nn.attention.bias").causal_lower_right
-    k, v = repeated(k, q), repeated(v, q)
-    parts = []
-    for index, (start, stop, parent) in enumerate(row.segments):
-        ranges = row.keys(index)
-        query = q[start:stop].transpose(0, 1)[None]
-        key, value = (torch.cat([x[a:b] for a, b in ranges]).transpose(0, 1)[None] for x in (k, v))
-        mask = lower_right(query.shape[2], key.shape[2]) if parent >= 0 else None
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
-        )
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
+    Raises ImportError for one that is not installed.
+    """
+    if name == FLEX:
+        AttentionInterface.register(f"packed_{FLEX}", flex)
+        AttentionMaskInterface.register(f"packed_{FLEX}", lambda *_, **__: None)
+        return f"packed_{FLEX}", flex
+    kernels.KERNELS.clear()
+    if name != LOOP:
+        _KERNELS[NAMES[name]]()
+        kernels.KERNELS[name] = _KERNELS[NAMES[name]]
+    kernels.best_kernel.cache_clear()
+    register()
+    return PACKED, packed_attention
 
 
 _compiled: dict[str, Any] = {}
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
+def flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed_layout: Layout,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """A compiled kernel with a mask of blocks."""
-    module: Any = import_module("torch.nn.attention.flex_attention")
+    flex_attention: Any = import_module("torch.nn.attention.flex_attention")
     if not _compiled:
-        _compiled["attend"] = torch.compile(module.flex_attention, dynamic=False)
-    if _compiled.get("row") is not row:
-        own, parent = row.owners
+        _compiled["attend"] = torch.compile(flex_attention.flex_attention, dynamic=False)
+    if _compiled.get("layout") is not packed_layout:
+        own_N, sees_SS = owners(packed_layout, query.device)
 
         def sees(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return ((own[i] == own[j]) & (i >= j)) | (parent[i] == own[j])
+            return sees_SS[own_N[i], own_N[j]] & (i >= j)
 
-        size = len(own)
-        _compiled["mask"] = module.create_block_mask(sees, None, None, size, size, own.device)
-        _compiled["row"] = row
-    query, key, value = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
+        size = packed_layout.size
+        _compiled["mask"] = flex_attention.create_block_mask(
+            sees, None, None, size, size, query.device
+        )
+        _compiled["layout"] = packed_layout
     out = _compiled["attend"](
-        query, key, value, block_mask=_compiled["mask"], scale=scale, enable_gqa=True
+        *(x.contiguous() for x in (query, key, value)),
+        block_mask=_compiled["mask"],
+        scale=scaling,
+        enable_gqa=True,
     )
-    return out[0].transpose(0, 1)  # type: ignore[no-any-return]
+    return out.transpose(1, 2), None
 
 
-KERNELS: dict[str, Kernel] = {
-    "varlen": varlen,
-    "flash2": flash2,
-    "flash4": flash4,
-    "sdpa": sdpa,
-    "flex": flex,
-}
+def owners(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the segment [N] of every token, and [S, S] whether the first sees the second."""
+    lengths = torch.tensor(layout.stops) - torch.tensor(layout.starts)
+    sees_SS = torch.eye(len(lengths), dtype=torch.bool)
+    for segment, parent in enumerate(layout.parents):
+        if parent >= 0:
+            sees_SS[segment] |= sees_SS[parent]
+    own_N = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return own_N.to(device), sees_SS.to(device)
 
 
-def repeated(x: Tensor, q: Tensor) -> Tensor:
-    """Give every query head a head of keys of its own."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """The same [1, N, H, D] from the full mask, for short rows."""
+    own_N, sees_SS = owners(layout, query.device)
+    mask_NN = sees_SS[own_N[:, None], own_N[None]].tril()
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask_NN, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
 
 
-def longest(row: Row) -> tuple[int, int]:
-    """Return the largest numbers of queries and of keys of a segment."""
-    queries, keys = row.lengths
-    return max(queries), max(keys)
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float) -> Tensor:
-    """The same from the full mask, for short rows."""
-    query, key, value = (x.transpose(0, 1)[None] for x in (q, repeated(k, q), repeated(v, q)))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=row.mask(), scale=scale)
-    return out[0].transpose(0, 1)
-
-
-def register(name: str) -> str:
-    """Make a kernel known to transformers; returns what it is called there."""
-    kernel, known = KERNELS[name], f"packed_{name}"
-
-    def attend(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float,
-        row: Row,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return kernel(q, k, v, row, scaling)[None], None
-
-    AttentionInterface.register(known, attend)
-    AttentionMaskInterface.register(known, lambda *_, **__: None)
-    return known
-
-
-def check(name: str, row: Row, device: torch.device, dtype: torch.dtype) -> float:
+def check(name: str, layout: Layout, device: torch.device, dtype: torch.dtype) -> float:
     """Return the largest difference to the reference, of output and gradients; raises `Skip`."""
     torch.manual_seed(0)
-    size = len(row.tokens_N)
+    _, attend = use(name)
+    if name in NAMES and device.type == "cpu":
+        raise Skip(f"{name} does not work on a cpu")
 
     def made(heads: int) -> Tensor:
-        return torch.randn(size, heads, 64, device=device, dtype=dtype).requires_grad_()
+        return torch.randn(1, heads, layout.size, 64, device=device, dtype=dtype).requires_grad_()
 
-    q, k, v = inputs = (made(4), made(2), made(2))
-    weights = torch.randn(size, 4, 64, device=device, dtype=dtype)
+    inputs = (made(4), made(2), made(2))
+    weights = torch.randn(1, layout.size, 4, 64, device=device, dtype=dtype)
     found = []
-    for kernel in (KERNELS[name], reference):
+    for plain in (False, True):
         try:
-            out = kernel(q, k, v, row, 0.125)
+            if plain:
+                out = reference(*inputs, layout, 0.125)
+            else:
+                out, _ = attend(nn.Module(), *inputs, None, scaling=0.125, packed_layout=layout)
             gradients = torch.autograd.grad((out * weights).sum(), inputs)
         except NotImplementedError as error:
             raise Skip(f"{name} does not work on a {device.type}") from error
         found.append([out, *gradients])
-    return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(*found, strict=True))

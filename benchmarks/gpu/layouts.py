@@ -1,42 +1,43 @@
 """The same groups with prompts shared, packed one by one, and padded: time, memory, equality."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.attention import check
+from benchmarks.gpu.attention import LOOP, check
 from benchmarks.gpu.model import PADDED, TINY_VOCABULARY, VOCABULARY, Learner, place
 from benchmarks.gpu.report import Report, Skip
-from benchmarks.gpu.rows import Group, make_groups, plain_row, shared_row
+from benchmarks.gpu.rows import make_trees
 from benchmarks.gpu.timing import measure
+from learner.packing.rows import Rows, packed_row
+from learner.packing.trees import TokenTree
 
 SHAPES = ((512, 200, 4, 6), (256, 1000, 8, 1), (64, 2000, 16, 1))
 """Tokens of a prompt, mean tokens of a completion, rollouts, and groups."""
 TINY = ((8, 6, 3, 2),)
 
-Logprobs = Callable[[], Tensor]
-
 
 def report(row: Report, _: str, dry: bool) -> None:
     """Time forward and backward of the 0.5B shape in each layout."""
-    device, _dtype = place(dry)
     kernel = best_kernel(dry)
     packed, padded = Learner("0.5B", kernel, dry=dry), Learner("0.5B", PADDED, dry=dry)
     for prompt, mean, rollouts, count in TINY if dry else SHAPES:
         lengths = [(prompt, spread(mean, rollouts, group)) for group in range(count)]
-        groups = make_groups(lengths, TINY_VOCABULARY if dry else VOCABULARY, device)
+        trees = make_trees(lengths, TINY_VOCABULARY if dry else VOCABULARY)
         name = f"{count} x ({prompt}, {mean}, {rollouts}), {kernel}"
-        compare(row, name, groups, packed, padded)
+        compare(row, name, trees, packed, padded)
 
 
 def best_kernel(dry: bool) -> str:
     """Return torch's own, where it works, else the loop."""
     device, dtype = place(dry)
+    layout = packed_row(make_trees([(4, [3, 2])], 100), device).layout
+    assert layout is not None
     try:
-        check("varlen", shared_row(make_groups([(4, [3, 2])], 100, device)), device, dtype)
-    except (Skip, ModuleNotFoundError):
-        return "sdpa"
+        check("varlen", layout, device, dtype)
+    except (Skip, ImportError):
+        return LOOP
     return "varlen"
 
 
@@ -48,21 +49,21 @@ def spread(mean: int, count: int, seed: int) -> list[int]:
 
 
 def compare(
-    report: Report, name: str, groups: Sequence[Group], packed: Learner, padded: Learner
+    report: Report, name: str, trees: Sequence[TokenTree], packed: Learner, padded: Learner
 ) -> None:
     """Report a row for each layout; differences are to the first one's log-probabilities."""
-    shared, plain, batch = shared_row(groups), plain_row(groups), Padded(groups)
-    runs: dict[str, tuple[int, Learner, Logprobs]] = {
-        "shared": (len(shared.tokens_N), packed, lambda: packed.logprobs(shared)),
-        "packed": (len(plain.tokens_N), packed, lambda: packed.logprobs(plain)),
-        "padded": (batch.tokens.numel(), padded, lambda: batch.logprobs(padded)),
+    chains = [chain for tree in trees for chain in tree.chains()]
+    runs: dict[str, tuple[Learner, Rows]] = {
+        "shared": (packed, packed.rows(trees)),
+        "packed": (packed, packed.rows(chains)),
+        "padded": (padded, padded.rows(chains)),
     }
     expected: Tensor | None = None
-    for layout, (tokens, learner, logprobs) in runs.items():
+    for layout, (learner, rows) in runs.items():
         try:
             with torch.no_grad():
-                found = logprobs()
-            seconds, memory = forward_and_backward(learner, logprobs)
+                found = learner.logprobs(rows)
+            seconds, memory = forward_and_backward(learner, rows)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             report(f"{name}, {layout}", memory="does not suffice")
@@ -70,41 +71,18 @@ def compare(
         expected = found if expected is None else expected
         report(
             f"{name}, {layout}",
-            tokens=f"{tokens:,}",
+            tokens=f"{rows.tokens_RL.numel():,}",
             s=f"{seconds:.3f}",
             memory=f"{memory:.1f} GiB",
             difference=f"{(found - expected).abs().max().item():.1e}",
         )
 
 
-def forward_and_backward(learner: Learner, logprobs: Logprobs) -> tuple[float, float]:
+def forward_and_backward(learner: Learner, rows: Rows) -> tuple[float, float]:
     """Return seconds and GiB."""
 
     def run() -> None:
-        logprobs().mean().backward()  # type: ignore[no-untyped-call]
-        learner.model.zero_grad(set_to_none=True)
+        learner.logprobs(rows).mean().backward()  # type: ignore[no-untyped-call]
+        learner.forget()
 
     return measure(run, warm_up=1, repeats=3)
-
-
-class Padded:
-    """A row for each sequence, padded on the right, where causal attention does not look."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        pairs = [(group.prompt, c) for group in groups for c in group.completions]
-        device = pairs[0][0].device
-        width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-        self.tokens = torch.zeros(len(pairs), width, dtype=torch.long, device=device)
-        sources = []
-        for index, (prompt, completion) in enumerate(pairs):
-            stop = len(prompt) + len(completion)
-            self.tokens[index, :stop] = torch.cat([prompt, completion])
-            first = index * width + len(prompt) - 1
-            sources.append(torch.arange(first, first + len(completion), device=device))
-        self._sources = torch.cat(sources)
-        self._targets = torch.cat([completion for _, completion in pairs])
-
-    def logprobs(self, learner: Learner) -> Tensor:
-        """In the order of the packed rows."""
-        hidden = learner.model.model(input_ids=self.tokens, use_cache=False).last_hidden_state
-        return learner.head(hidden.flatten(0, 1)[self._sources], self._targets)

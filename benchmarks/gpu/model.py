@@ -1,17 +1,19 @@
-"""Models of random weights in the shapes of Qwen2.5, and one optimiser step of them.
+"""Models of random weights in the shapes of Qwen2.5, and one optimiser step of them."""
 
-Shapes: T tokens that are predicted.
-"""
-
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.gpu.attention import register
-from benchmarks.gpu.rows import Row
+from benchmarks.gpu.attention import use
+from learner.config.training import OptimizerConfig
+from learner.packing.forward import Forward, Way
+from learner.packing.rows import Rows
+from learner.packing.trees import TokenTree
+from learner.training.memory import prepare_layers
+from learner.training.optimizers import PolicyOptimizer
 
 VOCABULARY = 151_936
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,8 +40,6 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 TINY_VOCABULARY = 100
-HEAD_ROWS = 1024
-"""Predicted tokens of which there are logits at the same time."""
 PADDED = "padded"
 """Attention as transformers does it, for padded rows."""
 PEAK_TFLOPS = (
@@ -62,75 +62,66 @@ def place(dry: bool) -> tuple[torch.device, torch.dtype]:
 
 
 class Learner:
-    """A model in bfloat16, with master weights in float32 and AdamW."""
+    """A model in bfloat16, computed and updated by the learner's own parts."""
 
     def __init__(self, shape: str, attention: str, *, dry: bool) -> None:
         device, dtype = place(dry)
-        config = Qwen2Config(
+        self.config = Qwen2Config(
             **(TINY if dry else SHAPES[shape]),
             vocab_size=TINY_VOCABULARY if dry else VOCABULARY,
             max_position_embeddings=32_768,
             tie_word_embeddings=True,
         )
-        config._attn_implementation = "sdpa" if attention == PADDED else register(attention)
+        packed = attention != PADDED
+        self.config._attn_implementation = use(attention)[0] if packed else "sdpa"
         torch.manual_seed(0)
         with device:
-            model: Any = Qwen2ForCausalLM(config)
-        self.model = model.to(dtype)
-        self.model.train()
-        self.config = config
-        self._parameters = list(self.model.parameters())
-        self._masters = [p.detach().float().clone() for p in self._parameters]
-        self._optimizer = torch.optim.AdamW(self._masters, lr=1e-6, fused=not dry)
+            model: Any = Qwen2ForCausalLM(self.config)
+        self.model = model.to(dtype).eval()
+        self._device = device
+        self._forward = Forward(Way(packed=packed, fused_head=True), temperature=1.0)
+        self._optimizer = PolicyOptimizer(self.model, OptimizerConfig(lr=1e-6))
 
     def recompute(self) -> None:
         """Keep no activations from here on but those between layers."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        prepare_layers(self.model, checkpointed=True, compiled=False)
 
-    def logprobs(self, row: Row) -> Tensor:
-        """[T] of a packed row."""
-        hidden = self.model.model(
-            input_ids=row.tokens_N[None],
-            position_ids=row.positions_N[None],
-            use_cache=False,
-            row=row,
-        ).last_hidden_state[0]
-        return self.head(hidden[row.source_T], row.target_T)
+    def rows(self, trees: Sequence[TokenTree]) -> Rows:
+        """Lay out trees as the input of one pass."""
+        return self._forward.rows(trees, self._device)
 
-    def head(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[T], without the logits of more than `HEAD_ROWS` tokens at a time."""
-        weight = self.model.lm_head.weight
-        chunks = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        return torch.cat(
-            [checkpoint(_logprobs, h, weight, t, use_reentrant=False) for h, t in chunks]
-        )
+    def logprobs(self, rows: Rows) -> Tensor:
+        """Log-probabilities [N] of what is sampled."""
+        return self._forward.logprobs(self.model, rows)
 
     def update(self) -> None:
         """Take an optimiser step with the gradients that are there, and forget them."""
-        for master, parameter in zip(self._masters, self._parameters, strict=True):
-            assert parameter.grad is not None
-            master.grad = parameter.grad.float()
-            parameter.grad = None
+        self._optimizer.clip()
         self._optimizer.step()
-        for master, parameter in zip(self._masters, self._parameters, strict=True):
-            parameter.data.copy_(master)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.forget()
 
-    def flops(self, row: Row) -> float:
+    def forget(self) -> None:
+        """Release the gradients."""
+        self._optimizer.zero_grad()
+
+    def flops(self, trees: Sequence[TokenTree]) -> float:
         """Of forward and backward: 6 for a weight and a token, 12 for a pair, a head and a number.
 
         What is computed twice counts once.
         """
         config: Any = self.config
         weights = sum(p.numel() for p in self.model.model.layers.parameters())
-        attention = config.num_hidden_layers * config.hidden_size * row.num_pairs
-        head = config.hidden_size * config.vocab_size * len(row.target_T)
-        return float(6 * weights * len(row.tokens_N) + 12 * attention + 6 * head)
-
-
-def _logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        tokens = sum(tree.num_tokens for tree in trees)
+        pairs = sum(tree.num_pairs for tree in trees)
+        sampled = sum(
+            int(segment.sampled.sum())
+            for tree in trees
+            for segment in tree.segments
+            if segment.sampled is not None
+        )
+        attention = config.num_hidden_layers * config.hidden_size * pairs
+        head = config.hidden_size * config.vocab_size * sampled
+        return float(6 * weights * tokens + 12 * attention + 6 * head)
 
 
 def peak_tflops() -> float | None:

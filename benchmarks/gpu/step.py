@@ -1,14 +1,17 @@
 """Forward, backward and optimiser of a packed row, by one kernel of attention."""
 
 import gc
+from collections.abc import Sequence
 
 import torch
 
 from benchmarks.gpu.attention import check
 from benchmarks.gpu.model import TINY_VOCABULARY, VOCABULARY, Learner, peak_tflops, place
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.rows import Row, make_groups, shared_row
+from benchmarks.gpu.rows import make_trees
 from benchmarks.gpu.timing import measure
+from learner.packing.rows import packed_row
+from learner.packing.trees import TokenTree
 
 PROMPT, COMPLETION, ROLLOUTS = 512, 192, 8
 """A group of 2,048 tokens."""
@@ -19,29 +22,30 @@ TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-4}
 def report(row: Report, kernel: str, dry: bool) -> None:
     """Compare the kernel with a plain one, then time a step of each case."""
     device, dtype = place(dry)
-    short = shared_row(make_groups([(40, [30, 7, 64]), (5, [9, 1])], 100, device))
+    short = packed_row(make_trees([(40, [30, 7, 64]), (5, [9, 1])], 100), device).layout
+    assert short is not None
     difference = check(kernel, short, device, dtype)
     right = difference < TOLERANCE[dtype]
     row("against plain attention", difference=f"{difference:.1e}", right=right)
     if not right:
         raise RuntimeError(f"{kernel} differs by {difference:.1e}")
     for shape, tokens in CASES[: 1 if dry else None]:
-        case(row, kernel, shape, packed(tokens, device, dry), dry)
+        case(row, kernel, shape, packed(tokens, dry), dry)
 
 
-def packed(tokens: int, device: torch.device, dry: bool) -> Row:
+def packed(tokens: int, dry: bool) -> list[TokenTree]:
     if dry:
-        return shared_row(make_groups([(8, [4, 4])], TINY_VOCABULARY, device))
+        return make_trees([(8, [4, 4])], TINY_VOCABULARY)
     lengths = [(PROMPT, [COMPLETION] * ROLLOUTS)] * (tokens // (PROMPT + COMPLETION * ROLLOUTS))
-    return shared_row(make_groups(lengths, VOCABULARY, device))
+    return make_trees(lengths, VOCABULARY)
 
 
-def case(report: Report, kernel: str, shape: str, row: Row, dry: bool) -> None:
+def case(report: Report, kernel: str, shape: str, trees: Sequence[TokenTree], dry: bool) -> None:
     """Time it; where memory does not suffice, once more with activations computed twice."""
-    name = f"{shape}, {len(row.tokens_N):,} tokens"
+    name = f"{shape}, {sum(tree.num_tokens for tree in trees):,} tokens"
     for recompute in (False, True):
         try:
-            time_step(report, name, kernel, shape, row, recompute, dry)
+            time_step(report, name, kernel, shape, trees, recompute, dry)
             return
         except torch.cuda.OutOfMemoryError:
             report(f"{name}{', recomputed' * recompute}", memory="does not suffice")
@@ -50,23 +54,30 @@ def case(report: Report, kernel: str, shape: str, row: Row, dry: bool) -> None:
 
 
 def time_step(
-    report: Report, name: str, kernel: str, shape: str, row: Row, recompute: bool, dry: bool
+    report: Report,
+    name: str,
+    kernel: str,
+    shape: str,
+    trees: Sequence[TokenTree],
+    recompute: bool,
+    dry: bool,
 ) -> None:
     learner = Learner(shape, kernel, dry=dry)
     if recompute:
         learner.recompute()
+    rows = learner.rows(trees)
 
     def step() -> None:
-        learner.logprobs(row).mean().backward()  # type: ignore[no-untyped-call]
+        learner.logprobs(rows).mean().backward()  # type: ignore[no-untyped-call]
         learner.update()
 
     seconds, memory = measure(step, warm_up=2, repeats=3)
-    tflops = learner.flops(row) / seconds / 1e12
+    tflops = learner.flops(trees) / seconds / 1e12
     peak = peak_tflops()
     report(
         f"{name}{', recomputed' * recompute}",
         s=f"{seconds:.3f}",
-        tokens_per_s=f"{len(row.tokens_N) / seconds:,.0f}",
+        tokens_per_s=f"{rows.tokens_RL.numel() / seconds:,.0f}",
         TFLOPs=f"{tflops:.0f}",
         MFU=f"{tflops / peak:.0%}" if peak else "-",
         memory=f"{memory:.1f} GiB",

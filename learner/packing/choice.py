@@ -32,6 +32,8 @@ SHARE = 0.1
 """In other types, the share of the mean difference that the wrong order of the tokens makes."""
 _WINDOW_PROBE = 1024
 """Windows up to this size are tried with sequences beyond them."""
+# Llama 4 and DeepSeek-V4 cut the row itself into chunks, which are longer than the probe.
+_CHUNKS_OF_ROWS = ("attention_chunk_size", "compress_rates")
 # Their positions depend on the longest sequence of a pass.
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
@@ -53,7 +55,7 @@ def choose(model: Any, longest: int) -> Way:
     way, attention, reason = _first_equal(model, truth, longest, own)
     model.set_attn_implementation(attention)
     fused = replace(way, fused_head=True)
-    if _equal(truth, partial(_compute, model, fused, longest), model, longest):
+    if _is_equal(truth, fused, model, longest):
         way = fused
     else:
         log.warning("logits of whole rows are made: %s", _unlike(model, "head"))
@@ -71,8 +73,11 @@ def _first_equal(model: Any, truth: torch.Tensor, longest: int, own: str) -> tup
     reason = "its positions depend on the longest sequence of a pass"
     candidates = [(PLAIN, own), (PLAIN, _EXACT)]
     if not _rope_depends_on_length(model, longest):
-        candidates = [(packed, PACKED), (padded, own), (padded, _EXACT), *candidates]
+        candidates = [(padded, own), (padded, _EXACT), *candidates]
         reason = _unlike(model, "attention")
+        config = model.config.get_text_config()
+        if not any(getattr(config, name, None) for name in _CHUNKS_OF_ROWS):
+            candidates = [(packed, PACKED), *candidates]
     for way, attention in candidates:
         try:
             _set(model, attention)
@@ -104,6 +109,15 @@ def _equal(
         return bool(differences.max() <= LIMIT)
     wrong = _truth(model, longest, reverse=True)
     return bool(differences.mean() <= SHARE * (truth - wrong).abs().mean())
+
+
+def _is_equal(truth: torch.Tensor, way: Way, model: Any, longest: int) -> bool:
+    """Whether a way works, and gives these log-probabilities."""
+    try:
+        return _equal(truth, partial(_compute, model, way, longest), model, longest)
+    except Exception as error:  # Whatever a family's own code makes of it.
+        log.debug("%s", brief(error))
+        return False
 
 
 def _truth(model: Any, longest: int, *, reverse: bool = False) -> torch.Tensor:

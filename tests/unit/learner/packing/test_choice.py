@@ -98,6 +98,19 @@ def test_a_head_that_does_more_than_it_says_makes_its_own_logits(caplog):
     assert "head" in caplog.text
 
 
+def test_a_model_that_chunks_rows_and_gives_no_hidden_states_is_left_alone(caplog):
+    model = make_model(
+        "llama4_text",
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=48,
+        head_dim=8,
+    )
+    assert choose(model, 100) == Way(packed=False, fused_head=False)
+    assert "padded" in caplog.text
+    assert "head" in caplog.text
+
+
 def test_damaged_weights_are_an_error_of_one_line():
     model = make_model("qwen2")
     with torch.no_grad():

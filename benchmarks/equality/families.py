@@ -129,16 +129,6 @@ FAMILIES = (
         packed=False,
     ),
     Family(
-        "Llama, dynamic RoPE",
-        "llama",
-        {
-            "max_position_embeddings": 32,
-            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-        },
-        packed=False,
-        one_by_one=True,
-    ),
-    Family(
         "Phi-3, longrope",
         "phi3",
         {
@@ -160,7 +150,7 @@ FAMILIES = (
 def make_family(family: Family, seed: int = 0) -> Any:
     """Return a model of a family in float32, the same every time."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.kind, **_SHAPE | dict(family.settings))
+    config = AutoConfig.for_model(family.kind, **{**_SHAPE, **family.settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

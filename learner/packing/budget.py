@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.packing.choice import probe
 from learner.packing.forward import Forward
+from learner.packing.probe import probe
 
 _LARGEST = {"cpu": 1024}
 _LARGEST_ON_A_GPU = 65_536
@@ -21,16 +21,20 @@ _BACKWARD = 1.25
 """What the backward pass takes beside what the forward pass kept."""
 
 
-def token_budget(model: Any, forward: Forward, longest: int) -> int:
+def token_budget(
+    model: Any, forward: Forward, longest: int, *, recomputed_bytes: float = 0.0
+) -> int:
     """Tokens of a pass: a power of two, so that it is the same in every run on a machine.
 
     One pass over a few tokens shows what a token keeps; the share of the memory that this may take
-    is divided by it. On GPUs, gradients and optimiser are left room for. A sequence alone may be
-    longer.
+    is divided by it, and by what the backward pass computes again for a token at once,
+    ``recomputed_bytes``. On GPUs, gradients and optimiser are left room for. A sequence alone may
+    be longer.
     """
     device = next(model.parameters()).device
     limit = _LARGEST.get(device.type, _LARGEST_ON_A_GPU)
-    tokens = _memory(model, device) / (_BACKWARD * bytes_per_token(model, forward, longest))
+    per_token = bytes_per_token(model, forward, longest) + recomputed_bytes
+    tokens = _memory(model, device) / (_BACKWARD * per_token)
     return int(max(_SMALLEST, min(limit, 2 ** math.floor(math.log2(max(tokens, 1))))))
 
 

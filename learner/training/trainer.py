@@ -19,13 +19,12 @@ from torch import Tensor
 
 import gdpo
 from learner.config.run import RunConfig
-from learner.packing.budget import token_budget
 from learner.packing.choice import choose
 from learner.packing.forward import Forward
 from learner.packing.rows import Rows
 from learner.packing.split import Work, split
 from learner.training.batch import Batch
-from learner.training.memory import prepare_layers
+from learner.training.memory import prepared
 from learner.training.microbatches import Microbatch, lag0_difference, step_metrics, whole_ess
 from learner.training.optimizers import PolicyOptimizer
 from learner.training.policy import Policy
@@ -73,20 +72,13 @@ class Trainer:
         self._model = policy.model
         self._config = config
         self._device = next(self._model.parameters()).device
-        self._optimizer = PolicyOptimizer(self._model, config.optimizer)
+        self._optimizer = PolicyOptimizer(self._model, config.optimizer, seed=config.seed)
         self._random = torch.Generator().manual_seed(config.seed)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
         self._way = choose(self._model, longest)
-        prepare_layers(
-            self._model,
-            checkpointed=config.training.activation_checkpointing,
-            compiled=config.training.compile,
-        )
         self._forward = Forward(self._way, config.sampling.temperature, on_progress)
+        self._max_tokens = prepared(self._model, self._forward, longest, config.training)
         self._work = Work.of(self._model)
-        self._max_tokens = config.training.microbatch_tokens or token_budget(
-            self._model, self._forward, longest
-        )
         self._correction = config.algorithm.make_correction()
         self.batch_std: float | None = None
         """Scale of the batches before, which were weighed by ``batch_std_setting``."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from learner.packing.budget import bytes_per_token
-from learner.packing.choice import choose, probe
+from learner.packing.choice import choose
 from learner.packing.forward import Forward
+from learner.packing.probe import probe
 from learner.training.memory import prepare_layers
 from tests.unit.learner.training.models import make_model
 from tests.unit.learner.training.test_optimizers import continues_the_same, make, train

@@ -60,13 +60,36 @@ def test_a_model_without_the_usual_attention_pads(family, caplog):
     assert "the attention of" in caplog.text
 
 
-def test_positions_that_depend_on_the_length_are_computed_one_by_one(caplog):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    model = make_model("llama", rope_parameters=rope)
-    assert choose(model, 128).packed  # None is longer than the length at which they change.
-    way = choose(make_model("llama", rope_parameters=rope), 200)
+def test_positions_that_change_with_the_length_are_computed_one_by_one(caplog):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    assert choose(make_model("llama", rope_parameters=rope), 64).packed
+    way = choose(make_model("llama", rope_parameters=rope), 65)
     assert way == Way(packed=False, fused_head=True, max_sequences=1)
     assert "one by one" in caplog.text
+
+
+def test_positions_that_depend_on_earlier_sequences_are_refused():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert choose(make_model("llama", rope_parameters=rope), 128).packed
+    with pytest.raises(ConfigError, match=r"dynamic RoPE.*sampling\.max_tokens = 129 within 128"):
+        choose(make_model("llama", rope_parameters=rope), 129)
+
+
+@pytest.mark.parametrize("window", [16, 5000])
+def test_a_window_that_is_only_in_the_mask_is_found_out(window):
+    """The attention is told nothing of it; published models have windows longer than a probe."""
+    model = make_model("phimoe", sliding_window=window, num_local_experts=2)
+    assert not choose(model, 9000).packed
+    assert model.config.sliding_window == window
+    model = make_model("mistral", sliding_window=window)
+    assert choose(model, 9000).packed
+    assert model.config.sliding_window == window
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,17 +121,13 @@ def test_a_head_that_does_more_than_it_says_makes_its_own_logits(caplog):
     assert "head" in caplog.text
 
 
-def test_a_model_that_chunks_rows_and_gives_no_hidden_states_is_left_alone(caplog):
-    model = make_model(
-        "llama4_text",
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        intermediate_size_mlp=48,
-        head_dim=8,
-    )
-    assert choose(model, 100) == Way(packed=False, fused_head=False)
-    assert "padded" in caplog.text
-    assert "head" in caplog.text
+def test_a_head_without_a_part_that_gives_hidden_states_makes_its_own_logits():
+    model = make_model("qwen2")
+    type(model).base_model_prefix, before = "nothing", type(model).base_model_prefix
+    try:
+        assert choose(model, 100) == Way(packed=True, fused_head=False)
+    finally:
+        type(model).base_model_prefix = before
 
 
 def test_damaged_weights_are_an_error_of_one_line():

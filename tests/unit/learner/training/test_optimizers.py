@@ -88,6 +88,13 @@ def test_its_state_continues_it_bit_for_bit(dtype, master_weights):
     continues_the_same(dtype, master_weights=master_weights)
 
 
+def test_looking_at_the_state_of_a_new_one_changes_nothing():
+    model, optimizer = make()
+    seen, looked_at = make()
+    assert all((t == 0).all() for t in looked_at.state_tensors().values())
+    assert train(seen, looked_at, steps=3) == train(model, optimizer, steps=3)
+
+
 def test_without_torchao_it_says_what_to_install(monkeypatch):
     real = builtins.__import__
 

@@ -111,6 +111,38 @@ def test_microbatches_do_not_change_the_step(config):
         assert (weight - weights[0]).abs().mean() < 1e-2 * config.optimizer.lr
 
 
+def test_checkpointed_layers_do_not_change_the_step(config):
+    groups = make_groups(config)
+    weights = []
+    for checkpointed in (False, True):
+        policy = load_policy(config)
+        training = {"activation_checkpointing": checkpointed, "microbatch_tokens": 4096}
+        changed = config.model_copy(
+            update={"training": config.training.model_copy(update=training)}
+        )
+        train(Trainer(policy, changed), groups)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_a_bfloat16_model_moves_by_its_masters_alone(config, master_weights):
+    """Above 0.01 its steps are 6e-5 or more: an update of 1e-6 alone rounds to none."""
+    model = config.model.model_copy(update={"dtype": "bfloat16"})
+    optimizer = config.optimizer.model_copy(update={"lr": 1e-6, "master_weights": master_weights})
+    changed = config.model_copy(update={"model": model, "optimizer": optimizer})
+    policy = load_policy(changed)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    result = train(Trainer(policy, changed), make_groups(config))
+    large = [p.abs() > 1e-2 for p in before]
+    moved = sum(
+        int((p != b)[where].sum())
+        for p, b, where in zip(policy.model.parameters(), before, large, strict=True)
+    )
+    assert math.isfinite(result.metrics["grad_norm"])
+    assert (moved > 0) == master_weights
+
+
 def test_a_step_makes_better_rollouts_more_likely(config):
     groups = make_groups(config)
     policy = load_policy(config)

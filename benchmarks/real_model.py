@@ -230,7 +230,7 @@ def make_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         table.add_column(run.name)
     figures = [figures_of(run) for run in runs]
-    for name in figures[0]:
+    for name in dict.fromkeys(name for each in figures for name in each):
         table.add_row(name, *(each.get(name, "-") for each in figures))
     return table
 

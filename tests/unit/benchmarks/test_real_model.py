@@ -19,14 +19,15 @@ SUMMARY = {"weights": {"pushes": 4, "actors_stalled_share": 0.1}}
 
 
 def test_a_run_becomes_a_column():
-    run = Run("ours", [STEP, LATER], SUMMARY, {"learner": [3_000_000]})
+    run = Run("ours", [STEP, LATER], SUMMARY, {"learner": [3_000_000], "rewards": [1_000_000] * 5})
     figures = figures_of(run)
     assert figures["steps"] == "2 in 20 s"
     assert figures["tokens trained a second, trainer"] == "160"
     assert figures["tokens trained a second, run"] == "64"
     assert figures["staleness, mean and largest"] == "1.00, 2"
-    assert figures["stall a push"] == "0.50 s of 4"
+    assert figures["stall a push"] == "500 ms, 4 pushes"
     assert figures["peak memory, learner"] == "3 MB"
+    assert figures["peak memory, rewards"] == "5 MB in 5 processes"
     assert figures["correctness"] == "0.00 to 0.50"
 
 
@@ -43,10 +44,11 @@ def test_floors_are_the_least_between_two_checkpoints():
 @pytest.mark.parametrize(
     ("answer", "form", "right"),
     [
-        ("<answer>12</answer>", 1.0, 1.0),
-        (" <answer> 12 </answer>\n", 1.0, 1.0),
-        ("<answer>13</answer>", 1.0, 0.0),
-        ("It is <answer>12</answer>", 0.0, 0.0),
+        ("5 + 7 = 12", 1.0, 1.0),
+        ("5 + 7 is equal to 12, as 12 = 5 + 7 is 12", 0.0, 0.0),
+        ("The answer is: **12**.", 1.0, 1.0),
+        ("The answer is 13", 1.0, 0.0),
+        ("That is hard", 0.0, 0.0),
         ("12", 0.0, 0.0),
     ],
 )

@@ -4,12 +4,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_ANSWER = re.compile(r"\s*<answer>\s*(\d+)\s*</answer>\s*")
+_RESULT = re.compile(r"(?:=|\bis|\bequals|\bequal to)\W{0,4}(\d+)\b")
+"""A number as the result of something, as an equation or in words."""
 
 
 def format_reward(prompts: object, completions: Sequence[Any], *_: object, **__: object) -> Any:
-    """1 for an answer that is nothing but ``<answer>NUMBER</answer>``, else 0."""
-    return [float(_ANSWER.fullmatch(text_of(each)) is not None) for each in completions]
+    """1 for an answer that names one result, else 0."""
+    return [float(len(results(each)) == 1) for each in completions]
 
 
 def correctness_reward(
@@ -19,12 +20,16 @@ def correctness_reward(
     ground_truth: Sequence[str],
     **__: object,
 ) -> Any:
-    """1 for the right number in an answer of the right form, else 0."""
-    found = [_ANSWER.fullmatch(text_of(each)) for each in completions]
+    """1 for an answer that names the right result alone, else 0."""
     return [
-        float(match is not None and match[1] == truth)
-        for match, truth in zip(found, ground_truth, strict=True)
+        float(results(each) == {truth})
+        for each, truth in zip(completions, ground_truth, strict=True)
     ]
+
+
+def results(completion: Any) -> set[str]:
+    """Return the numbers that an answer gives as results."""
+    return set(_RESULT.findall(text_of(completion)))
 
 
 def text_of(completion: Any) -> str:
@@ -34,10 +39,7 @@ def text_of(completion: Any) -> str:
 
 def row(left: int, right: int) -> dict[str, Any]:
     """Return the row of a data file that asks for a sum."""
-    question = (
-        f"What is {left} + {right}? Answer with the number in answer tags and nothing else, "
-        "like <answer>12</answer>"
-    )
+    question = f"What is {left} + {right}? Answer with the number only."
     return {
         "prompt": [{"role": "user", "content": question}],
         "ground_truth": str(left + right),

@@ -230,7 +230,7 @@ def make_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         table.add_column(run.name)
     figures = [figures_of(run) for run in runs]
-    for name in figures[0]:
+    for name in dict.fromkeys(name for each in figures for name in each):
         table.add_row(name, *(each.get(name, "-") for each in figures))
     return table
 
@@ -254,19 +254,26 @@ def figures_of(run: Run) -> dict[str, str]:
             f"{sum(tokens) / sum(s['step_seconds'] for s in run.steps):,.0f}"
         ),
         "tokens trained a second, run": f"{sum(tokens) / whole:,.0f}",
-        **{f"peak memory, {name}": in_mb(sizes) for name, sizes in run.peaks.items()},
+        **{f"peak memory, {name}": of_processes(sizes) for name, sizes in run.peaks.items()},
         "learner's floor, before and after each checkpoint": in_mb(run.floors),
         "staleness, mean and largest": (
             f"{sum(s['staleness_mean'] for s in run.steps) / len(run.steps):.2f}, "
             f"{max(s['staleness_max'] for s in run.steps)}"
         ),
         "actors idle": f"{sum(s['actor_idle_share'] for s in run.steps) / len(run.steps):.0%}",
-        "stall a push": f"{stalled:.2f} s of {pushes}",
+        "stall a push": f"{1000 * stalled:.0f} ms, {pushes} pushes",
         **{
             name: f"{run.steps[0]['rewards'][name]:.2f} to {last['rewards'][name]:.2f}"
             for name in REWARDS
         },
     }
+
+
+def of_processes(sizes: Sequence[int]) -> str:
+    """Each of a few, or the sum of many."""
+    if len(sizes) <= 4:
+        return in_mb(sizes)
+    return f"{in_mb([sum(sizes)])} in {len(sizes)} processes"
 
 
 def in_mb(sizes: Sequence[int]) -> str:

@@ -8,7 +8,8 @@ Between two steps the batch is in one state only: ``logits_BV`` are the next-tok
 row *under the current weights*. A step samples from them, removes the rows that finished, feeds
 the new tokens of the others, and lets waiting groups in. After a change of weights, every row is
 computed anew from its token ids: no key or value of older weights survives. The prompt of a group
-is computed once, in either case, and copied for its rows (`actors.engines.prefill`).
+is computed once, in either case, and copied for its rows (`actors.engines.prefill`), unless so few
+tokens are in flight that it pays to compute all of them in one pass.
 """
 
 from collections import defaultdict, deque
@@ -20,9 +21,13 @@ import torch
 
 from actors.engines.engine import Request
 from actors.engines.padded_cache import PaddedCache
-from actors.engines.prefill import Prefill, in_parts
+from actors.engines.prefill import PASS_TOKENS, Prefill, in_parts
 from protocol.groups import Rollout
 from protocol.messages import FinishReason
+
+WORTH_A_PASS = 32
+"""Tokens for which two more passes are not worth it: each goes through all layers, which costs a
+small model more than the tokens do."""
 
 
 @dataclass(slots=True)
@@ -147,6 +152,10 @@ class BatchGenerator:
         groups = {row.group.key: row.group for row in self._rows}
         for row in self._rows:
             rows_of[row.group.key].append(row)
+        if self._one_pass_will_do(list(groups.values())):
+            sequences = [[*row.group.request.prompt_tokens, *row.tokens] for row in self._rows]
+            self._logits_BV, self._cache = self._prefill.prompts(sequences)
+            return
         self._rows, self._cache = [], None
         for part in in_parts([(_prompt_length(group), group) for group in groups.values()]):
             _, prompts = self._prefill.prompts([group.request.prompt_tokens for group in part])
@@ -160,6 +169,15 @@ class BatchGenerator:
                 self._prefill.completions(cache, [row.tokens[:-1] for _, row in chosen])
                 self._join([row for _, row in chosen], cache)
         self._decode()
+
+    def _one_pass_will_do(self, groups: list[_Pending]) -> bool:
+        """Whether computing each prompt only once saves too little for passes of their own."""
+        prompt = max(map(_prompt_length, groups))
+        completion = max(len(row.tokens) for row in self._rows)
+        whole = max(_prompt_length(row.group) + len(row.tokens) for row in self._rows)
+        tokens = len(self._rows) * whole
+        shared = len(groups) * prompt + len(self._rows) * completion
+        return tokens <= PASS_TOKENS and tokens - shared <= WORTH_A_PASS
 
     def _join(self, rows: list[_Row], cache: PaddedCache) -> None:
         """Append rows to the batch."""

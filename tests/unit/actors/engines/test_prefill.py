@@ -152,6 +152,19 @@ def test_after_a_push_a_prompt_is_computed_once_and_no_pass_is_large(monkeypatch
     assert max(sizes) <= 64
 
 
+def test_after_a_push_few_tokens_are_computed_in_one_pass():
+    model = make_model("qwen2")
+    passes = Passes(model)
+    generator = BatchGenerator(model, eos_ids=frozenset(), max_rows=64)
+    for key, prompt in enumerate([(5, 6, 7), (5, 6, 7, 8)]):
+        generator.add(key, make_request(prompt, num_rollouts=2))
+        generator.step()
+    passes.take()
+    generator.weights_changed(1)
+    # Once more than needed: the prompts of two rows. Padded to the longest, of 3 + 2 tokens.
+    assert passes.take() == [4 * 5]
+
+
 def test_rows_of_a_prompt_longer_than_a_part_are_computed_one_by_one(monkeypatch):
     monkeypatch.setattr(prefill, "PART_TOKENS", 10)
     model = make_model("qwen2")

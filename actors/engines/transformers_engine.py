@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,13 +18,13 @@ from transformers.initialization import no_init_weights
 from actors.engines.batch_generator import BatchGenerator
 from actors.engines.engine import EngineStats, Request
 from actors.engines.model_files import end_ids
+from actors.engines.prepared_weights import PreparedWeights
 from actors.threads import in_daemon_thread
 from protocol.config import ActorConfig
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
 from protocol.weights import TensorSpec, tensor_digest
 from transfer.shared_memory import SharedMemory
-from transfer.views import view
 
 CLOSE_TIMEOUT_S = 2.0
 """Time to finish the token at hand; `actors.actor.DRAIN_TIMEOUT_S` relies on it."""
@@ -48,6 +49,7 @@ class TransformersEngine:
             self._model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
         )
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._weights: WeakKeyDictionary[SharedMemory, PreparedWeights] = WeakKeyDictionary()
         self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
         self._next_key = 0
         self._failure: EngineError | None = None
@@ -108,7 +110,7 @@ class TransformersEngine:
 
         def load() -> None:
             started = time.monotonic()
-            assign_weights(self._model, memory.tensor, specs, in_place=self.in_place)
+            self._prepared(memory, specs).assign()
             self._generator.weights_changed(version)
             self.version = version
             seconds = time.monotonic() - started
@@ -131,6 +133,14 @@ class TransformersEngine:
         self._commands.put(None)
         await in_daemon_thread("close-engine", partial(self._thread.join, CLOSE_TIMEOUT_S))
         self._fail(EngineError("the engine is closed"))
+
+    def _prepared(self, memory: SharedMemory, specs: list[TensorSpec]) -> PreparedWeights:
+        """Weights in a memory; the actor's few memories are used again and again."""
+        prepared = self._weights.get(memory)
+        if prepared is None or prepared.specs != specs:
+            prepared = PreparedWeights(self._model, memory.tensor, specs, in_place=self.in_place)
+            self._weights[memory] = prepared
+        return prepared
 
     # --- on the engine's thread -----------------------------------------------------------------
 
@@ -201,33 +211,6 @@ class TransformersEngine:
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(self._failure)
-
-
-def assign_weights(
-    model: torch.nn.Module, packed: torch.Tensor, specs: list[TensorSpec], *, in_place: bool
-) -> None:
-    """Make packed weights the parameters of a model; ``in_place`` without copying them.
-
-    Raises `EngineError` if names, shapes or types do not agree, before anything changes: a model
-    is never half loaded.
-    """
-    parameters = dict(model.named_parameters())
-    if missing := parameters.keys() ^ {spec.name for spec in specs}:
-        raise EngineError(f"weights and model differ in parameters: {', '.join(sorted(missing))}")
-    for spec in specs:
-        parameter = parameters[spec.name]
-        ours = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
-        if ours != (spec.shape, spec.dtype):
-            raise EngineError(
-                f"{spec.name}: the model has {ours[0]} {ours[1]}, the weights {spec.shape} "
-                f"{spec.dtype}"
-            )
-    with torch.no_grad():
-        for spec in specs:
-            if in_place:
-                parameters[spec.name].data = view(packed, spec)
-            else:
-                parameters[spec.name].copy_(view(packed, spec))
 
 
 def _bytes(parameter: torch.Tensor) -> memoryview:

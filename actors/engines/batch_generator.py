@@ -21,13 +21,9 @@ import torch
 
 from actors.engines.engine import Request
 from actors.engines.padded_cache import PaddedCache
-from actors.engines.prefill import PASS_TOKENS, Prefill, in_parts
+from actors.engines.prefill import Prefill, in_parts, one_pass_will_do
 from protocol.groups import Rollout
 from protocol.messages import FinishReason
-
-WORTH_A_PASS = 32
-"""Tokens for which two more passes are not worth it: each goes through all layers, which costs a
-small model more than the tokens do."""
 
 
 @dataclass(slots=True)
@@ -152,8 +148,12 @@ class BatchGenerator:
         groups = {row.group.key: row.group for row in self._rows}
         for row in self._rows:
             rows_of[row.group.key].append(row)
-        if self._one_pass_will_do(list(groups.values())):
-            sequences = [[*row.group.request.prompt_tokens, *row.tokens] for row in self._rows]
+        sequences = [[*row.group.request.prompt_tokens, *row.tokens] for row in self._rows]
+        if one_pass_will_do(
+            sequences,
+            [group.request.prompt_tokens for group in groups.values()],
+            [row.tokens for row in self._rows],
+        ):
             self._logits_BV, self._cache = self._prefill.prompts(sequences)
             return
         self._rows, self._cache = [], None
@@ -169,15 +169,6 @@ class BatchGenerator:
                 self._prefill.completions(cache, [row.tokens[:-1] for _, row in chosen])
                 self._join([row for _, row in chosen], cache)
         self._decode()
-
-    def _one_pass_will_do(self, groups: list[_Pending]) -> bool:
-        """Whether computing each prompt only once saves too little for passes of their own."""
-        prompt = max(map(_prompt_length, groups))
-        completion = max(len(row.tokens) for row in self._rows)
-        whole = max(_prompt_length(row.group) + len(row.tokens) for row in self._rows)
-        tokens = len(self._rows) * whole
-        shared = len(groups) * prompt + len(self._rows) * completion
-        return tokens <= PASS_TOKENS and tokens - shared <= WORTH_A_PASS
 
     def _join(self, rows: list[_Row], cache: PaddedCache) -> None:
         """Append rows to the batch."""

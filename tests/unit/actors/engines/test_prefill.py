@@ -106,13 +106,18 @@ def staggered(generator: BatchGenerator, steps: int) -> dict[int, list[Rollout]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sizes", [(2048, 16384), (5, 60)], ids=["at once", "in small parts"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(2048, 16384, 9999), (2048, 16384, 0), (5, 60, 0)],
+    ids=["in one pass", "at once", "in small parts"],
+)
 def test_rows_in_flight_continue_as_if_newer_weights_had_computed_all_of_them(
     family, sizes, monkeypatch
 ):
     """Beyond windows, with prompts and completions of different lengths, in any parts."""
     monkeypatch.setattr(prefill, "PASS_TOKENS", sizes[0])
     monkeypatch.setattr(prefill, "PART_TOKENS", sizes[1])
+    monkeypatch.setattr(prefill, "WORTH_TWO_PASSES", sizes[2])
     model, old, new = (make_model(family, seed) for seed in (0, 0, 1))
     generator = BatchGenerator(model, eos_ids=frozenset(), max_rows=64, version=0)
     finished = staggered(generator, steps=6)

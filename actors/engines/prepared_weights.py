@@ -1,10 +1,34 @@
 """Packed weights that a model can compute with, ready before their bytes arrive."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 
 from protocol.errors import EngineError
-from protocol.weights import TensorSpec
+from protocol.weights import TensorSpec, tensor_digest
+from transfer.shared_memory import SharedMemory
 from transfer.views import view
+
+
+class ModelWeights:
+    """The weights of a model, from the few memories that its actor uses again and again."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._prepared: WeakKeyDictionary[SharedMemory, PreparedWeights] = WeakKeyDictionary()
+
+    def load(self, memory: SharedMemory, specs: list[TensorSpec], *, in_place: bool) -> None:
+        """Make what a memory holds the parameters; see `PreparedWeights`."""
+        prepared = self._prepared.get(memory)
+        if prepared is None or prepared.specs != specs:
+            prepared = PreparedWeights(self._model, memory.tensor, specs, in_place=in_place)
+            self._prepared[memory] = prepared
+        prepared.assign()
+
+    def digests(self, specs: list[TensorSpec]) -> bytes:
+        """Digests of the parameters, from their own bytes."""
+        parameters = dict(self._model.named_parameters())
+        return b"".join(tensor_digest(_bytes(parameters[spec.name])) for spec in specs)
 
 
 class PreparedWeights:
@@ -60,3 +84,7 @@ class PreparedWeights:
         found = view(self._packed, spec)
         address = self._packed.data_ptr() + spec.offset
         return found if found.data_ptr() == address else None
+
+
+def _bytes(parameter: torch.Tensor) -> memoryview:
+    return parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,12 +17,12 @@ from transformers.initialization import no_init_weights
 from actors.engines.batch_generator import BatchGenerator
 from actors.engines.engine import EngineStats, Request
 from actors.engines.model_files import end_ids
-from actors.engines.prepared_weights import PreparedWeights
+from actors.engines.prepared_weights import ModelWeights
 from actors.threads import in_daemon_thread
 from protocol.config import ActorConfig
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec, tensor_digest
+from protocol.weights import TensorSpec
 from transfer.shared_memory import SharedMemory
 
 CLOSE_TIMEOUT_S = 2.0
@@ -42,14 +41,14 @@ class TransformersEngine:
         self._stats = EngineStats()
         self.version = -1
         self._max_leases = max_leases
-        self._model = _empty_model(folder, dtype, device)
-        self.pinned = next(self._model.parameters()).device.type == "cuda"
-        self.in_place = next(self._model.parameters()).device.type == "cpu"
+        model = _empty_model(folder, dtype, device)
+        self._weights = ModelWeights(model)
+        self.pinned = next(model.parameters()).device.type == "cuda"
+        self.in_place = next(model.parameters()).device.type == "cpu"
         self._generator = BatchGenerator(
-            self._model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
+            model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
         )
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._weights: WeakKeyDictionary[SharedMemory, PreparedWeights] = WeakKeyDictionary()
         self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
         self._next_key = 0
         self._failure: EngineError | None = None
@@ -110,7 +109,7 @@ class TransformersEngine:
 
         def load() -> None:
             started = time.monotonic()
-            self._prepared(memory, specs).assign()
+            self._weights.load(memory, specs, in_place=self.in_place)
             self._generator.weights_changed(version)
             self.version = version
             seconds = time.monotonic() - started
@@ -125,22 +124,13 @@ class TransformersEngine:
         """Digests of the model's parameters; None where it computes in the memory given to it."""
         if self.in_place:
             return None
-        parameters = dict(self._model.named_parameters())
-        return b"".join(tensor_digest(_bytes(parameters[spec.name])) for spec in specs)
+        return self._weights.digests(specs)
 
     async def close(self) -> None:
         """Stop after the token at hand; unfinished requests raise `EngineError`."""
         self._commands.put(None)
         await in_daemon_thread("close-engine", partial(self._thread.join, CLOSE_TIMEOUT_S))
         self._fail(EngineError("the engine is closed"))
-
-    def _prepared(self, memory: SharedMemory, specs: list[TensorSpec]) -> PreparedWeights:
-        """Weights in a memory; the actor's few memories are used again and again."""
-        prepared = self._weights.get(memory)
-        if prepared is None or prepared.specs != specs:
-            prepared = PreparedWeights(self._model, memory.tensor, specs, in_place=self.in_place)
-            self._weights[memory] = prepared
-        return prepared
 
     # --- on the engine's thread -----------------------------------------------------------------
 
@@ -211,10 +201,6 @@ class TransformersEngine:
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(self._failure)
-
-
-def _bytes(parameter: torch.Tensor) -> memoryview:
-    return parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _empty_model(folder: Path, dtype: str, device: str) -> Any:

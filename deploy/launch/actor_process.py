@@ -9,8 +9,8 @@ from actors.actor import Actor, ActorOptions
 from deploy.launch.lifeline import when_parent_dies
 
 SWITCH_INTERVAL_S = 0.0005
-"""A tenth of Python's own. A thread that generates leaves the interpreter to others only when they
-have asked for it for so long, and a push of a small model goes through ten such waits."""
+"""A tenth of Python's own. A thread that generates may keep the interpreter from others for so long
+each time that they need it, and a push needs it again and again, on several threads."""
 
 
 def run_actor(options: ActorOptions, *, threads: int, as_child: bool) -> int:

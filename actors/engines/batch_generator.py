@@ -8,7 +8,8 @@ Between two steps the batch is in one state only: ``logits_BV`` are the next-tok
 row *under the current weights*. A step samples from them, removes the rows that finished, feeds
 the new tokens of the others, and lets waiting groups in. After a change of weights, every row is
 computed anew from its token ids: no key or value of older weights survives. The prompt of a group
-is computed once, in either case, and copied for its rows (`actors.engines.prefill`).
+is computed once, in either case, and copied for its rows (`actors.engines.prefill`), unless so few
+tokens are in flight that it pays to compute all of them in one pass.
 """
 
 from collections import defaultdict, deque
@@ -20,7 +21,7 @@ import torch
 
 from actors.engines.engine import Request
 from actors.engines.padded_cache import PaddedCache
-from actors.engines.prefill import Prefill, in_parts
+from actors.engines.prefill import Prefill, in_parts, one_pass_will_do
 from protocol.groups import Rollout
 from protocol.messages import FinishReason
 
@@ -147,6 +148,14 @@ class BatchGenerator:
         groups = {row.group.key: row.group for row in self._rows}
         for row in self._rows:
             rows_of[row.group.key].append(row)
+        sequences = [[*row.group.request.prompt_tokens, *row.tokens] for row in self._rows]
+        if one_pass_will_do(
+            sequences,
+            [group.request.prompt_tokens for group in groups.values()],
+            [row.tokens for row in self._rows],
+        ):
+            self._logits_BV, self._cache = self._prefill.prompts(sequences)
+            return
         self._rows, self._cache = [], None
         for part in in_parts([(_prompt_length(group), group) for group in groups.values()]):
             _, prompts = self._prefill.prompts([group.request.prompt_tokens for group in part])

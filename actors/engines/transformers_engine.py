@@ -17,13 +17,13 @@ from transformers.initialization import no_init_weights
 from actors.engines.batch_generator import BatchGenerator
 from actors.engines.engine import EngineStats, Request
 from actors.engines.model_files import end_ids
+from actors.engines.prepared_weights import ModelWeights
 from actors.threads import in_daemon_thread
 from protocol.config import ActorConfig
 from protocol.errors import ConfigError, EngineError, brief
 from protocol.groups import Rollout
-from protocol.weights import TensorSpec, tensor_digest
+from protocol.weights import TensorSpec
 from transfer.shared_memory import SharedMemory
-from transfer.views import view
 
 CLOSE_TIMEOUT_S = 2.0
 """Time to finish the token at hand; `actors.actor.DRAIN_TIMEOUT_S` relies on it."""
@@ -41,11 +41,12 @@ class TransformersEngine:
         self._stats = EngineStats()
         self.version = -1
         self._max_leases = max_leases
-        self._model = _empty_model(folder, dtype, device)
-        self.pinned = next(self._model.parameters()).device.type == "cuda"
-        self.in_place = next(self._model.parameters()).device.type == "cpu"
+        model = _empty_model(folder, dtype, device)
+        self._weights = ModelWeights(model)
+        self.pinned = next(model.parameters()).device.type == "cuda"
+        self.in_place = next(model.parameters()).device.type == "cpu"
         self._generator = BatchGenerator(
-            self._model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
+            model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
         )
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
@@ -108,7 +109,7 @@ class TransformersEngine:
 
         def load() -> None:
             started = time.monotonic()
-            assign_weights(self._model, memory.tensor, specs, in_place=self.in_place)
+            self._weights.load(memory, specs, in_place=self.in_place)
             self._generator.weights_changed(version)
             self.version = version
             seconds = time.monotonic() - started
@@ -123,8 +124,7 @@ class TransformersEngine:
         """Digests of the model's parameters; None where it computes in the memory given to it."""
         if self.in_place:
             return None
-        parameters = dict(self._model.named_parameters())
-        return b"".join(tensor_digest(_bytes(parameters[spec.name])) for spec in specs)
+        return self._weights.digests(specs)
 
     async def close(self) -> None:
         """Stop after the token at hand; unfinished requests raise `EngineError`."""
@@ -201,37 +201,6 @@ class TransformersEngine:
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(self._failure)
-
-
-def assign_weights(
-    model: torch.nn.Module, packed: torch.Tensor, specs: list[TensorSpec], *, in_place: bool
-) -> None:
-    """Make packed weights the parameters of a model; ``in_place`` without copying them.
-
-    Raises `EngineError` if names, shapes or types do not agree, before anything changes: a model
-    is never half loaded.
-    """
-    parameters = dict(model.named_parameters())
-    if missing := parameters.keys() ^ {spec.name for spec in specs}:
-        raise EngineError(f"weights and model differ in parameters: {', '.join(sorted(missing))}")
-    for spec in specs:
-        parameter = parameters[spec.name]
-        ours = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
-        if ours != (spec.shape, spec.dtype):
-            raise EngineError(
-                f"{spec.name}: the model has {ours[0]} {ours[1]}, the weights {spec.shape} "
-                f"{spec.dtype}"
-            )
-    with torch.no_grad():
-        for spec in specs:
-            if in_place:
-                parameters[spec.name].data = view(packed, spec)
-            else:
-                parameters[spec.name].copy_(view(packed, spec))
-
-
-def _bytes(parameter: torch.Tensor) -> memoryview:
-    return parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _empty_model(folder: Path, dtype: str, device: str) -> Any:

@@ -106,13 +106,18 @@ def staggered(generator: BatchGenerator, steps: int) -> dict[int, list[Rollout]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sizes", [(2048, 16384), (5, 60)], ids=["at once", "in small parts"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(2048, 16384, 9999), (2048, 16384, 0), (5, 60, 0)],
+    ids=["in one pass", "at once", "in small parts"],
+)
 def test_rows_in_flight_continue_as_if_newer_weights_had_computed_all_of_them(
     family, sizes, monkeypatch
 ):
     """Beyond windows, with prompts and completions of different lengths, in any parts."""
     monkeypatch.setattr(prefill, "PASS_TOKENS", sizes[0])
     monkeypatch.setattr(prefill, "PART_TOKENS", sizes[1])
+    monkeypatch.setattr(prefill, "WORTH_TWO_PASSES", sizes[2])
     model, old, new = (make_model(family, seed) for seed in (0, 0, 1))
     generator = BatchGenerator(model, eos_ids=frozenset(), max_rows=64, version=0)
     finished = staggered(generator, steps=6)
@@ -150,6 +155,19 @@ def test_after_a_push_a_prompt_is_computed_once_and_no_pass_is_large(monkeypatch
     # The prompts once; 10 of the 11 sampled tokens of 32 rows; the last one of each.
     assert sum(sizes) == 4 * 37 + 10 * 32 + 32
     assert max(sizes) <= 64
+
+
+def test_after_a_push_few_tokens_are_computed_in_one_pass():
+    model = make_model("qwen2")
+    passes = Passes(model)
+    generator = BatchGenerator(model, eos_ids=frozenset(), max_rows=64)
+    for key, prompt in enumerate([(5, 6, 7), (5, 6, 7, 8)]):
+        generator.add(key, make_request(prompt, num_rollouts=2))
+        generator.step()
+    passes.take()
+    generator.weights_changed(1)
+    # Once more than needed: the prompts of two rows. Padded to the longest, of 3 + 2 tokens.
+    assert passes.take() == [4 * 5]
 
 
 def test_rows_of_a_prompt_longer_than_a_part_are_computed_one_by_one(monkeypatch):

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.engines.engine import Request
-from actors.engines.transformers_engine import TransformersEngine, assign_weights
+from actors.engines.prepared_weights import PreparedWeights
+from actors.engines.transformers_engine import TransformersEngine
 from protocol.errors import ConfigError, EngineError
-from protocol.weights import TensorSpec, layout
+from protocol.weights import TensorSpec, layout, total_bytes
 from tests.packed import shared
 from tests.unit.factories import pack_alone
 
@@ -127,7 +128,7 @@ def test_weights_that_do_not_fit_change_nothing(base_folder, in_place, change):
     specs[-1] = replace(last, **changes[change])
     packed = torch.zeros(last.offset + last.num_bytes, dtype=torch.uint8)
     with pytest.raises(EngineError, match=last.name):
-        assign_weights(model, packed, specs, in_place=in_place)
+        PreparedWeights(model, packed, specs, in_place=in_place)
     assert pack_alone(0, model, load(base_folder)[1]).digest == before
 
 
@@ -141,11 +142,27 @@ def test_weights_are_taken_with_tied_parameters_once(base_folder, in_place):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assign_weights(model, snapshot.packed, specs, in_place=in_place)
+    PreparedWeights(model, snapshot.packed, specs, in_place=in_place).assign()
     assert pack_alone(0, model, specs).digest == snapshot.digest
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     snapshot.packed.zero_()
     assert (model.get_input_embeddings().weight.abs().sum() == 0) == in_place
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_prepared_weights_are_those_that_come_later(in_place):
+    """Also of a parameter that mixed types leave without alignment, which has no lasting view."""
+    model = torch.nn.Module()
+    model.register_parameter("a", torch.nn.Parameter(torch.empty(1, dtype=torch.bfloat16)))
+    model.register_parameter("b", torch.nn.Parameter(torch.empty(2)))
+    specs = layout([("a", "bfloat16", (1,)), ("b", "float32", (2,))])
+    packed = torch.empty(total_bytes(specs), dtype=torch.uint8)
+    prepared = PreparedWeights(model, packed, specs, in_place=in_place)
+    for value in (1.0, 2.0):
+        packed[:2] = torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8)
+        packed[2:] = torch.tensor([value, -value]).view(torch.uint8)
+        prepared.assign()
+        assert [p.tolist() for p in model.parameters()] == [[value], [value, -value]]
 
 
 async def test_a_folder_without_a_model_is_the_users_mistake(tmp_path):

@@ -80,7 +80,7 @@ def test_check_prints_the_resolved_configuration(recipe, capsys):
     [
         ("training.steps", "default:  100"),
         ("actor.vllm.gpu_memory_share", "range:    above 0, at most 1"),
-        ("optimizer", "lr_schedule    one of"),
+        ("optimizer", "lr_schedule     one of"),
         ("[[rewards]]", "on_failure  one of"),
     ],
 )

@@ -63,12 +63,13 @@ async def test_weights_from_the_learner_give_its_digest_and_its_generations(base
 async def test_a_request_in_flight_continues_under_new_weights(base_folder):
     model, specs = load(base_folder)
     engine = make_engine(base_folder)
-    await engine.load_weights(0, shared(pack_alone(0, model, specs).packed), specs)
+    first, second = (shared(pack_alone(version, model, specs).packed) for version in (0, 1))
+    await engine.load_weights(0, first, specs)
     # Without an end token in sight the request runs until its limit.
     running = asyncio.create_task(engine.generate(make_request(max_tokens=200, temperature=50.0)))
     while engine.stats.tokens_generated < 20:
         await asyncio.sleep(0)
-    await engine.load_weights(1, shared(pack_alone(1, model, specs).packed), specs)
+    await engine.load_weights(1, second, specs)
     rollouts = await running
     assert any([version for _, version in r.spans] == [0, 1] for r in rollouts)
     await engine.close()

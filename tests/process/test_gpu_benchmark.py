@@ -22,6 +22,7 @@ def run(tmp_path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
     return code, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in part.PARTS if not name.startswith("step fl")])
 def test_every_part_runs_dry(name: str, tmp_path: Path):
     code, rows = run(tmp_path, "--dry", "--parts", name)

@@ -63,7 +63,7 @@ LAYOUTS = (
     Work(64, 2000, 16, groups=1, hidden=256, layers=6),
 )
 MODELS = (
-    replace(LAYOUTS[0], hidden=192, layers=4),
+    replace(LAYOUTS[0], hidden=256, layers=4),
     replace(LAYOUTS[0], hidden=768, layers=12, groups=1),
 )
 VOCABULARIES = (
@@ -96,6 +96,10 @@ def main() -> int:
                             best[side] = figures
                         progress.advance(task)
                 results.append(best)
+                # What is there stays if a later one fails.
+                console.print(
+                    describe(work), *(f"{name} {best[name]['seconds']:.2f} s" for name in SIDES)
+                )
     console.print(make_table(works, results))
     console.print(
         f"{os.cpu_count()} CPU cores, {options.threads} threads, "

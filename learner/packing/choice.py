@@ -5,11 +5,11 @@ trees are computed in each way at the start, and the results are compared.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import transformers
@@ -44,14 +44,14 @@ def choose(model: Any, longest: int) -> Way:
 
 def _choose(model: Any, longest: int) -> Way:
     own = model.config._attn_implementation
-    truth = _truth(model, longest)
-    if not truth.isfinite().all():
+    truth = _Truth.of(model, longest)
+    if not truth.logprobs_N.isfinite().all():
         raise ConfigError(
             "the model gives log-probabilities that are not finite: its weights are damaged, or "
             f"too large for {model.dtype}"
         )
     way, attention, reason = _first_equal(model, truth, longest, own)
-    model.set_attn_implementation(attention)
+    _set(model, attention)
     way = replace(way, fused_head=_can_fuse(model, way, truth, longest))
     if not way.fused_head:
         log.warning("logits of whole rows are made: %s", _unlike(model, "head"))
@@ -63,7 +63,33 @@ def _choose(model: Any, longest: int) -> Way:
     return way
 
 
-def _first_equal(model: Any, truth: torch.Tensor, longest: int, own: str) -> tuple[Way, str, str]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Truth:
+    """Log-probabilities of the probe, one by one, and how far from them rounding may lead."""
+
+    logprobs_N: torch.Tensor
+    largest: float
+    """Largest difference, in nats."""
+    mean: float
+    """Mean of the absolute differences."""
+
+    @classmethod
+    def of(cls, model: Any, longest: int) -> Self:
+        logprobs_N = _exact(model, longest)
+        if model.dtype == torch.float32:
+            return cls(logprobs_N, largest=LIMIT, mean=LIMIT)
+        wrong_N = _exact(model, longest, reverse=True)
+        mean = SHARE * (logprobs_N - wrong_N).abs().mean().item()
+        return cls(logprobs_N, largest=math.inf, mean=mean)
+
+    def is_given_by(self, other_N: torch.Tensor) -> bool:
+        """Whether these are the same, but for rounding."""
+        differences_N = (other_N - self.logprobs_N).abs()
+        # Not "is above": a NaN is no equality.
+        return bool(differences_N.max() <= self.largest and differences_N.mean() <= self.mean)
+
+
+def _first_equal(model: Any, truth: _Truth, longest: int, own: str) -> tuple[Way, str, str]:
     """The first way that gives the truth, its attention, and why the faster ones do not."""
     packed, padded = Way(packed=True, fused_head=False), Way(packed=False, fused_head=False)
     reason = "its positions depend on the longest sequence of a pass"
@@ -74,18 +100,17 @@ def _first_equal(model: Any, truth: torch.Tensor, longest: int, own: str) -> tup
     for way, attention in candidates:
         try:
             _set(model, attention)
-            if _equal(truth, partial(_compute, model, way, longest), model, longest):
+            if truth.is_given_by(_compute(model, way, longest)):
                 return way, attention, reason
         except Exception as error:  # Whatever a family's own code makes of it.
             reason = brief(error)
     raise ConfigError(f"{type(model).__name__} computes something else each time: {reason}")
 
 
-def _can_fuse(model: Any, way: Way, truth: torch.Tensor, longest: int) -> bool:
+def _can_fuse(model: Any, way: Way, truth: _Truth, longest: int) -> bool:
     """Whether hidden states and the head alone give the truth."""
     try:
-        compute = partial(_compute, model, replace(way, fused_head=True), longest)
-        return _equal(truth, compute, model, longest)
+        return truth.is_given_by(_compute(model, replace(way, fused_head=True), longest))
     except Exception:  # Heads of another width, models that have no part without one.
         return False
 
@@ -102,18 +127,7 @@ def _set(model: Any, attention: str) -> None:
         raise ValueError(_unlike(model, "attention"))
 
 
-def _equal(
-    truth: torch.Tensor, compute: Callable[[], torch.Tensor], model: Any, longest: int
-) -> bool:
-    """Whether a way gives these log-probabilities, but for rounding."""
-    differences = (compute() - truth).abs()
-    if model.dtype == torch.float32:
-        return bool(differences.max() <= LIMIT)
-    wrong = _truth(model, longest, reverse=True)
-    return bool(differences.mean() <= SHARE * (truth - wrong).abs().mean())
-
-
-def _truth(model: Any, longest: int, *, reverse: bool = False) -> torch.Tensor:
+def _exact(model: Any, longest: int, *, reverse: bool = False) -> torch.Tensor:
     """One sequence after the other, by the attention of transformers that leaves nothing out."""
     now = model.config._attn_implementation
     _set(model, _EXACT)

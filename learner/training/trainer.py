@@ -86,7 +86,8 @@ class Trainer:
         self._reference: Any = None
         if config.algorithm.kl_coefficient:
             self._reference = (reference or copy.deepcopy(policy.model)).requires_grad_(False)
-            choose(self._reference, longest)
+            # The same family: what the check found holds for it too.
+            self._reference.set_attn_implementation(self._model.config._attn_implementation)
         self.version = 0
         self.in_step = False
         """Whether the weights are between two versions, which is so after a step that failed."""

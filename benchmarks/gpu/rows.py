@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from learner.packing.probe import sampled_segment
 from learner.packing.trees import Segment, TokenTree
 
 Lengths = tuple[int, Sequence[int]]
@@ -18,14 +19,7 @@ def make_trees(lengths: Sequence[Lengths], vocabulary: int) -> list[TokenTree]:
         tokens = random.integers(0, vocabulary, length, dtype=np.int32)
         if sequence < 0:
             return Segment(parent, tokens)
-        return Segment(
-            parent,
-            tokens,
-            sequence,
-            sampled=np.ones(length, dtype=np.bool_),
-            logprobs=np.zeros(length, dtype=np.float32),
-            versions=np.zeros(length, dtype=np.int32),
-        )
+        return sampled_segment(parent, tokens, sequence)
 
     return [
         TokenTree((segment(-1, prompt), *(segment(0, n, i) for i, n in enumerate(completions))))

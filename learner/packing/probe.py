@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.packing.trees import Segment, TokenTree
+from learner.packing.trees import Ints, Segment, TokenTree
 from protocol.errors import ConfigError
 
 _PROMPT = 112
@@ -38,6 +38,18 @@ def small_limits(model: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def sampled_segment(parent: int, tokens: Ints, sequence: int) -> Segment:
+    """All of these tokens as if version 0 had sampled them with certainty."""
+    return Segment(
+        parent,
+        tokens,
+        sequence,
+        sampled=np.ones(len(tokens), dtype=np.bool_),
+        logprobs=np.zeros(len(tokens), dtype=np.float32),
+        versions=np.zeros(len(tokens), dtype=np.int32),
+    )
+
+
 def probe(model: Any, longest: int, *, reverse: bool = False) -> list[TokenTree]:
     """A tree of three levels, and one of two, of random tokens."""
     room = max(4, longest)
@@ -50,14 +62,7 @@ def probe(model: Any, longest: int, *, reverse: bool = False) -> list[TokenTree]
         tokens = random.integers(0, vocab_size, length, dtype=np.int32)
         if sequence < 0:
             return Segment(parent, tokens[::-1].copy() if reverse else tokens)
-        return Segment(
-            parent,
-            tokens,
-            sequence,
-            sampled=np.ones(length, dtype=np.bool_),
-            logprobs=np.zeros(length, dtype=np.float32),
-            versions=np.zeros(length, dtype=np.int32),
-        )
+        return sampled_segment(parent, tokens, sequence)
 
     return [
         TokenTree(

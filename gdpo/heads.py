@@ -1,21 +1,32 @@
 """Log-probabilities and entropies from hidden states: the head and the softmax in one.
 
 Shapes: N positions, H hidden units, V vocabulary. Nothing of [N, V] ever exists, in any type: the
-logits of a chunk of positions are computed, used up and, for the gradient, computed again.
+logits of a chunk of positions are computed and used up. For the gradient they are computed again,
+or, where the loss says early enough what it will ask for, not even that.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdpo.logprobs import chunk_gradient, chunk_statistics
+from gdpo.logprobs import chunk_exponentials, chunk_gradient, chunk_statistics
 
-_CHUNK_BYTES = {"cpu": 64 << 20}
+_CHUNK_BYTES = {"cpu": 128 << 20}
 _CHUNK_BYTES_OF_A_GPU = 1 << 30
-_MIN_ROWS = 64
+_MIN_ROWS = 256
+"""Each chunk reads the whole weight and adds to all of its gradient: few rows do not pay."""
+_CLOSE = 1e-4
+"""Relative difference up to which a gradient counts as the one that was announced."""
+
+LossGradient = Callable[[Tensor], Tensor]
+"""From log-probabilities [N], of which not all need be known yet, to the gradient [N] of the loss.
+
+A token's gradient may depend on its own log-probability, and on no other.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +48,7 @@ def head_logprobs(
     *,
     temperature: float = 1.0,
     rows_per_chunk: int | None = None,
+    loss_gradient: LossGradient | None = None,
 ) -> Tensor:
     """Log-probability [N] of each token under softmax(logits / temperature), in float32.
 
@@ -49,10 +61,21 @@ def head_logprobs(
         tokens_N: integer [N], each in 0..V-1.
         temperature: that of the sampling, so that the result compares with the actor's.
         rows_per_chunk: positions in a chunk; None for as many as keep a chunk's logits small.
+        loss_gradient: what the backward pass is going to bring. With it all gradients are made of
+            the logits of the forward pass, a quarter less to compute. If the backward pass brings
+            something else, they are computed from that.
 
     Raises ValueError for shapes that do not match or a temperature that is not positive.
     """
-    return _apply(hidden_NH, head, tokens_N, temperature, rows_per_chunk, with_entropy=False)[0]
+    return _apply(
+        hidden_NH,
+        head,
+        tokens_N,
+        temperature,
+        rows_per_chunk,
+        with_entropy=False,
+        loss_gradient=loss_gradient,
+    )[0]
 
 
 def head_logprobs_and_entropy(
@@ -74,6 +97,7 @@ def _apply(
     temperature: float,
     rows_per_chunk: int | None,
     with_entropy: bool,
+    loss_gradient: LossGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     if (
         hidden_NH.dim() != 2
@@ -92,7 +116,7 @@ def _apply(
         raise ValueError(f"rows_per_chunk is {rows_per_chunk}: give at least 1")
     form = _Form(head.scale, head.softcap, temperature, rows_per_chunk, with_entropy)
     result: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head.weight_VH, head.bias_V, tokens_N.long(), form
+        hidden_NH, head.weight_VH, head.bias_V, tokens_N.long(), form, loss_gradient
     )
     return result
 
@@ -149,32 +173,45 @@ class _HeadStatistics(torch.autograd.Function):
         bias_V: Tensor | None,
         tokens_N: Tensor,
         form: _Form,
+        loss_gradient: LossGradient | None,
     ) -> tuple[Tensor, Tensor]:
         logprob_N = hidden_NH.new_zeros(len(tokens_N), dtype=_accurate(hidden_NH.dtype))
         logsumexp_N, entropy_N = torch.zeros_like(logprob_N), torch.zeros_like(logprob_N)
-        for chunk in form.chunks(len(tokens_N)):
-            logprob_N[chunk], logsumexp_N[chunk], entropy_N[chunk] = chunk_statistics(
-                form.logits(hidden_NH[chunk], weight_VH, bias_V), tokens_N[chunk], form.with_entropy
-            )
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, tokens_N, logsumexp_N, entropy_N)
-        ctx.form = form
+        ctx.form, ctx.early, ctx.announced_N = form, None, None
         if not form.with_entropy:
             ctx.mark_non_differentiable(entropy_N)
+        if loss_gradient is not None and any(ctx.needs_input_grad[:3]):
+            ctx.early = _Gradients.zero(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
+            ctx.announced_N = torch.zeros_like(logprob_N)
+        for chunk in form.chunks(len(tokens_N)):
+            logits_nV = form.logits(hidden_NH[chunk], weight_VH, bias_V)
+            if ctx.early is None:
+                logprob_N[chunk], logsumexp_N[chunk], entropy_N[chunk] = chunk_statistics(
+                    logits_nV, tokens_N[chunk], form.with_entropy
+                )
+                continue
+            slope_nV = form.slope(logits_nV)
+            logprob_N[chunk], logsumexp_N[chunk], sum_n = chunk_exponentials(
+                logits_nV, tokens_N[chunk]
+            )
+            ctx.announced_N[chunk] = grad_n = loss_gradient(logprob_N)[chunk]
+            grad_nV = logits_nV.mul_((-grad_n / sum_n)[:, None])
+            grad_nV.scatter_add_(-1, tokens_N[chunk, None], grad_n[:, None])
+            ctx.early.add(chunk, form.logits_gradient(grad_nV, slope_nV), hidden_NH, weight_VH)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, tokens_N, logsumexp_N, entropy_N)
         return logprob_N, entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_N: Tensor, entropy_grad_N: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden_NH, weight_VH, bias_V, tokens_N, logsumexp_N, entropy_N = ctx.saved_tensors
         form: _Form = ctx.form
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        hidden_grad_NH = torch.zeros_like(hidden_NH) if of_hidden else None
-        # Chunks are added up in float32: in bfloat16 the later ones would be lost.
-        accurate = _accurate(weight_VH.dtype)
-        weight_grad_VH = torch.zeros_like(weight_VH, dtype=accurate) if of_weight else None
-        bias_grad_V = None if not of_bias else torch.zeros_like(bias_V, dtype=accurate)
+        early, ctx.early = ctx.early, None
+        if early is not None and torch.allclose(grad_N, ctx.announced_N, rtol=_CLOSE, atol=0):
+            return *early.of_types(weight_VH, bias_V), None, None, None
+        sums = _Gradients.zero(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
         for chunk in form.chunks(len(tokens_N)):
             logits_nV = form.logits(hidden_NH[chunk], weight_VH, bias_V)
             slope_nV = form.slope(logits_nV)
@@ -185,19 +222,49 @@ class _HeadStatistics(torch.autograd.Function):
                 entropy_N[chunk],
                 entropy_grad_N[chunk] if form.with_entropy else None,
             )
-            grad_nV = form.logits_gradient(grad_nV, slope_nV).to(hidden_NH.dtype)
-            if hidden_grad_NH is not None:
-                torch.mm(grad_nV, weight_VH, out=hidden_grad_NH[chunk])
-            if weight_grad_VH is not None:
-                _add_product(weight_grad_VH, grad_nV.t(), hidden_NH[chunk])
-            if bias_grad_V is not None:
-                bias_grad_V += grad_nV.sum(0, dtype=accurate)
+            sums.add(chunk, form.logits_gradient(grad_nV, slope_nV), hidden_NH, weight_VH)
+        return *sums.of_types(weight_VH, bias_V), None, None, None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gradients:
+    """Sums over chunks, None for what needs no gradient."""
+
+    hidden_NH: Tensor | None
+    weight_VH: Tensor | None
+    """float32, as is that of the bias: in bfloat16 later chunks would be lost."""
+    bias_V: Tensor | None
+
+    @classmethod
+    def zero(
+        cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, needed: Sequence[bool]
+    ) -> Self:
+        """Nothing yet, for those of the three that are needed."""
+        accurate = _accurate(weight_VH.dtype)
+        return cls(
+            torch.zeros_like(hidden_NH) if needed[0] else None,
+            torch.zeros_like(weight_VH, dtype=accurate) if needed[1] else None,
+            torch.zeros_like(bias_V, dtype=accurate) if bias_V is not None and needed[2] else None,
+        )
+
+    def add(self, chunk: slice, grad_nV: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> None:
+        """Add what comes of the gradient of a chunk's logits."""
+        grad_nV = grad_nV.to(hidden_NH.dtype)
+        if self.hidden_NH is not None:
+            torch.mm(grad_nV, weight_VH, out=self.hidden_NH[chunk])
+        if self.weight_VH is not None:
+            _add_product(self.weight_VH, grad_nV.t(), hidden_NH[chunk])
+        if self.bias_V is not None:
+            self.bias_V.add_(grad_nV.sum(0, dtype=self.bias_V.dtype))
+
+    def of_types(
+        self, weight_VH: Tensor, bias_V: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the types of weight and bias."""
         return (
-            hidden_grad_NH,
-            None if weight_grad_VH is None else weight_grad_VH.to(weight_VH.dtype),
-            None if bias_grad_V is None or bias_V is None else bias_grad_V.to(bias_V.dtype),
-            None,
-            None,
+            self.hidden_NH,
+            None if self.weight_VH is None else self.weight_VH.to(weight_VH.dtype),
+            None if self.bias_V is None or bias_V is None else self.bias_V.to(bias_V.dtype),
         )
 
 

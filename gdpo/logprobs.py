@@ -148,20 +148,31 @@ def chunk_statistics(
 
     A chunk [..., V] of logits, float32 or float64, over the temperature; tokens [...].
     """
+    if not with_entropy:
+        return *chunk_exponentials(scaled_btV, tokens_bt)[:2], 0.0
     top_bt1 = scaled_btV.amax(dim=-1, keepdim=True)
     below_top_btV = scaled_btV.sub_(top_bt1)
     chosen_bt = below_top_btV.gather(-1, tokens_bt[..., None])[..., 0]
-    entropy_bt: Tensor | float = 0.0
-    if with_entropy:
-        p_btV = below_top_btV.exp()
-        sum_bt = p_btV.sum(dim=-1)
-        log_sum_bt = sum_bt.log()
-        # -sum_v p_v log p_v with log p = x - top - log(sum) and p = exp(x - top) / sum.
-        energy_bt = p_btV.mul_(below_top_btV.clamp_(min=SMALLEST_LOG)).sum(dim=-1)
-        entropy_bt = log_sum_bt - energy_bt / sum_bt
-    else:
-        log_sum_bt = below_top_btV.exp_().sum(dim=-1).log()
+    p_btV = below_top_btV.exp()
+    sum_bt = p_btV.sum(dim=-1)
+    log_sum_bt = sum_bt.log()
+    # -sum_v p_v log p_v with log p = x - top - log(sum) and p = exp(x - top) / sum.
+    energy_bt = p_btV.mul_(below_top_btV.clamp_(min=SMALLEST_LOG)).sum(dim=-1)
+    entropy_bt = log_sum_bt - energy_bt / sum_bt
     return chosen_bt - log_sum_bt, top_bt1[..., 0] + log_sum_bt, entropy_bt
+
+
+def chunk_exponentials(scaled_btV: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the tokens, logsumexp, and the sum [...] of what the chunk becomes.
+
+    It becomes exp(x - the largest x), which over its sum is p.
+    """
+    top_bt1 = scaled_btV.amax(dim=-1, keepdim=True)
+    below_top_btV = scaled_btV.sub_(top_bt1)
+    chosen_bt = below_top_btV.gather(-1, tokens_bt[..., None])[..., 0]
+    sum_bt = below_top_btV.exp_().sum(dim=-1)
+    log_sum_bt = sum_bt.log()
+    return chosen_bt - log_sum_bt, top_bt1[..., 0] + log_sum_bt, sum_bt
 
 
 def chunk_gradient(

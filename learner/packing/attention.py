@@ -4,7 +4,7 @@ A model whose attention is `PACKED` takes the row's `Layout` as the argument `LA
 
     GPU, float16 or bfloat16       variable-length flash attention
     CPU                            `learner.packing.cascade`
-    small trees on a CPU           one call over trees as a padded batch, with a mask
+    short sequences on a CPU       one call over sequences as a padded batch
     window, softcap, sinks, ...    segment by segment with a mask, where the kernel lacks them
 
 Shapes: [1, heads, N, D]; keys and values may have fewer heads.
@@ -29,8 +29,8 @@ PACKED = "gdpo_packed"
 LAYOUT = "packed_layout"
 """The argument of a model's call that takes the `Layout`."""
 _HALF = (torch.float16, torch.bfloat16)
-_DENSE_TOKENS = 96
-"""Trees up to this size are cheaper with a mask than the calls for their segments are."""
+_CHAIN_PAIRS = 4096
+"""Pairs of tokens that cost as much as the calls for a segment do, or less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ def _choose(query: Tensor, value: Tensor, layout: Layout, form: _Form) -> _Atten
     if query.is_cuda:
         fits = query.dtype in _HALF and same_size and _kernel_can(form)
         return _varlen if fits else _by_segments
-    if max(stop - start for start, stop in layout.trees) <= _DENSE_TOKENS:
-        return _dense
+    if len(layout.leaves) * layout.longest**2 <= _CHAIN_PAIRS * len(layout.starts):
+        return _chains
     return _cascade if form.is_plain and same_size else _by_segments
 
 
@@ -123,19 +123,20 @@ def _cascade(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: _F
     return cascade_attention(query, key, value, layout, form.scale)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: _Form) -> Tensor:
-    """Attend in all trees at once, as a padded batch."""
-    dense = layout.dense(query.device)
-    mask_RMM = dense.mask_RMM
-    if form.window is not None:
-        distance_RMM = dense.positions_RM[:, :, None] - dense.positions_RM[:, None]
-        mask_RMM = mask_RMM & (distance_RMM < form.window)
+def _chains(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: _Form) -> Tensor:
+    """Attend in all sequences at once, as a padded batch: what they share is computed again."""
+    chains = layout.chains(query.device)
 
     def rows(packed_1HND: Tensor) -> Tensor:
-        return packed_1HND[0][:, dense.index_RM].transpose(0, 1)
+        packed_NHD = packed_1HND[0].transpose(0, 1)
+        rows_CLHD = packed_NHD.index_select(0, chains.index_CL.flatten()).unflatten(
+            0, chains.index_CL.shape
+        )
+        return rows_CLHD.transpose(1, 2)
 
-    out_RHMD = _masked(rows(query), rows(key), rows(value), mask_RMM[:, None], form)
-    return out_RHMD.transpose(0, 1).flatten(1, 2)[:, dense.place_N][None]
+    out_CHLD = _causal(rows(query), rows(key), rows(value), form)
+    out_NHD = out_CHLD.transpose(1, 2).flatten(0, 1).index_select(0, chains.place_N)
+    return out_NHD.transpose(0, 1)[None]
 
 
 def _by_segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: _Form) -> Tensor:
@@ -171,6 +172,21 @@ def _seen(
         ranges.append((max(start, stop - left), stop))
         left -= stop - start
     return ranges[::-1]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, form: _Form) -> Tensor:
+    """Attention of rows that are padded on the right, where causal attention does not look."""
+    if form.is_plain:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=form.scale, enable_gqa=grouped
+        )
+    place_L = torch.arange(query.shape[2], device=query.device)
+    distance_LL = place_L[:, None] - place_L
+    mask_LL = distance_LL >= 0
+    if form.window is not None:
+        mask_LL &= distance_LL < form.window
+    return _masked(query, key, value, mask_LL, form)
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, form: _Form) -> Tensor:

@@ -1,6 +1,6 @@
 """Who sees whom in a packed row, in the forms that kernels of attention take.
 
-Shapes: N tokens in the row, S segments, R trees of at most M tokens.
+Shapes: N tokens in the row, S segments, C sequences of at most L tokens.
 """
 
 from collections.abc import Iterator
@@ -54,6 +54,12 @@ class Layout:
         return int(np.max(lengths + np.asarray(self.lengths_before), initial=0))
 
     @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """The segments that nothing stands behind."""
+        parents = set(self.parents)
+        return tuple(i for i in range(len(self.parents)) if i not in parents)
+
+    @cached_property
     def trees(self) -> tuple[tuple[int, int], ...]:
         """[R] first token of each tree, and where it ends."""
         roots = [i for i, parent in enumerate(self.parents) if parent < 0]
@@ -73,18 +79,18 @@ class Layout:
             self._varlen[device] = Varlen.of(self, device)
         return self._varlen[device]
 
-    def dense(self, device: torch.device) -> "Dense":
-        """As one padded batch of trees with a mask; made once for each device."""
-        if device not in self._dense:
-            self._dense[device] = Dense.of(self, device)
-        return self._dense[device]
+    def chains(self, device: torch.device) -> "Chains":
+        """As a padded batch of sequences; made once for each device."""
+        if device not in self._chains:
+            self._chains[device] = Chains.of(self, device)
+        return self._chains[device]
 
     @cached_property
     def _varlen(self) -> dict[torch.device, "Varlen"]:
         return {}
 
     @cached_property
-    def _dense(self) -> dict[torch.device, "Dense"]:
+    def _chains(self) -> dict[torch.device, "Chains"]:
         return {}
 
     def segments(self) -> Iterator[tuple[int, int, int, bool]]:
@@ -138,51 +144,26 @@ class Varlen:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """Trees as rows of a batch."""
+class Chains:
+    """Each sequence as a row of its own, with what it shares, padded on the right."""
 
-    index_RM: torch.Tensor
+    index_CL: torch.Tensor
     """int64: place in the packed row; 0 where there is padding."""
     place_N: torch.Tensor
-    """int64: where each token of the packed row stands in the R * M."""
-    mask_RMM: torch.Tensor
-    """bool: whether a token sees another; padding sees itself, so that no row is empty."""
-    positions_RM: torch.Tensor
-    """int64: position in the sequence."""
+    """int64: where each token of the packed row stands in the C * L, for the first time."""
 
     @classmethod
-    def of(cls, layout: Layout, device: torch.device) -> "Dense":
-        """Pad the trees of a row."""
-        shape = (len(layout.trees), max(stop - start for start, stop in layout.trees))
-        segment_N = np.repeat(
-            np.arange(len(layout.starts)), np.subtract(layout.stops, layout.starts)
-        )
-        position_N = (
-            np.arange(layout.size)
-            - np.asarray(layout.starts)[segment_N]
-            + np.asarray(layout.lengths_before)[segment_N]
-        )
-        ancestor_SS = _ancestors(layout.parents)
-        index, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    def of(cls, layout: Layout, device: torch.device) -> "Chains":
+        """Lay out the path to each leaf of the trees."""
+        paths = [
+            np.concatenate([np.arange(*range_) for range_ in layout.path(leaf)])
+            for leaf in layout.leaves
+        ]
+        length = max(len(path) for path in paths)
+        index = np.zeros((len(paths), length), dtype=np.int64)
         place = np.zeros(layout.size, dtype=np.int64)
-        mask = np.zeros((*shape, shape[1]), dtype=np.bool_)
-        mask[:, np.arange(shape[1]), np.arange(shape[1])] = True
-        for row, (start, stop) in enumerate(layout.trees):
-            length = stop - start
-            index[row, :length] = np.arange(start, stop)
-            positions[row, :length] = position_N[start:stop]
-            place[start:stop] = row * shape[1] + np.arange(length)
-            segments = segment_N[start:stop]
-            seen = ancestor_SS[segments[:, None], segments[None]]
-            before = position_N[start:stop, None] >= position_N[None, start:stop]
-            mask[row, :length, :length] = seen & before
-        return cls(*(torch.from_numpy(x).to(device) for x in (index, place, mask, positions)))
-
-
-def _ancestors(parents: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    """[S, S]: whether the second segment is the first or an ancestor of it."""
-    result = np.eye(len(parents), dtype=np.bool_)
-    for segment, parent in enumerate(parents):
-        if parent >= 0:
-            result[segment] |= result[parent]
-    return result
+        # Backwards, so that the first of several is what stays.
+        for row, path in reversed(list(enumerate(paths))):
+            index[row, : len(path)] = path
+            place[path] = row * length + np.arange(len(path))
+        return cls(torch.from_numpy(index).to(device), torch.from_numpy(place).to(device))

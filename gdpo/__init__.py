@@ -24,7 +24,7 @@ from gdpo.corrections import (
 )
 from gdpo.diagnostics import reward_diagnostics
 from gdpo.estimators import ESTIMATORS
-from gdpo.heads import Head, head_logprobs, head_logprobs_and_entropy
+from gdpo.heads import Head, LossGradient, head_logprobs, head_logprobs_and_entropy
 from gdpo.logprobs import token_entropy, token_logprobs, token_logprobs_and_entropy
 from gdpo.losses import (
     AGGREGATIONS,
@@ -61,6 +61,7 @@ __all__ = [
     "Head",
     "Icepop",
     "KlTerm",
+    "LossGradient",
     "M2po",
     "PolicyLoss",
     "Ppo",

@@ -77,6 +77,7 @@ class TisSequence(Tis):
     """
 
     name = "tis_sequence"
+    by_token = False
 
     def objective(self, tokens: Tokens) -> Objective:
         """Truncate the weight of each sequence, at each of its tokens [N]."""
@@ -159,6 +160,7 @@ class Gspo(ClippedCorrection):
     """
 
     name = "gspo"
+    by_token = False
     needs_proximal = True
     clip_low: float = 3e-4
     """The clip's lower end is 1 - clip_low."""
@@ -252,6 +254,7 @@ class M2po(Correction):
     """
 
     name = "m2po"
+    by_token = False
     needs_proximal = False
     second_moment_limit: float = 0.04
     """Limit on the mean of (log rho)^2."""

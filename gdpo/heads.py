@@ -19,6 +19,8 @@ _CHUNK_BYTES = {"cpu": 128 << 20}
 _CHUNK_BYTES_OF_A_GPU = 1 << 30
 _MIN_ROWS = 256
 """Each chunk reads the whole weight and adds to all of its gradient: few rows do not pay."""
+_EARLY_WEIGHTS = 1 << 20
+"""Weights of a head below which its products cost less than one more gradient of the loss."""
 _CLOSE = 1e-4
 """Relative difference up to which a gradient counts as the one that was announced."""
 
@@ -114,6 +116,8 @@ def _apply(
         rows_per_chunk = _rows_per_chunk(len(head.weight_VH), hidden_NH.device)
     if rows_per_chunk < 1:
         raise ValueError(f"rows_per_chunk is {rows_per_chunk}: give at least 1")
+    if head.weight_VH.numel() < _EARLY_WEIGHTS:
+        loss_gradient = None
     form = _Form(head.scale, head.softcap, temperature, rows_per_chunk, with_entropy)
     result: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
         hidden_NH, head.weight_VH, head.bias_V, tokens_N.long(), form, loss_gradient
@@ -185,7 +189,7 @@ class _HeadStatistics(torch.autograd.Function):
             ctx.announced_N = torch.zeros_like(logprob_N)
         for chunk in form.chunks(len(tokens_N)):
             logits_nV = form.logits(hidden_NH[chunk], weight_VH, bias_V)
-            if ctx.early is None:
+            if ctx.early is None or loss_gradient is None:
                 logprob_N[chunk], logsumexp_N[chunk], entropy_N[chunk] = chunk_statistics(
                     logits_nV, tokens_N[chunk], form.with_entropy
                 )

@@ -59,6 +59,8 @@ class Correction(ABC):
     """The name that a configuration uses."""
     needs_proximal: ClassVar[bool]
     """Whether it takes pi_prox, the policy at the start of the training batch."""
+    by_token: ClassVar[bool] = True
+    """Whether the gradient of a token depends on the log-probabilities of no other."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -29,8 +29,8 @@ PACKED = "gdpo_packed"
 LAYOUT = "packed_layout"
 """The argument of a model's call that takes the `Layout`."""
 _HALF = (torch.float16, torch.bfloat16)
-_CHAIN_PAIRS = 4096
-"""Pairs of tokens that cost as much as the calls for a segment do, or less."""
+_CHAIN_WORK = 200_000
+"""Pairs of tokens times channels that cost as much as the calls for a segment do, or less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,8 @@ def _choose(query: Tensor, value: Tensor, layout: Layout, form: _Form) -> _Atten
     if query.is_cuda:
         fits = query.dtype in _HALF and same_size and _kernel_can(form)
         return _varlen if fits else _by_segments
-    if len(layout.leaves) * layout.longest**2 <= _CHAIN_PAIRS * len(layout.starts):
+    pairs = len(layout.leaves) * layout.longest**2
+    if pairs * query.shape[1] * query.shape[3] <= _CHAIN_WORK * len(layout.starts):
         return _chains
     return _cascade if form.is_plain and same_size else _by_segments
 
@@ -129,14 +130,13 @@ def _chains(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: _Fo
 
     def rows(packed_1HND: Tensor) -> Tensor:
         packed_NHD = packed_1HND[0].transpose(0, 1)
-        rows_CLHD = packed_NHD.index_select(0, chains.index_CL.flatten()).unflatten(
-            0, chains.index_CL.shape
-        )
-        return rows_CLHD.transpose(1, 2)
+        chosen_CLHD = packed_NHD.index_select(0, chains.index_CL.flatten())
+        return chosen_CLHD.view(*chains.index_CL.shape, *packed_NHD.shape[1:]).transpose(1, 2)
 
     out_CHLD = _causal(rows(query), rows(key), rows(value), form)
     out_NHD = out_CHLD.transpose(1, 2).flatten(0, 1).index_select(0, chains.place_N)
-    return out_NHD.transpose(0, 1)[None]
+    packed_1HND: Tensor = out_NHD.transpose(0, 1)[None]
+    return packed_1HND
 
 
 def _by_segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: _Form) -> Tensor:

@@ -46,14 +46,17 @@ class Forward:
             return packed_row(trees, device)
         return padded_rows([chain for tree in trees for chain in tree.chains()], device)
 
-    def logprobs(self, model: Any, rows: Rows) -> Tensor:
-        """Log-probability [N] of each trained token."""
+    def logprobs(
+        self, model: Any, rows: Rows, loss_gradient: gdpo.LossGradient | None = None
+    ) -> Tensor:
+        """Log-probability [N] of each trained token; see `gdpo.head_logprobs`."""
         if self._way.fused_head:
             return gdpo.head_logprobs(
                 self._hidden(model, rows),
                 head_of(model),
                 rows.target_N,
                 temperature=self._temperature,
+                loss_gradient=loss_gradient,
             )
         return gdpo.token_logprobs(
             self._logits(model, rows), rows.target_N[None], temperature=self._temperature

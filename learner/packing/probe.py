@@ -13,7 +13,7 @@ from learner.packing.trees import Ints, Segment, TokenTree
 from protocol.errors import ConfigError
 
 _PROMPT = 112
-"""Tokens: more than `learner.packing.attention` computes with one mask."""
+"""Tokens: too many for `learner.packing.attention` to compute them again for each sequence."""
 _LIMITS = ("sliding_window", "attention_chunk_size", "floor_scale")
 """Attributes of models and their layers from which on tokens are treated otherwise."""
 _SMALL = 16

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,15 +154,17 @@ class Trainer:
     def _update(self, batch: Batch, advantages_PG: Tensor) -> tuple[dict[str, float], float | None]:
         """All optimiser steps of one batch."""
         order = torch.randperm(len(batch.groups), generator=self._random)
+        learns_P = (advantages_PG != 0).any(1) | self._all_learn
+        advantages_B = advantages_PG.flatten().to(self._device, torch.float32)
         minibatches = [
-            _Minibatch(batch, places_p, self._split(batch, places_p, advantages_PG))
+            _Minibatch(batch, places_p, self._passes(batch, places_p[learns_P[places_p]]))
             for places_p in order.tensor_split(self._config.training.minibatches)
         ]
+        parts = self._without_gradient(self._passes(batch, order[~learns_P[order]]), advantages_B)
+        difference = lag0_difference(parts, self.version)
         # Before the first update: after it, the policy is another one.
         later = [self._proximal(minibatch) for minibatch in minibatches[1:]]
-        advantages_B = advantages_PG.flatten().to(self._device, torch.float32)
-        parts: list[Microbatch] = []
-        losses, norms, difference = [], [], None
+        losses, norms = [], []
         for index, (minibatch, proximal) in enumerate(
             zip(minibatches, [None, *later], strict=True)
         ):
@@ -171,25 +174,30 @@ class Trainer:
                 self._optimizer.scale_lr(math.sqrt(whole_ess(new_parts)))
             norms.append(self._apply(loss))
             losses.append(loss)
+            parts += new_parts
             if index == 0:
                 # Only before the batch's first update is the trainer's policy its version.
-                difference = lag0_difference(new_parts, self.version)
-            parts += new_parts
+                difference = lag0_difference(parts, self.version)
         metrics = step_metrics(parts, self.version)
         metrics["loss"] = sum(losses) / len(losses)
         metrics["grad_norm"] = sum(norms) / len(norms)
         return metrics, difference
 
-    def _split(self, batch: Batch, places_p: Tensor, advantages_PG: Tensor) -> list["_Pass"]:
-        """The passes of a minibatch: groups that have a gradient, then those that have none."""
-        learns_P = (advantages_PG != 0).any(1) | self._all_learn
-        passes = []
-        for learns in (True, False):
-            trees = [batch.trees[p] for p in places_p.tolist() if learns_P[p] == learns]
-            parts = split(trees, self._way, self._max_tokens, self._work) if trees else []
-            passes += [_Pass(self._forward.rows(part, self._device), learns) for part in parts]
+    def _passes(self, batch: Batch, places_p: Tensor) -> list[Rows]:
+        """Lay groups of a batch out as passes that fit into memory."""
+        trees = [batch.trees[p] for p in places_p.tolist()]
+        parts = split(trees, self._way, self._max_tokens, self._work) if trees else []
+        passes = [self._forward.rows(part, self._device) for part in parts]
         # A prompt alone teaches nothing.
-        return [each for each in passes if len(each.rows.target_N)]
+        return [rows for rows in passes if len(rows.target_N)]
+
+    @torch.no_grad()
+    def _without_gradient(self, passes: list[Rows], advantages_B: Tensor) -> list[Microbatch]:
+        """What groups that have no gradient leave for the metrics."""
+        return [
+            Microbatch(self._loss(rows, advantages_B, None, None).record, rows.versions_N)
+            for rows in passes
+        ]
 
     @property
     def _all_learn(self) -> bool:
@@ -206,7 +214,7 @@ class Trainer:
         """Log-probabilities [N] of each pass under the policy as it is now, if they are needed."""
         if not self._recomputes_proximal:
             return None
-        return [self._forward.logprobs(self._model, each.rows) for each in minibatch.passes]
+        return [self._forward.logprobs(self._model, rows) for rows in minibatch.passes]
 
     @property
     def _recomputes_proximal(self) -> bool:
@@ -224,14 +232,12 @@ class Trainer:
         )
         total = torch.zeros((), device=self._device)
         parts: list[Microbatch] = []
-        for index, each in enumerate(minibatch.passes):
+        for index, rows in enumerate(minibatch.passes):
             proximal_N = None if proximal is None else proximal[index]
-            with torch.set_grad_enabled(each.learns):
-                loss = self._loss(each.rows, advantages_B, proximal_N, denominator)
-            if each.learns:
-                loss.loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._loss(rows, advantages_B, proximal_N, denominator)
+            loss.loss.backward()  # type: ignore[no-untyped-call]
             total += loss.loss.detach()
-            parts.append(Microbatch(loss.record, each.rows.versions_N))
+            parts.append(Microbatch(loss.record, rows.versions_N))
         return parts, total.item()
 
     def _loss(
@@ -239,25 +245,37 @@ class Trainer:
         rows: Rows,
         advantages_B: Tensor,
         proximal_N: Tensor | None,
-        denominator: Tensor,
+        denominator: Tensor | None,
     ) -> gdpo.PolicyLoss:
         """The loss of a pass, as the configuration says; without ``proximal_N``, the policy is."""
+        reference_N = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference_N = self._forward.logprobs(self._reference, rows)
+        of = partial(self._loss_of, rows, advantages_B, proximal_N, reference_N, denominator)
+        if self._config.algorithm.entropy_coefficient:
+            return of(*self._forward.logprobs_and_entropy(self._model, rows))
+        early = _gradient_of(of) if self._correction.by_token else None
+        return of(self._forward.logprobs(self._model, rows, early))
+
+    def _loss_of(
+        self,
+        rows: Rows,
+        advantages_B: Tensor,
+        proximal_N: Tensor | None,
+        reference_N: Tensor | None,
+        denominator: Tensor | None,
+        logprobs_N: Tensor,
+        entropy_N: Tensor | None = None,
+    ) -> gdpo.PolicyLoss:
+        """The loss of a pass from the log-probabilities of all policies."""
         algorithm = self._config.algorithm
-        entropy = kl = None
-        if algorithm.entropy_coefficient:
-            logprobs_N, entropy_N = self._forward.logprobs_and_entropy(self._model, rows)
-            entropy = algorithm.make_entropy_term(entropy_N)
-        else:
-            logprobs_N = self._forward.logprobs(self._model, rows)
         if self._correction.needs_proximal and proximal_N is None:
             proximal_N = logprobs_N.detach()
             if not self._recomputes_proximal:
                 proximal_N = gdpo.interpolated_proximal(
                     rows.behaviour_N, proximal_N, rows.versions_N, self.version
                 )
-        if self._reference is not None:
-            with torch.no_grad():
-                kl = algorithm.make_kl_term(self._forward.logprobs(self._reference, rows))
         tokens = gdpo.Tokens(
             policy_N=logprobs_N,
             behaviour_N=rows.behaviour_N,
@@ -270,8 +288,8 @@ class Trainer:
             tokens,
             correction=self._correction,
             aggregation=algorithm.aggregation,
-            kl=kl,
-            entropy=entropy,
+            kl=None if reference_N is None else algorithm.make_kl_term(reference_N),
+            entropy=None if entropy_N is None else algorithm.make_entropy_term(entropy_N),
             denominator=denominator,
         )
 
@@ -297,13 +315,16 @@ class Trainer:
         self._optimizer.set_lr(factor)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pass:
-    """What goes through the model at once."""
+def _gradient_of(loss_of: Callable[[Tensor], gdpo.PolicyLoss]) -> gdpo.LossGradient:
+    """The gradient of a loss with respect to log-probabilities."""
 
-    rows: Rows
-    learns: bool
-    """Whether it has a gradient: without a difference in their scores, groups only have metrics."""
+    def gradient(logprobs_N: Tensor) -> Tensor:
+        with torch.enable_grad():  # type: ignore[no-untyped-call]
+            own_N = logprobs_N.detach().clone().requires_grad_()
+            (gradient_N,) = torch.autograd.grad(loss_of(own_N).loss, own_N)
+        return gradient_N
+
+    return gradient
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -313,7 +334,8 @@ class _Minibatch:
     batch: Batch
     places_p: Tensor
     """int64: which groups of the batch."""
-    passes: list["_Pass"]
+    passes: list[Rows]
+    """Of those that have a gradient."""
 
     @property
     def lengths_b(self) -> Tensor:

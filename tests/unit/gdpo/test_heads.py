@@ -1,6 +1,7 @@
 """Log-probabilities and entropies without logits."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gdpo import Head, head_logprobs, head_logprobs_and_entropy
+from gdpo import Head, head_logprobs, head_logprobs_and_entropy, heads
 from tests.unit.gdpo.test_logprobs import NewTensors
 
 N, H, V = 13, 6, 11
@@ -62,6 +63,43 @@ def test_values_and_gradients_are_those_of_logits(
         torch.autograd.grad(alone, leaves, upstream[0]),
         torch.autograd.grad(expected[0], leaves, upstream[0]),
     )
+
+
+@given(
+    rows=st.sampled_from([1, 5, 100]),
+    scale=st.sampled_from([1.0, 0.3]),
+    softcap=st.sampled_from([None, 2.0]),
+    bias=st.booleans(),
+    announced=st.sampled_from(["right", "wrong"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_gradients_made_early_are_those_made_late(
+    rows: int, scale: float, softcap: float | None, bias: bool, announced: str
+) -> None:
+    """Of a loss that is no sum of log-probabilities; also where it announced something else."""
+    hidden, weight, offset, tokens = inputs(torch.float32, bias=bias)
+    head = Head(weight, offset, scale, softcap)
+    leaves = [x for x in (hidden, weight, offset) if x is not None]
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    def announce(logprobs: Tensor) -> Tensor:
+        calls.append(len(logprobs))
+        factor = 1.0 if announced == "right" else 1.5
+        return factor * weights * logprobs.exp()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "_EARLY_WEIGHTS", 0)
+        early = head_logprobs(
+            hidden, head, tokens, rows_per_chunk=rows, loss_gradient=loss_gradient
+        )
+    late = head_logprobs(hidden, head, tokens, rows_per_chunk=rows)
+    torch.testing.assert_close(early, late)
+    assert calls == [N] * -(-N // rows)
+    with mock.patch.object(heads, "chunk_gradient", wraps=heads.chunk_gradient) as made_late:
+        found = torch.autograd.grad((weights * early.exp()).sum(), leaves)
+    assert made_late.called == (announced == "wrong")
+    torch.testing.assert_close(found, torch.autograd.grad((weights * late.exp()).sum(), leaves))
 
 
 def test_gradients_pass_the_check_by_finite_differences() -> None:

@@ -40,7 +40,7 @@ def reference(query, key, value, layout, *, window, softcap, sinks):
     return (scores.softmax(-1)[..., : layout.size] @ value).transpose(1, 2)
 
 
-@pytest.mark.parametrize("dense_tokens", [0, 10_000], ids=["segments", "dense"])
+@pytest.mark.parametrize("chain_work", [0, 10**9], ids=["segments", "chains"])
 @settings(max_examples=25, deadline=None)
 @given(
     forest=st.lists(trees(max_length=20), min_size=1, max_size=3),
@@ -50,7 +50,7 @@ def reference(query, key, value, layout, *, window, softcap, sinks):
     seed=st.integers(0, 1000),
 )
 def test_outputs_and_gradients_are_those_of_a_mask(
-    dense_tokens, forest, window, softcap, with_sinks, seed
+    chain_work, forest, window, softcap, with_sinks, seed
 ):
     layout = layout_of(forest)
     torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_those_of_a_mask(
     sinks = torch.randn(HEADS, requires_grad=True) if with_sinks else None
     weight = torch.randn(1, layout.size, HEADS, SIZE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_DENSE_TOKENS", dense_tokens)
+        patch.setattr(attention, "_CHAIN_WORK", chain_work)
         query, key, value = leaves
         out, _ = packed_attention(
             nn.Module(),
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_a_mask(
 
 
 def test_half_precision_stays_near(monkeypatch):
-    monkeypatch.setattr(attention, "_DENSE_TOKENS", 0)
+    monkeypatch.setattr(attention, "_CHAIN_WORK", 0)
     layout = layout_of([group()])
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, layout.size, SIZE) for h in (HEADS, KEY_HEADS, KEY_HEADS))

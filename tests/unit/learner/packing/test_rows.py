@@ -67,17 +67,14 @@ def test_padded_rows_have_each_token_in_its_context(forest):
 
 
 @given(st.lists(trees(), min_size=1, max_size=3))
-def test_dense_and_varlen_say_the_same_as_the_paths(forest):
+def test_chains_and_varlen_say_the_same_as_the_paths(forest):
     layout = layout_of(forest)
     seen = {place: seen_by(layout, place) for place in range(layout.size)}
-    dense, varlen = layout.dense(CPU), layout.varlen(CPU)
-    flat = dense.index_RM.flatten()
-    assert flat[dense.place_N].tolist() == list(range(layout.size))
-    width = dense.index_RM.shape[1]
+    chains, varlen = layout.chains(CPU), layout.varlen(CPU)
+    assert chains.index_CL.flatten()[chains.place_N].tolist() == list(range(layout.size))
     for place in range(layout.size):
-        row, column = divmod(int(dense.place_N[place]), width)
-        columns = dense.mask_RMM[row, column].nonzero()[:, 0]
-        assert sorted(dense.index_RM[row, columns].tolist()) == sorted(seen[place])
+        row, column = divmod(int(chains.place_N[place]), chains.index_CL.shape[1])
+        assert chains.index_CL[row, : column + 1].tolist() == seen[place]
     queries, keys = varlen.query_offsets.tolist(), varlen.key_offsets.tolist()
     for index in range(len(queries) - 1):
         num_queries, num_keys = queries[index + 1] - queries[index], keys[index + 1] - keys[index]

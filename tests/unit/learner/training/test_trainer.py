@@ -318,10 +318,13 @@ def without_signal(groups: list[Group], number: int) -> list[Group]:
     return groups
 
 
+@pytest.mark.parametrize("minibatches", [1, 3])
 @pytest.mark.parametrize("correction", gdpo.CORRECTIONS)
-def test_groups_without_signal_need_no_gradient(config, correction, monkeypatch):
+def test_groups_without_signal_need_no_gradient(config, correction, minibatches, monkeypatch):
     """The step is the same if they are computed with theirs, which is 0 or a penalty's."""
     changed = with_algorithm(config, correction=correction)
+    training = changed.training.model_copy(update={"minibatches": minibatches})
+    changed = changed.model_copy(update={"training": training})
     weights, metrics = [], []
     for all_learn in (False, True):
         if all_learn:
@@ -330,7 +333,29 @@ def test_groups_without_signal_need_no_gradient(config, correction, monkeypatch)
         result = train(Trainer(policy, changed), without_signal(make_groups(changed), 3))
         metrics.append(result.metrics)
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-5)
+    assert (weights[1] - weights[0]).abs().mean() < 1e-2 * config.optimizer.lr
+    assert metrics[0]["tokens"] == metrics[1]["tokens"]
+    if minibatches == 1:  # With more, it tells them how far the first updates moved the policy.
+        assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", gdpo.AGGREGATIONS)
+@pytest.mark.parametrize("correction", gdpo.CORRECTIONS)
+def test_gradients_of_the_head_that_are_made_early_change_nothing(
+    config, correction, aggregation, monkeypatch
+):
+    changed = with_algorithm(config, correction=correction, aggregation=aggregation)
+    weights = []
+    for early in (False, True):
+        if early:
+            monkeypatch.setattr(gdpo.heads, "_EARLY_WEIGHTS", 0)
+            # What was announced has to be what came.
+            monkeypatch.setattr(gdpo.heads, "chunk_gradient", lambda *_: pytest.fail("made late"))
+            if not changed.algorithm.make_correction().by_token:
+                return
+        policy = load_policy(changed)
+        train(Trainer(policy, changed), make_groups(changed))
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
     assert (weights[1] - weights[0]).abs().mean() < 1e-2 * config.optimizer.lr
 
 

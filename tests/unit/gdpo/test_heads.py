@@ -91,7 +91,7 @@ def test_gradients_made_early_are_those_made_late(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "_EARLY_WEIGHTS", 0)
         early = head_logprobs(
-            hidden, head, tokens, rows_per_chunk=rows, loss_gradient=loss_gradient
+            hidden, head, tokens, rows_per_chunk=rows, loss_gradient=announce
         )
     late = head_logprobs(hidden, head, tokens, rows_per_chunk=rows)
     torch.testing.assert_close(early, late)

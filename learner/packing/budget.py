@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,15 @@ from torch import Tensor
 
 from learner.packing.forward import Forward
 from learner.packing.probe import probe
+from learner.packing.trees import TokenTree
 
-_LARGEST = {"cpu": 1024}
-_LARGEST_ON_A_GPU = 65_536
+_LARGEST = 65_536
 _SMALLEST = 256
+_QUICK = {"cpu": 1024}
+"""Tokens of which the activations are still in a CPU's caches."""
+_WORTH_A_CUT = 1.15
+"""How much more may be computed so that passes are quick: beyond their caches, CPUs take as much
+longer for a token (`benchmarks/learner.py`)."""
 _SHARE_OF_MEMORY = 0.25
 """The share of a machine's memory: actors and others have the rest."""
 _SHARE_OF_FREE = 0.8
@@ -21,21 +28,44 @@ _BACKWARD = 1.25
 """What the backward pass takes beside what the forward pass kept."""
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Tokens of a pass; a sequence alone may be longer."""
+
+    most: int
+    """As many as fit into memory."""
+    quick: int
+    """As many as are quickest, where no tree has to be cut for it."""
+
+    def of(self, trees: Sequence[TokenTree]) -> int:
+        """The smallest number that these trees are not cut too much for.
+
+        What the pieces of a tree share is computed for each of them.
+        """
+        whole = sum(tree.num_tokens for tree in trees)
+        tokens = self.quick
+        while tokens < self.most:
+            cut = sum(piece.num_tokens for tree in trees for piece in tree.pieces(tokens))
+            if cut <= _WORTH_A_CUT * whole:
+                break
+            tokens = min(2 * tokens, self.most)
+        return tokens
+
+
 def token_budget(
     model: Any, forward: Forward, longest: int, *, recomputed_bytes: float = 0.0
-) -> int:
-    """Tokens of a pass: a power of two, so that it is the same in every run on a machine.
+) -> Budget:
+    """Tokens of a pass: powers of two, so that they are the same in every run on a machine.
 
     One pass over a few tokens shows what a token keeps; the share of the memory that this may take
     is divided by it, and by what the backward pass computes again for a token at once,
-    ``recomputed_bytes``. On GPUs, gradients and optimiser are left room for. A sequence alone may
-    be longer.
+    ``recomputed_bytes``. On GPUs, gradients and optimiser are left room for.
     """
     device = next(model.parameters()).device
-    limit = _LARGEST.get(device.type, _LARGEST_ON_A_GPU)
     per_token = bytes_per_token(model, forward, longest) + recomputed_bytes
     tokens = _memory(model, device) / (_BACKWARD * per_token)
-    return int(max(_SMALLEST, min(limit, 2 ** math.floor(math.log2(max(tokens, 1))))))
+    most = int(max(_SMALLEST, min(_LARGEST, 2 ** math.floor(math.log2(max(tokens, 1))))))
+    return Budget(most, quick=min(most, _QUICK.get(device.type, most)))
 
 
 def bytes_per_token(model: Any, forward: Forward, longest: int) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from learner.packing.budget import Budget
 from learner.packing.forward import Way
 from learner.packing.trees import TokenTree, microbatches
 
@@ -34,11 +35,11 @@ class Work:
 
 
 def split(
-    trees: Sequence[TokenTree], way: Way, max_tokens: int, cost: Callable[[TokenTree], float]
+    trees: Sequence[TokenTree], way: Way, budget: Budget, cost: Callable[[TokenTree], float]
 ) -> list[list[TokenTree]]:
-    """Share trees out to passes of at most ``max_tokens``, one sequence at least in each."""
+    """Share trees out to passes within a budget, one sequence at least in each."""
     if way.packed:
-        return microbatches(trees, max_tokens, cost)
+        return microbatches(trees, budget.of(trees), cost)
     chains = [chain for tree in trees for chain in tree.chains()]
     # Of similar length together: less padding to compute.
     chains.sort(key=lambda chain: chain.num_tokens, reverse=True)
@@ -46,7 +47,7 @@ def split(
     limit = way.max_sequences or len(chains)
     for chain in chains:
         rows = len(parts[-1]) + 1 if parts else limit + 1
-        if rows > limit or rows * parts[-1][0].num_tokens > max_tokens:
+        if rows > limit or rows * parts[-1][0].num_tokens > budget.quick:
             parts.append([])
         parts[-1].append(chain)
     return parts

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.config.training import TrainingConfig
-from learner.packing.budget import bytes_per_token, token_budget
+from learner.packing.budget import Budget, bytes_per_token, token_budget
 from learner.packing.forward import Forward
 from protocol.errors import ConfigError
 
 
-def prepared(model: Any, forward: Forward, longest: int, training: TrainingConfig) -> int:
+def prepared(model: Any, forward: Forward, longest: int, training: TrainingConfig) -> Budget:
     """Do to the layers what the configuration says; returns the tokens of a pass.
 
     Raises `ConfigError` for a model whose layers are not told apart.
@@ -29,9 +29,9 @@ def prepared(model: Any, forward: Forward, longest: int, training: TrainingConfi
         # The backward pass computes one layer after the other again.
         recomputed = bytes_per_token(model, forward, longest) / len(_layers(model))
     prepare_layers(model, checkpointed=training.activation_checkpointing, compiled=training.compile)
-    return training.microbatch_tokens or token_budget(
-        model, forward, longest, recomputed_bytes=recomputed
-    )
+    if tokens := training.microbatch_tokens:
+        return Budget(most=tokens, quick=tokens)
+    return token_budget(model, forward, longest, recomputed_bytes=recomputed)
 
 
 def prepare_layers(model: Any, *, checkpointed: bool, compiled: bool) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gdpo import Head, head_logprobs, head_logprobs_and_entropy, heads
+from gdpo import Head, head_logprobs, head_logprobs_and_entropy, heads, logprobs
 from tests.unit.gdpo.test_logprobs import NewTensors
 
 N, H, V = 13, 6, 11
@@ -90,13 +90,11 @@ def test_gradients_made_early_are_those_made_late(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "_EARLY_WEIGHTS", 0)
-        early = head_logprobs(
-            hidden, head, tokens, rows_per_chunk=rows, loss_gradient=announce
-        )
+        early = head_logprobs(hidden, head, tokens, rows_per_chunk=rows, loss_gradient=announce)
     late = head_logprobs(hidden, head, tokens, rows_per_chunk=rows)
     torch.testing.assert_close(early, late)
     assert calls == [N] * -(-N // rows)
-    with mock.patch.object(heads, "chunk_gradient", wraps=heads.chunk_gradient) as made_late:
+    with mock.patch.object(heads, "chunk_gradient", wraps=logprobs.chunk_gradient) as made_late:
         found = torch.autograd.grad((weights * early.exp()).sum(), leaves)
     assert made_late.called == (announced == "wrong")
     torch.testing.assert_close(found, torch.autograd.grad((weights * late.exp()).sum(), leaves))

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner.packing.budget import Budget
 from learner.packing.forward import Way
 from learner.packing.split import Work, split
 from learner.packing.trees import microbatches, tree_of
@@ -53,7 +54,7 @@ def test_pairs_are_those_that_attention_computes(tree):
 @given(st.lists(trees(), min_size=1, max_size=5), st.integers(1, 60), st.booleans())
 def test_a_split_loses_nothing_and_keeps_to_its_budget(forest, max_tokens, packed):
     way = Way(packed=True, fused_head=True) if packed else PADDED
-    parts = split(forest, way, max_tokens, Work(pair=0.01))
+    parts = split(forest, way, Budget(max_tokens, max_tokens), Work(pair=0.01))
     assert all_contexts([tree for part in parts for tree in part]) == all_contexts(forest)
     for part in parts:
         tokens = sum(tree.num_tokens for tree in part)
@@ -62,10 +63,25 @@ def test_a_split_loses_nothing_and_keeps_to_its_budget(forest, max_tokens, packe
         assert tokens <= max_tokens or (len(part) == 1 and num_sequences(part[0]) == 1)
 
 
+@given(st.lists(trees(), min_size=1, max_size=5), st.integers(1, 60), st.integers(0, 60))
+def test_a_pass_is_quick_unless_that_repeats_too_much(forest, quick, more):
+    """The smallest number of tokens with little to compute twice; or what the memory holds."""
+    budget = Budget(most=quick + more, quick=quick)
+    whole = sum(tree.num_tokens for tree in forest)
+
+    def computed(tokens: int) -> int:
+        return sum(piece.num_tokens for tree in forest for piece in tree.pieces(tokens))
+
+    tokens = budget.of(forest)
+    assert quick <= tokens <= budget.most
+    assert tokens == budget.most or computed(tokens) <= 1.15 * whole
+    assert tokens == quick or computed(quick) > 1.15 * whole
+
+
 @given(st.lists(trees(), min_size=1, max_size=5))
 def test_where_one_sequence_is_allowed_there_is_one(forest):
     way = Way(packed=False, fused_head=True, max_sequences=1)
-    parts = split(forest, way, 10_000, Work(pair=0.01))
+    parts = split(forest, way, Budget(10_000, 10_000), Work(pair=0.01))
     assert [len(part) for part in parts] == [1] * sum(map(num_sequences, forest))
 
 

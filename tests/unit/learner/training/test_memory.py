@@ -77,10 +77,11 @@ def test_a_pass_leaves_room_for_the_layer_that_is_computed_again(monkeypatch):
         model = make_model("llama", num_hidden_layers=8)
         forward = Forward(choose(model, 100), temperature=1.0)
         training = TrainingConfig(activation_checkpointing=checkpointed)
-        tokens[checkpointed] = prepared(model, forward, 100, training)
+        tokens[checkpointed] = prepared(model, forward, 100, training).most
     # 2 ** 24 / 1.25 / 37909 bytes a token = 354; of a layer 4739, and 2712 kept: 1801.
     assert tokens == {False: 256, True: 1024}
-    assert prepared(model, forward, 100, TrainingConfig(microbatch_tokens=77)) == 77
+    fixed = prepared(model, forward, 100, TrainingConfig(microbatch_tokens=77))
+    assert fixed == budget.Budget(77, 77)
 
 
 def test_masters_get_the_same_gradients():

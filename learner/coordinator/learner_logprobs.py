@@ -1,25 +1,35 @@
 """What the learner's model code computes with the weights of any snapshot, in CPU memory.
 
-Shapes: N tokens, V vocabulary.
+Shapes: N tokens.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from learner.coordinator.agreement import TokenScores
+from learner.packing.attention import PACKED
+from learner.packing.budget import Budget
+from learner.packing.forward import Forward, Way
+from learner.packing.rows import Rows
+from learner.packing.split import Work, split
+from learner.packing.trees import tree_of
 from learner.training.policy import Policy
 from learner.weights.snapshots import Snapshot
 from protocol.errors import ConfigError, brief
-from protocol.groups import Group, Rollout
+from protocol.groups import Group
 from transfer.views import view
 
+ENOUGH_TOKENS = 128
+"""Rollouts beyond those that have so many tokens are not computed."""
+_PASS = Budget(most=1024, quick=1024)
+_CPU = torch.device("cpu")
 _Places = list[tuple[torch.nn.Module, str, str]]
 """Modules, the names of parameters in them, and the names that these have in a snapshot."""
 
@@ -30,8 +40,9 @@ class LearnerLogprobs:
     So no second copy of the model is needed, whatever type it computes in. For one thread.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        """Raises `ConfigError` if the model cannot be built without its weights."""
+    def __init__(self, policy: Policy, way: Way) -> None:
+        """``way`` is the trainer's. Raises `ConfigError` if the model cannot be built empty."""
+        self._way = way
         self._specs = {spec.name: spec for spec in policy.specs}
         # A copy: what is set in it below would reach into the model in training.
         config = copy.deepcopy(policy.model.config)
@@ -42,7 +53,7 @@ class LearnerLogprobs:
                     config,
                     dtype=torch.float32,
                     # The others need a GPU.
-                    attn_implementation=attention if attention == "eager" else "sdpa",
+                    attn_implementation=attention if attention in ("eager", PACKED) else "sdpa",
                     trust_remote_code=False,
                 ).eval()
         except Exception as error:
@@ -63,53 +74,34 @@ class LearnerLogprobs:
     def scores(
         self, group: Group, snapshot: Snapshot, dtype: torch.dtype, temperature: float
     ) -> TokenScores:
-        """Score the tokens that were sampled from the snapshot, one rollout after the other."""
-        rollouts = [
-            (rollout, chosen)
-            for rollout in group.rollouts
-            if (chosen := rollout.token_versions == snapshot.version).any()
+        """Score tokens that were sampled from the snapshot, enough of them if there are."""
+        forward = Forward(self._way, temperature)
+        some = _some(group, snapshot.version)
+        if not some.rollouts:
+            return TokenScores(*(torch.empty(0) for _ in range(4)))
+        trees = [tree_of(some, 0)]
+        passes = [
+            forward.rows(part, _CPU)
+            for part in split(trees, self._way, _PASS, Work.of(self._model))
         ]
-        engine = [torch.from_numpy(rollout.logprobs[chosen]) for rollout, chosen in rollouts]
-        computed = {
-            each: [self._rollout(group, r, snapshot, each, temperature) for r, _ in rollouts]
-            for each in {torch.float32, dtype}
-        }
-        masks = [torch.from_numpy(chosen) for _, chosen in rollouts]
-
-        def joined(each: torch.dtype, row: int) -> torch.Tensor:
-            rows = zip(computed[each], masks, strict=True)
-            return torch.cat([torch.empty(0), *(values[row][mask] for values, mask in rows)])
-
-        return TokenScores(
-            engine_N=torch.cat([torch.empty(0), *engine]),
-            learner_N=joined(torch.float32, 0),
-            rounded_N=joined(dtype, 0),
-            gain_N=joined(torch.float32, 1),
-        )
+        chosen_N = torch.cat([rows.versions_N == snapshot.version for rows in passes])
+        engine_N = torch.cat([rows.behaviour_N for rows in passes])
+        learner_N, gain_N = self._compute(passes, snapshot, torch.float32, forward)
+        rounded_N = learner_N
+        if dtype != torch.float32:
+            rounded_N, _ = self._compute(passes, snapshot, dtype, forward)
+        return TokenScores(*(x_N[chosen_N] for x_N in (engine_N, learner_N, rounded_N, gain_N)))
 
     @torch.inference_mode()
-    def _rollout(
-        self,
-        group: Group,
-        rollout: Rollout,
-        snapshot: Snapshot,
-        dtype: torch.dtype,
-        temperature: float,
+    def _compute(
+        self, passes: list[Rows], snapshot: Snapshot, dtype: torch.dtype, forward: Forward
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and gain of each token of the completion."""
-        ids = torch.from_numpy(np.concatenate([group.prompt_tokens, rollout.tokens])).long()
-        first = len(group.prompt_tokens)
+        """Log-probability and gain of each token."""
         with self._weights_of(snapshot, dtype):
-            logits_1NV = self._model(
-                input_ids=ids[None, :-1],
-                use_cache=False,
-                logits_to_keep=torch.arange(first - 1, len(ids) - 1),
-            ).logits
-        scaled_NV = logits_1NV[0].float() / temperature
-        tokens_N1 = ids[first:, None]
-        logprobs_NV = scaled_NV.log_softmax(-1)
-        gain_N = scaled_NV.gather(1, tokens_N1)[:, 0] - (logprobs_NV.exp() * scaled_NV).sum(-1)
-        return logprobs_NV.gather(1, tokens_N1)[:, 0], gain_N
+            parts = [forward.logprobs_and_entropy(self._model, rows) for rows in passes]
+        logprobs_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
+        # x - E[x] for the token's logit x: log p + logsumexp - (logsumexp - H).
+        return logprobs_N, logprobs_N + entropy_N
 
     # --- lending weights ------------------------------------------------------------------------
 
@@ -164,3 +156,16 @@ class LearnerLogprobs:
 
     def _drain_layer(self, places: _Places, *_: Any) -> None:
         self._drain(places)
+
+
+def _some(group: Group, version: int) -> Group:
+    """The first rollouts that have enough tokens of ``version`` together, or all that have any."""
+    chosen, num_tokens = [], 0
+    for rollout in group.rollouts:
+        of_version = int((rollout.token_versions == version).sum())
+        if of_version:
+            chosen.append(rollout)
+            num_tokens += of_version
+        if num_tokens >= ENOUGH_TOKENS:
+            break
+    return replace(group, rollouts=tuple(chosen))

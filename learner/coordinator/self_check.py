@@ -20,6 +20,7 @@ import torch
 from learner.config.run import RunConfig
 from learner.coordinator.agreement import Agreement, compare
 from learner.coordinator.learner_logprobs import LearnerLogprobs
+from learner.packing.forward import Way
 from learner.threads import Fail, Worker
 from learner.training.policy import Policy
 from learner.weights.snapshots import Snapshot
@@ -65,12 +66,15 @@ class _Job:
 class SelfCheck:
     """Scores sequences of actors on a thread of its own: training continues."""
 
-    def __init__(self, policy: Policy, config: RunConfig, works: Sequence[Work]) -> None:
-        """``works`` are what actors are checked with, in turn. Raises `ConfigError`."""
+    def __init__(self, policy: Policy, config: RunConfig, works: Sequence[Work], way: Way) -> None:
+        """``works`` are what actors are checked with, in turn, ``way`` how the trainer computes.
+
+        Raises `ConfigError`.
+        """
         self.works = works
         self._config = config
         try:
-            self._learner = LearnerLogprobs(policy)
+            self._learner = LearnerLogprobs(policy, way)
         except ConfigError as error:
             raise ConfigError(f"the check of new actors: {error}; {WITHOUT}") from error
         self._waiting: deque[_Job] = deque()
@@ -116,7 +120,8 @@ class SelfCheck:
     def compare(self, group: Group, snapshot: Snapshot) -> CheckResult:
         """Compare the log-probabilities of the actor with the learner's.
 
-        Only those of tokens that were sampled from the snapshot's version count.
+        Only those of tokens that were sampled from the snapshot's version count, and of them no
+        more than enough.
         """
         found = self._agreement(group, snapshot, self._config.sampling.temperature)
         if found is None:

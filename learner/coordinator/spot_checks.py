@@ -14,7 +14,6 @@ takes is bounded: after one that took t seconds there is none for t * (1 / share
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from learner.coordinator.self_check import CheckResult, SelfCheck
@@ -26,8 +25,6 @@ log = logging.getLogger("learner")
 
 EVERY_S = 10.0
 """Shortest time between two, however little they cost."""
-ENOUGH_TOKENS = 64
-"""No more rollouts of a group are compared than have so many tokens of the version."""
 TOKENS_TO_JUDGE = 32
 """With fewer of them chance may be taken for a difference."""
 Locked = Callable[[Callable[[], None]], None]
@@ -67,7 +64,7 @@ class SpotChecks:
             if (snapshot := self._offers.kept(version)) is not None:
                 self._goes_on = True
                 report = partial(self._report, actor, now)
-                self._self_check.spot_check(_some(group, version), snapshot, report)
+                self._self_check.spot_check(group, snapshot, report)
                 return
 
     def _report(self, actor: ActorState, began_at: float, result: CheckResult | None) -> None:
@@ -99,16 +96,3 @@ class SpotChecks:
                 result,
                 result.likely_cause,
             )
-
-
-def _some(group: Group, version: int) -> Group:
-    """The first rollouts that have enough tokens of ``version`` together, or all that have any."""
-    chosen, num_tokens = [], 0
-    for rollout in group.rollouts:
-        of_version = int((rollout.token_versions == version).sum())
-        if of_version:
-            chosen.append(rollout)
-            num_tokens += of_version
-        if num_tokens >= ENOUGH_TOKENS:
-            break
-    return replace(group, rollouts=tuple(chosen))

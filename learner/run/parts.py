@@ -127,7 +127,9 @@ def assemble(given: Materials) -> Parts:
     """Make the parts that decide; raises `ConfigError` for settings that do not fit together."""
     config, policy = given.config, given.policy
     checks = [check_work(row, config) for row in given.prompts.rows[:CHECK_ROWS]]
-    self_check = SelfCheck(policy, config, checks) if config.admission.self_check else None
+    self_check = None
+    if config.admission.self_check:
+        self_check = SelfCheck(policy, config, checks, given.trainer.way)
     memory = MemoryPool(
         total_bytes(policy.specs),
         pinned=any(parameter.is_cuda for parameter in policy.model.parameters()),

@@ -76,8 +76,9 @@ class Trainer:
         self._optimizer = PolicyOptimizer(self._model, config.optimizer, seed=config.seed)
         self._random = torch.Generator().manual_seed(config.seed)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
-        self._way = choose(self._model, longest)
-        self._forward = Forward(self._way, config.sampling.temperature, on_progress)
+        self.way = choose(self._model, longest)
+        """How sequences go through the model."""
+        self._forward = Forward(self.way, config.sampling.temperature, on_progress)
         self._budget = prepared(self._model, self._forward, longest, config.training)
         self._work = Work.of(self._model)
         self._correction = config.algorithm.make_correction()
@@ -186,7 +187,7 @@ class Trainer:
     def _passes(self, batch: Batch, places_p: Tensor) -> list[Rows]:
         """Lay groups of a batch out as passes that fit into memory."""
         trees = [batch.trees[p] for p in places_p.tolist()]
-        parts = split(trees, self._way, self._budget, self._work) if trees else []
+        parts = split(trees, self.way, self._budget, self._work) if trees else []
         passes = [self._forward.rows(part, self._device) for part in parts]
         # A prompt alone teaches nothing.
         return [rows for rows in passes if len(rows.target_N)]

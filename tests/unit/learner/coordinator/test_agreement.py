@@ -23,7 +23,8 @@ from transformers import (
 from actors.engines.batch_generator import BatchGenerator
 from actors.engines.engine import Request
 from learner.coordinator.agreement import Agreement, TokenScores, compare
-from learner.coordinator.learner_logprobs import LearnerLogprobs
+from learner.coordinator.learner_logprobs import ENOUGH_TOKENS, LearnerLogprobs
+from learner.packing.choice import PLAIN, choose
 from learner.training.policy import Policy
 from protocol.groups import Group, Rollout
 from protocol.weights import layout
@@ -78,7 +79,7 @@ def agreement(
     dtype = str(learner.dtype).removeprefix("torch.")
     specs = layout((n, dtype, tuple(p.shape)) for n, p in learner.named_parameters())
     policy = Policy(learner, Path(), {}, "", specs)
-    scores = LearnerLogprobs(policy).scores(
+    scores = LearnerLogprobs(policy, PLAIN).scores(
         group, pack_alone(0, learner, specs), learner.dtype, temperature=1.0
     )
     return compare(scores, check_limit=None)
@@ -207,7 +208,7 @@ def test_weights_are_lent_to_the_learners_model_for_no_longer_than_a_pass():
     model = make_model(LlamaConfig, tie_word_embeddings=True)
     specs = layout((n, "bfloat16", tuple(p.shape)) for n, p in model.named_parameters())
     snapshot = pack_alone(0, model, specs)
-    learner = LearnerLogprobs(Policy(model, Path(), {}, "", specs))
+    learner = LearnerLogprobs(Policy(model, Path(), {}, "", specs), PLAIN)
     seen: list[int] = []
     embedding = learner._model.get_input_embeddings()
     for layer in learner._model.model.layers:
@@ -221,3 +222,44 @@ def test_weights_are_lent_to_the_learners_model_for_no_longer_than_a_pass():
     # Those of one layer (9), the embedding, which is the head too, and the last norm.
     assert seen == [11] * 3
     assert embedding.weight.is_meta
+
+
+def made_group(model: Any, *spans: tuple[tuple[int, int], ...], length: int = 8) -> Group:
+    """Rollouts of so many random tokens, sampled from these versions."""
+    random = np.random.default_rng(0)
+
+    def ids(number: int) -> Any:
+        return random.integers(0, model.config.vocab_size, number, dtype=np.int32)
+
+    rollouts = tuple(Rollout(ids(length), np.zeros(length, np.float32), s, "stop") for s in spans)
+    return Group(1, ids(5), rollouts, ("x",), np.zeros((len(spans), 1), dtype=np.float32))
+
+
+def test_the_trainers_way_gives_what_the_model_gives_one_by_one():
+    model = make_model(LlamaConfig)
+    specs = layout((n, "float32", tuple(p.shape)) for n, p in model.named_parameters())
+    policy, snapshot = Policy(model, Path(), {}, "", specs), pack_alone(0, model, specs)
+    group = made_group(model, *[((0, 0),)] * 4)
+    found = {}
+    for way in (PLAIN, choose(model, 64)):
+        scores = LearnerLogprobs(policy, way).scores(group, snapshot, torch.bfloat16, 0.7)
+        found[way.packed] = torch.stack([scores.learner_N, scores.rounded_N, scores.gain_N])
+    assert (found[True] - found[False]).abs().mean(dim=1).tolist() == pytest.approx(
+        [0] * 3, abs=0.02
+    )
+    assert (found[True] - found[False])[0].abs().max() < 1e-4
+
+
+def test_of_a_group_only_rollouts_with_tokens_of_the_version_are_compared_and_no_more_than_enough():
+    model = make_model(LlamaConfig)
+    specs = layout((n, "float32", tuple(p.shape)) for n, p in model.named_parameters())
+    learner = LearnerLogprobs(Policy(model, Path(), {}, "", specs), PLAIN)
+    snapshot = pack_alone(1, model, specs)
+
+    def number(group: Group) -> int:
+        return len(learner.scores(group, snapshot, torch.float32, 1.0).engine_N)
+
+    assert number(made_group(model, ((0, 0),))) == 0
+    assert number(made_group(model, ((0, 0),), ((0, 0), (2, 1)))) == 6
+    many = made_group(model, *[((0, 1),)] * 9, length=ENOUGH_TOKENS // 4)
+    assert number(many) == ENOUGH_TOKENS

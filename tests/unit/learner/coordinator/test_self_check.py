@@ -16,6 +16,7 @@ import torch
 from learner.config.file import load_config
 from learner.config.run import RunConfig
 from learner.coordinator.self_check import CheckResult, SelfCheck
+from learner.packing.choice import PLAIN
 from learner.training.policy import Policy, load_policy, with_dtype
 from learner.weights.offers import MAX_SNAPSHOTS_HELD
 from learner.weights.snapshots import STILL_PULLED_S, Snapshot
@@ -43,7 +44,7 @@ def policy(config: RunConfig) -> Policy:
 
 @pytest.fixture
 def check(policy: Policy, config: RunConfig) -> Iterator[SelfCheck]:
-    check = SelfCheck(policy, config, ())
+    check = SelfCheck(policy, config, (), PLAIN)
     yield check
     check.close()
 
@@ -96,7 +97,7 @@ def test_a_temperature_that_is_neither_the_set_one_nor_1_is_estimated(check, pol
 
 def test_the_message_has_the_limit_where_it_comes_from_and_the_setting(policy, config):
     actor = config.actor.model_copy(update={"dtype": "bfloat16"})
-    check = SelfCheck(policy, config.model_copy(update={"actor": actor}), ())
+    check = SelfCheck(policy, config.model_copy(update={"actor": actor}), (), PLAIN)
     text = str(check.compare(make_sequence(np.full(len(TOKENS), -9.0)), snapshot_of(policy)))
     check.close()
     assert re.search(
@@ -108,7 +109,7 @@ def test_the_message_has_the_limit_where_it_comes_from_and_the_setting(policy, c
 
 def test_a_limit_of_the_users_is_named(policy, config):
     admission = config.admission.model_copy(update={"check_limit": 0.03})
-    check = SelfCheck(policy, config.model_copy(update={"admission": admission}), ())
+    check = SelfCheck(policy, config.model_copy(update={"admission": admission}), (), PLAIN)
     result = check.compare(make_sequence(model_logprobs(policy, 1.0)), snapshot_of(policy))
     check.close()
     assert "(admission.check_limit = 0.03 on average)" in str(result)
@@ -272,13 +273,13 @@ def test_the_check_leaves_the_model_in_training_as_it_is(policy, config):
     model = copy.copy(policy.model)
     model.config = copy.deepcopy(policy.model.config)
     model.config._attn_implementation = "flash_attention_2"
-    SelfCheck(dataclasses.replace(policy, model=model), config, ()).close()
+    SelfCheck(dataclasses.replace(policy, model=model), config, (), PLAIN).close()
     assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_one_token_that_is_far_off_does_not_pass_by_its_mean(policy, config):
     admission = config.admission.model_copy(update={"check_limit": 0.03})
-    check = SelfCheck(policy, config.model_copy(update={"admission": admission}), ())
+    check = SelfCheck(policy, config.model_copy(update={"admission": admission}), (), PLAIN)
     logprobs = model_logprobs(policy, 0.7)
     rollouts = []
     for rollout in range(16):

@@ -7,13 +7,13 @@ or, where the loss says early enough what it will ask for, not even that.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdpo.logprobs import chunk_exponentials, chunk_gradient, chunk_statistics
+from gdpo.logprobs import chunk_gradient, chunk_statistics
 
 _CHUNK_BYTES = {"cpu": 128 << 20}
 _CHUNK_BYTES_OF_A_GPU = 1 << 30
@@ -24,6 +24,7 @@ _EARLY_WEIGHTS = 1 << 20
 _CLOSE = 1e-4
 """Relative difference up to which a gradient counts as the one that was announced."""
 
+_Entropy = Literal["none", "measured", "learned"]
 LossGradient = Callable[[Tensor], Tensor]
 """From log-probabilities [N], of which not all need be known yet, to the gradient [N] of the loss.
 
@@ -69,15 +70,8 @@ def head_logprobs(
 
     Raises ValueError for shapes that do not match or a temperature that is not positive.
     """
-    return _apply(
-        hidden_NH,
-        head,
-        tokens_N,
-        temperature,
-        rows_per_chunk,
-        with_entropy=False,
-        loss_gradient=loss_gradient,
-    )[0]
+    form = _Form.of(head, temperature, hidden_NH, rows_per_chunk, entropy="none")
+    return _apply(hidden_NH, head, tokens_N, form, loss_gradient)[0]
 
 
 def head_logprobs_and_entropy(
@@ -87,19 +81,27 @@ def head_logprobs_and_entropy(
     *,
     temperature: float = 1.0,
     rows_per_chunk: int | None = None,
+    entropy_gradient: bool = True,
+    loss_gradient: LossGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`head_logprobs`, and the entropy [N] in nats at each position, both with a gradient."""
-    return _apply(hidden_NH, head, tokens_N, temperature, rows_per_chunk, with_entropy=True)
+    """`head_logprobs`, and the entropy [N] in nats at each position.
+
+    The entropy has a gradient too, unless ``entropy_gradient`` is false; ``loss_gradient`` is for
+    that case.
+    """
+    if entropy_gradient and loss_gradient is not None:
+        raise ValueError("loss_gradient knows of no entropy: give entropy_gradient=False with it")
+    kind: _Entropy = "learned" if entropy_gradient else "measured"
+    form = _Form.of(head, temperature, hidden_NH, rows_per_chunk, entropy=kind)
+    return _apply(hidden_NH, head, tokens_N, form, loss_gradient)
 
 
 def _apply(
     hidden_NH: Tensor,
     head: Head,
     tokens_N: Tensor,
-    temperature: float,
-    rows_per_chunk: int | None,
-    with_entropy: bool,
-    loss_gradient: LossGradient | None = None,
+    form: "_Form",
+    loss_gradient: LossGradient | None,
 ) -> tuple[Tensor, Tensor]:
     if (
         hidden_NH.dim() != 2
@@ -110,15 +112,8 @@ def _apply(
             f"hidden has shape {tuple(hidden_NH.shape)}, tokens {tuple(tokens_N.shape)}, the "
             f"head's weight {tuple(head.weight_VH.shape)}: give [N, H], [N] and [V, H]"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: give a positive number")
-    if rows_per_chunk is None:
-        rows_per_chunk = _rows_per_chunk(len(head.weight_VH), hidden_NH.device)
-    if rows_per_chunk < 1:
-        raise ValueError(f"rows_per_chunk is {rows_per_chunk}: give at least 1")
     if head.weight_VH.numel() < _EARLY_WEIGHTS:
         loss_gradient = None
-    form = _Form(head.scale, head.softcap, temperature, rows_per_chunk, with_entropy)
     result: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
         hidden_NH, head.weight_VH, head.bias_V, tokens_N.long(), form, loss_gradient
     )
@@ -137,7 +132,26 @@ class _Form:
     softcap: float | None
     temperature: float
     rows_per_chunk: int
-    with_entropy: bool
+    entropy: _Entropy
+
+    @classmethod
+    def of(
+        cls,
+        head: Head,
+        temperature: float,
+        hidden_NH: Tensor,
+        rows_per_chunk: int | None,
+        *,
+        entropy: _Entropy,
+    ) -> Self:
+        """Raises ValueError for a temperature or a number of rows that is not positive."""
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: give a positive number")
+        if rows_per_chunk is None:
+            rows_per_chunk = _rows_per_chunk(len(head.weight_VH), hidden_NH.device)
+        if rows_per_chunk < 1:
+            raise ValueError(f"rows_per_chunk is {rows_per_chunk}: give at least 1")
+        return cls(head.scale, head.softcap, temperature, rows_per_chunk, entropy)
 
     def chunks(self, num_rows: int) -> list[slice]:
         step = self.rows_per_chunk
@@ -182,22 +196,19 @@ class _HeadStatistics(torch.autograd.Function):
         logprob_N = hidden_NH.new_zeros(len(tokens_N), dtype=_accurate(hidden_NH.dtype))
         logsumexp_N, entropy_N = torch.zeros_like(logprob_N), torch.zeros_like(logprob_N)
         ctx.form, ctx.early, ctx.announced_N = form, None, None
-        if not form.with_entropy:
+        if form.entropy != "learned":
             ctx.mark_non_differentiable(entropy_N)
         if loss_gradient is not None and any(ctx.needs_input_grad[:3]):
             ctx.early = _Gradients.zero(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
             ctx.announced_N = torch.zeros_like(logprob_N)
         for chunk in form.chunks(len(tokens_N)):
             logits_nV = form.logits(hidden_NH[chunk], weight_VH, bias_V)
-            if ctx.early is None or loss_gradient is None:
-                logprob_N[chunk], logsumexp_N[chunk], entropy_N[chunk] = chunk_statistics(
-                    logits_nV, tokens_N[chunk], form.with_entropy
-                )
-                continue
-            slope_nV = form.slope(logits_nV)
-            logprob_N[chunk], logsumexp_N[chunk], sum_n = chunk_exponentials(
-                logits_nV, tokens_N[chunk]
+            slope_nV = None if ctx.early is None else form.slope(logits_nV)
+            logprob_N[chunk], logsumexp_N[chunk], entropy_N[chunk], sum_n = chunk_statistics(
+                logits_nV, tokens_N[chunk], form.entropy != "none"
             )
+            if ctx.early is None or loss_gradient is None:
+                continue
             ctx.announced_N[chunk] = grad_n = loss_gradient(logprob_N)[chunk]
             grad_nV = logits_nV.mul_((-grad_n / sum_n)[:, None])
             grad_nV.scatter_add_(-1, tokens_N[chunk, None], grad_n[:, None])
@@ -224,7 +235,7 @@ class _HeadStatistics(torch.autograd.Function):
                 tokens_N[chunk],
                 grad_N[chunk],
                 entropy_N[chunk],
-                entropy_grad_N[chunk] if form.with_entropy else None,
+                entropy_grad_N[chunk] if form.entropy == "learned" else None,
             )
             sums.add(chunk, form.logits_gradient(grad_nV, slope_nV), hidden_NH, weight_VH)
         return *sums.of_types(weight_VH, bias_V), None, None, None

@@ -98,10 +98,9 @@ class _TokenStatistics(torch.autograd.Function):
         logsumexp_BT = torch.empty_like(logprob_BT)
         entropy_BT = torch.zeros_like(logprob_BT)
         for block in _blocks(tokens_BT, rows_per_chunk):
-            statistics = chunk_statistics(
+            logprob_BT[block], logsumexp_BT[block], entropy_BT[block], _ = chunk_statistics(
                 _scaled(logits_BTV[block], temperature, dtype), tokens_BT[block], with_entropy
             )
-            logprob_BT[block], logsumexp_BT[block], entropy_BT[block] = statistics
         ctx.save_for_backward(logits_BTV, tokens_BT, logsumexp_BT, entropy_BT)
         ctx.temperature, ctx.rows_per_chunk = temperature, rows_per_chunk
         if not with_entropy:
@@ -143,36 +142,23 @@ def _scaled(logits_btV: Tensor, temperature: float, dtype: torch.dtype) -> Tenso
 
 def chunk_statistics(
     scaled_btV: Tensor, tokens_bt: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Log-probability of the tokens, logsumexp and entropy (0 if not wanted); uses up the chunk.
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+    """Log-probability of the tokens, logsumexp, entropy (0 if not wanted), and a sum [...].
 
-    A chunk [..., V] of logits, float32 or float64, over the temperature; tokens [...].
-    """
-    if not with_entropy:
-        return *chunk_exponentials(scaled_btV, tokens_bt)[:2], 0.0
-    top_bt1 = scaled_btV.amax(dim=-1, keepdim=True)
-    below_top_btV = scaled_btV.sub_(top_bt1)
-    chosen_bt = below_top_btV.gather(-1, tokens_bt[..., None])[..., 0]
-    p_btV = below_top_btV.exp()
-    sum_bt = p_btV.sum(dim=-1)
-    log_sum_bt = sum_bt.log()
-    # -sum_v p_v log p_v with log p = x - top - log(sum) and p = exp(x - top) / sum.
-    energy_bt = p_btV.mul_(below_top_btV.clamp_(min=SMALLEST_LOG)).sum(dim=-1)
-    entropy_bt = log_sum_bt - energy_bt / sum_bt
-    return chosen_bt - log_sum_bt, top_bt1[..., 0] + log_sum_bt, entropy_bt
-
-
-def chunk_exponentials(scaled_btV: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the tokens, logsumexp, and the sum [...] of what the chunk becomes.
-
-    It becomes exp(x - the largest x), which over its sum is p.
+    A chunk [..., V] of logits, float32 or float64, over the temperature; tokens [...]. The chunk
+    becomes exp(x - the largest x), which over that sum is p.
     """
     top_bt1 = scaled_btV.amax(dim=-1, keepdim=True)
     below_top_btV = scaled_btV.sub_(top_bt1)
     chosen_bt = below_top_btV.gather(-1, tokens_bt[..., None])[..., 0]
-    sum_bt = below_top_btV.exp_().sum(dim=-1)
+    exp_btV = below_top_btV.exp_()
+    sum_bt = exp_btV.sum(dim=-1)
     log_sum_bt = sum_bt.log()
-    return chosen_bt - log_sum_bt, top_bt1[..., 0] + log_sum_bt, sum_bt
+    entropy_bt: Tensor | float = 0.0
+    if with_entropy:
+        # -sum_v p_v log p_v with p = e / sum and log p = log e - log sum.
+        entropy_bt = log_sum_bt + torch.special.entr(exp_btV).sum(dim=-1) / sum_bt
+    return chosen_bt - log_sum_bt, top_bt1[..., 0] + log_sum_bt, entropy_bt, sum_bt
 
 
 def chunk_gradient(

@@ -46,35 +46,44 @@ class Forward:
             return packed_row(trees, device)
         return padded_rows([chain for tree in trees for chain in tree.chains()], device)
 
-    def logprobs(
-        self, model: Any, rows: Rows, loss_gradient: gdpo.LossGradient | None = None
-    ) -> Tensor:
-        """Log-probability [N] of each trained token; see `gdpo.head_logprobs`."""
+    def logprobs(self, model: Any, rows: Rows) -> Tensor:
+        """Log-probability [N] of each trained token."""
         if self._way.fused_head:
             return gdpo.head_logprobs(
                 self._hidden(model, rows),
                 head_of(model),
                 rows.target_N,
                 temperature=self._temperature,
-                loss_gradient=loss_gradient,
             )
         return gdpo.token_logprobs(
             self._logits(model, rows), rows.target_N[None], temperature=self._temperature
         )[0]
 
-    def logprobs_and_entropy(self, model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Log-probability [N] of each trained token, and the entropy [N] there, in nats."""
+    def logprobs_and_entropy(
+        self,
+        model: Any,
+        rows: Rows,
+        *,
+        entropy_gradient: bool = False,
+        loss_gradient: gdpo.LossGradient | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability [N] of each trained token, and the entropy [N] there, in nats.
+
+        `gdpo.head_logprobs_and_entropy` says what the arguments are.
+        """
         if self._way.fused_head:
             return gdpo.head_logprobs_and_entropy(
                 self._hidden(model, rows),
                 head_of(model),
                 rows.target_N,
                 temperature=self._temperature,
+                entropy_gradient=entropy_gradient,
+                loss_gradient=loss_gradient,
             )
         logprobs, entropy = gdpo.token_logprobs_and_entropy(
             self._logits(model, rows), rows.target_N[None], temperature=self._temperature
         )
-        return logprobs[0], entropy[0]
+        return logprobs[0], entropy[0] if entropy_gradient else entropy[0].detach()
 
     def _hidden(self, model: Any, rows: Rows) -> Tensor:
         """Hidden states [N, H] that predict the trained tokens."""

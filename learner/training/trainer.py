@@ -254,10 +254,16 @@ class Trainer:
             with torch.no_grad():
                 reference_N = self._forward.logprobs(self._reference, rows)
         of = partial(self._loss_of, rows, advantages_B, proximal_N, reference_N, denominator)
-        if self._config.algorithm.entropy_coefficient:
-            return of(*self._forward.logprobs_and_entropy(self._model, rows))
-        early = _gradient_of(of) if self._correction.by_token else None
-        return of(self._forward.logprobs(self._model, rows, early))
+        of_entropy = bool(self._config.algorithm.entropy_coefficient)
+        by_token = self._correction.by_token and not of_entropy
+        return of(
+            *self._forward.logprobs_and_entropy(
+                self._model,
+                rows,
+                entropy_gradient=of_entropy,
+                loss_gradient=_gradient_of(of) if by_token else None,
+            )
+        )
 
     def _loss_of(
         self,

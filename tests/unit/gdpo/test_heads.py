@@ -100,6 +100,17 @@ def test_gradients_made_early_are_those_made_late(
     torch.testing.assert_close(found, torch.autograd.grad((weights * late.exp()).sum(), leaves))
 
 
+def test_an_entropy_that_is_only_measured_is_the_same_and_has_no_gradient() -> None:
+    hidden, weight, offset, tokens = inputs(torch.float32, bias=True)
+    head = Head(weight, offset)
+    _, expected = head_logprobs_and_entropy(hidden, head, tokens)
+    logprobs, entropy = head_logprobs_and_entropy(hidden, head, tokens, entropy_gradient=False)
+    torch.testing.assert_close(entropy, expected)
+    assert logprobs.requires_grad and not entropy.requires_grad
+    with pytest.raises(ValueError, match="entropy_gradient=False"):
+        head_logprobs_and_entropy(hidden, head, tokens, loss_gradient=torch.ones_like)
+
+
 def test_gradients_pass_the_check_by_finite_differences() -> None:
     hidden, weight, offset, tokens = inputs(torch.float64, bias=True)
     assert offset is not None

@@ -96,7 +96,6 @@ def step_report(parts: Parts, step: StepResult, batch: TrainingBatch, seconds: f
             "step_seconds": seconds,
             "rewards": step.rewards,
             "reward_settings": step.setting.as_json(),
-            "completion_tokens_mean": step.mean_tokens,
             "staleness_mean": fmean(step.staleness),
             "staleness_max": max(step.staleness),
             "groups_refilled": batch.num_refilled,

@@ -13,7 +13,6 @@ STEP: dict[str, Any] = {
         "format": {"weight": 1.0, "when": None},
         "correctness": {"weight": 0.5, "when": {"reward": "format", "at_least": 1.0}},
     },
-    "completion_tokens_mean": 9.0,
     "staleness_mean": 0.5,
     "staleness_max": 1,
     "groups_refilled": 2,
@@ -28,6 +27,7 @@ STEP: dict[str, Any] = {
     "actor_difference_mean": 1e-6,
     "actor_difference_largest": None,
     "loss": 0.125,
+    "completions/mean_length": 9.0,
     "ess": 0.5,
 }
 

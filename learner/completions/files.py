@@ -36,7 +36,7 @@ _FACTS = {
     "finish": pa.string(),
     "oldest_version": pa.int64(),
     "newest_version": pa.int64(),
-    "advantage": pa.float64(),
+    "advantage": pa.float32(),
 }
 
 
@@ -219,7 +219,7 @@ def _table(rows: Iterable[Completion]) -> pa.Table:
     for name in rows[0].scores if rows else ():
         scores = [row.scores[name] for row in rows]
         columns[_SCORE + name] = pa.array(
-            [None if math.isnan(score) else score for score in scores], pa.float64()
+            [None if math.isnan(score) else score for score in scores], pa.float32()
         )
     return pa.table(columns)
 

@@ -145,7 +145,7 @@ def _add_last_step(table: Table, last: StepStatus) -> None:
     if last.entropy is not None:
         policy = f"entropy {last.entropy:.3f}, {policy}"
     add_row(table, "policy", policy)
-    add_row(table, "dead", f"{last.frac_reward_zero_std:.1%} of the groups: without any signal")
+    add_row(table, "dead groups", f"{last.frac_reward_zero_std:.1%}, without any signal")
 
 
 def facts() -> Table:

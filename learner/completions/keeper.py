@@ -95,6 +95,7 @@ class CompletionKeeper:
         self._tokenizer: Any = None
         self._clock = clock
         self._sample: deque[list[_Drawn]] = deque(maxlen=MAX_WAITING)
+        self._num_dropped = 0
         self._newest: TrainedOn | None = None
         self._sample_due = self._newest_due = clock()
         self._worker = Worker("completions", self._take, self._handle, drains=True)
@@ -123,10 +124,14 @@ class CompletionKeeper:
         places = sorted(drawing.sample(range(size), min(self._per_step, size)))
         sample = list(batch.drawn(places))
         with self._worker.adding():
-            if len(self._sample) == MAX_WAITING:
-                log.warning("no completions of step %d are kept", self._sample[0][0].step)
+            self._num_dropped += len(self._sample) == MAX_WAITING
             self._sample.append(sample)
             self._newest = batch
+
+    def write_soon(self) -> None:
+        """Write the samples that wait now: a run that is resumed here will not make them again."""
+        with self._worker.adding():
+            self._sample_due = self._clock()
 
     def close(self) -> None:
         """Write what waits, and end the thread."""
@@ -138,8 +143,13 @@ class CompletionKeeper:
         if self._sample and (closing or now >= self._sample_due):
             work.sample = [drawn for sample in self._sample for drawn in sample]
             self._sample.clear()
+            self._sample_due = now + SAMPLE_EVERY_S
         if self._newest is not None and (closing or now >= self._newest_due):
             work.newest, self._newest = self._newest, None
+            self._newest_due = now + NEWEST_EVERY_S
+        if self._num_dropped and work.sample:
+            log.warning("no completions are kept of %d steps: too many waited", self._num_dropped)
+            self._num_dropped = 0
         return work if work.sample or work.newest is not None else None
 
     def _handle(self, work: _Work) -> None:
@@ -150,11 +160,9 @@ class CompletionKeeper:
                 self._tokenizer = self._load_tokenizer()
             if work.sample:
                 self._files.add(self._read(work.sample))
-                self._sample_due = self._clock() + SAMPLE_EVERY_S
             if (newest := work.newest) is not None:
                 drawn = list(newest.drawn(range(newest.advantages_PG.size)))
                 self._files.replace_newest(self._read(drawn))
-                self._newest_due = self._clock() + NEWEST_EVERY_S
         except Exception as error:  # A tokenizer may raise anything.
             self._stop(error)
 

@@ -49,7 +49,7 @@ def test_the_panel_of_a_running_run_names_the_bottleneck():
         "0.512",
         "1,234.6 tokens on average, 3 to 2,048; 6.2% cut off",
         "entropy 0.988, learning rate 2.5e-06",
-        "12.5% of the groups: without any signal",
+        "12.5%, without any signal",
         "12,346 generated, 999 trained a second",
         "0.8 on average, 2 at most (limit 2)",
         "17 groups, 1.5 MB (a batch takes 32)",

@@ -1,6 +1,6 @@
 """Completions in files: written as training goes on, bounded, and read by ``gdpo show``.
 
-    completions.parquet/                a folder, which pandas, datasets and others read as one table
+    completions.parquet/                a folder, which pandas and others read as one table
         steps-00000001.parquet          the sample of steps 1, 2, ... in files of a few MiB
         steps-00000640.parquet          the last one: written again, whole, with every addition
         _newest.parquet                 every completion of the newest step
@@ -203,7 +203,9 @@ def _read(path: Path) -> pa.Table | None:
     types = {field.name: field.type for field in table.schema}
     for name, kind in _FACTS.items():
         if types.get(name) != kind:
-            raise ConfigError(_damaged(path, f"its column {name!r} is {types.get(name, 'missing')}"))
+            raise ConfigError(
+                _damaged(path, f"its column {name!r} is {types.get(name, 'missing')}")
+            )
     return table
 
 

@@ -1,4 +1,4 @@
-"""Sections ``[training]``, ``[optimizer]``, ``[buffer]``, ``[checkpoints]`` and ``[completions]``."""
+"""Sections ``[training]``, ``[optimizer]``, ``[buffer]`` and of what is kept on disk."""
 
 from typing import Annotated, Literal, Self
 

@@ -10,10 +10,10 @@ def completion_metrics(
 ) -> dict[str, float]:
     """Describe the completions of a batch, whose `gdpo.reward_diagnostics` are given.
 
-        completions/mean_length     tokens, as are min_length and max_length
-        completions/clipped_ratio   share that was cut off at the longest completion there may be
-        frac_reward_zero_std        share of groups without signal: no reward varies, or those that do
-                                    cancel each other out or have weight 0
+    completions/mean_length     tokens, as are min_length and max_length
+    completions/clipped_ratio   share that was cut off at the longest completion there may be
+    frac_reward_zero_std        share of groups without signal: no reward varies, or those that do
+                                cancel each other out or have weight 0
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [len(rollout.tokens) for rollout in rollouts]

@@ -27,7 +27,6 @@ STEP: dict[str, Any] = {
     "actor_difference_mean": 1e-6,
     "actor_difference_largest": None,
     "loss": 0.125,
-    "completions/mean_length": 9.0,
     "ess": 0.5,
 }
 

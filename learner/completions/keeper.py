@@ -32,6 +32,8 @@ SAMPLE_EVERY_S = 2.0
 """Seconds from one addition to the files to the next, where steps are that quick."""
 NEWEST_EVERY_S = 10.0
 """Seconds from one batch that is kept whole to the next, likewise."""
+CLOSE_TIMEOUT_S = 60.0
+"""Longest wait at the end of a run for what is not written yet."""
 MAX_WAITING = 64
 """Samples that may wait for the thread."""
 
@@ -134,8 +136,8 @@ class CompletionKeeper:
             self._sample_due = self._clock()
 
     def close(self) -> None:
-        """Write what waits, and end the thread."""
-        self._worker.close()
+        """Write what waits, for which a run waits no longer than `CLOSE_TIMEOUT_S`."""
+        self._worker.close(CLOSE_TIMEOUT_S)
 
     def _take(self) -> _Work | None:
         now, closing = self._clock(), self._worker.closing

@@ -235,6 +235,14 @@ def make_table(runs: Sequence[Run]) -> Table:
     return table
 
 
+def _mean_length(step: dict[str, Any]) -> float:
+    """Mean tokens of a step's completions; the earlier version has another name for them."""
+    for name in ("completions/mean_length", "completion_tokens_mean"):
+        if name in step:
+            return float(step[name])
+    raise ValueError(f"step {step.get('step')} has no mean length of its completions")
+
+
 def figures_of(run: Run) -> dict[str, str]:
     """The rows of a column, by name."""
     if not run.steps:
@@ -244,7 +252,7 @@ def figures_of(run: Run) -> dict[str, str]:
     if weights := run.summary.get("weights"):
         pushes = weights["pushes"]
         stalled = weights["actors_stalled_share"] * last["seconds"] / max(1, pushes)
-    tokens = [step["completion_tokens_mean"] * PROMPTS * ROLLOUTS for step in run.steps]
+    tokens = [_mean_length(step) * PROMPTS * ROLLOUTS for step in run.steps]
     whole = last["seconds"]
     return {
         "steps": f"{len(run.steps)} in {whole:.0f} s",

@@ -78,7 +78,6 @@ class Step(Record):
     """Mean raw score of each reward; NaN for one that applied to no rollout."""
     reward_settings: dict[str, RewardCounts]
     """What the rewards counted in this step."""
-    completion_tokens_mean: float
     staleness_mean: float
     """Versions, over the groups of the batch."""
     staleness_max: Count

@@ -152,6 +152,11 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def completions(self) -> Path:
+        """The folder of completions to read; see `learner.completions.files`."""
+        return self.path / "completions.parquet"
+
+    @property
     def learner_key(self) -> Path:
         """The learner's public key, for actors."""
         return self.path / "learner.key"

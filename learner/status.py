@@ -120,6 +120,22 @@ class WeightsStatus(Record):
     """Actors that were put out of an epoch, by cause."""
 
 
+class StepStatus(Record):
+    """What the last step was trained on, and how."""
+
+    mean_length: float
+    """Tokens of its completions."""
+    min_length: float
+    max_length: float
+    clipped_ratio: float
+    """Share of the completions that was cut off."""
+    frac_reward_zero_std: float
+    """Share of its groups without any signal."""
+    entropy: AnyFloat | None
+    """Mean entropy of the policy at a sampled token, in nats; None where it is not computed."""
+    learning_rate: float
+
+
 class Status(Record):
     """The state of a run now, as the page /status tells it."""
 
@@ -133,6 +149,8 @@ class Status(Record):
     """Seconds to the last step at the mean pace so far; None before the first one."""
     rewards: dict[Label, AnyFloat]
     """Means of the last step; NaN for one that applied to no rollout."""
+    last_step: StepStatus | None
+    """None before the first one."""
     tokens_generated_per_s: float
     tokens_trained_per_s: float
     staleness_mean: float | None

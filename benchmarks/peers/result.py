@@ -77,7 +77,7 @@ def of_ours(samples: int, steps: Sequence[Step], summary: Summary | None, **rest
         "async-gdpo",
         samples,
         [step.seconds for step in steps],
-        _mean([step.completion_tokens_mean for step in steps]),
+        _mean([step.metrics["completions/mean_length"] for step in steps]),
         {
             "training": training,
             "learner waits": 1 - training,

@@ -1,4 +1,4 @@
-"""Commands that look at results: ``gdpo eval``, ``compare``, ``journal`` and ``plot``."""
+"""Commands that look at results: ``gdpo eval``, ``compare``, ``show``, ``journal``, ``plot``."""
 
 import os
 from pathlib import Path
@@ -34,6 +34,7 @@ def add_commands(commands: "Commands") -> None:
     evaluate.set_defaults(command=_evaluate)
 
     _add_compare(commands)
+    _add_show(commands)
 
     journal = commands.add_parser("journal", help="print what the journal of a run holds")
     journal.add_argument("run", type=Path, metavar="FOLDER", help="the run folder")
@@ -82,6 +83,31 @@ def _add_compare(commands: "Commands") -> None:
     compare.set_defaults(command=_compare)
 
 
+def _add_show(commands: "Commands") -> None:
+    show = commands.add_parser("show", help="read completions of a run, and what they scored")
+    show.add_argument("run", type=Path, metavar="FOLDER", help="the run folder")
+    order = show.add_mutually_exclusive_group()
+    for name, first in (("best", "highest"), ("worst", "lowest")):
+        order.add_argument(
+            f"--{name}",
+            dest="order",
+            action="store_const",
+            const=name,
+            help=f"those first with the {first} advantage, or score by --reward; else the newest",
+        )
+    show.add_argument(
+        "--reward", metavar="NAME", help="only those that this reward applies to, by its score"
+    )
+    show.add_argument("--step", type=positive, metavar="N", help="only those of this step")
+    show.add_argument("--truncated", action="store_true", help="only those that were cut off")
+    show.add_argument(
+        "--count", type=positive, default=5, metavar="N", help="how many (default: 5)"
+    )
+    show.add_argument("--whole", action="store_true", help="long texts too, from end to end")
+    show.add_argument("--json", action="store_true", help="print a JSON object a line")
+    show.set_defaults(command=_show, order="newest")
+
+
 def _evaluate(options: Any) -> int:
     config = load(options)
     from deploy.results.evaluate import evaluate
@@ -108,6 +134,24 @@ def _compare(options: Any) -> int:
             allowed_modules=tuple(options.allow_rewards),
         )
     )
+
+
+def _show(options: Any) -> int:
+    from deploy.results.show import Wish, show
+
+    show(
+        options.run,
+        Wish(
+            order=options.order,
+            reward=options.reward,
+            step=options.step,
+            truncated=options.truncated,
+            count=options.count,
+        ),
+        as_json=options.json,
+        whole=options.whole,
+    )
+    return 0
 
 
 def _journal(options: Any) -> int:

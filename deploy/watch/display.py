@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from learner.status import Status
+from learner.status import Status, StepStatus
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 5.0
@@ -73,6 +73,11 @@ def render_line(status: Status) -> str:
             f"staleness {status.staleness_mean:.1f} (max {status.staleness_max})",
             f"buffer {status.buffer_groups}",
         ]
+    if (last := status.last_step) is not None:
+        parts += [f"length {last.mean_length:.0f}", f"cut off {last.clipped_ratio:.0%}"]
+        parts.append(f"dead groups {last.frac_reward_zero_std:.0%}")
+        if last.entropy is not None:
+            parts.append(f"entropy {last.entropy:.2f}")
     if status.groups_refilled:
         parts.append(f"without signal {status.groups_refilled}")
     parts.append(f"actors {status.actors_live}")
@@ -107,6 +112,8 @@ def render_panel(status: Status, width: int | None = 76) -> Panel:
             f"{status.staleness_mean:.1f} on average, {status.staleness_max} at most "
             f"(limit {status.max_staleness})",
         )
+    if status.last_step is not None:
+        _add_last_step(table, status.last_step)
     add_row(
         table,
         "buffer",
@@ -125,6 +132,20 @@ def render_panel(status: Status, width: int | None = 76) -> Panel:
         )
         add_row(table, "bottleneck", _BOTTLENECKS[status.bottleneck])
     return Panel(table, title=Text(f"gdpo · {status.run}"), width=width)
+
+
+def _add_last_step(table: Table, last: StepStatus) -> None:
+    add_row(
+        table,
+        "length",
+        f"{last.mean_length:,.1f} tokens on average, {last.min_length:,.0f} to "
+        f"{last.max_length:,.0f}; {last.clipped_ratio:.1%} cut off",
+    )
+    policy = f"learning rate {last.learning_rate:.2g}"
+    if last.entropy is not None:
+        policy = f"entropy {last.entropy:.3f}, {policy}"
+    add_row(table, "policy", policy)
+    add_row(table, "dead groups", f"{last.frac_reward_zero_std:.1%}, without any signal")
 
 
 def facts() -> Table:

@@ -15,7 +15,13 @@ from learner.config.actors import (
 )
 from learner.config.algorithm import AlgorithmConfig
 from learner.config.data import DataConfig, EvalConfig, ModelConfig
-from learner.config.training import BufferConfig, CheckpointsConfig, OptimizerConfig, TrainingConfig
+from learner.config.training import (
+    BufferConfig,
+    CheckpointsConfig,
+    CompletionsConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from learner.config.weights import WeightsConfig, is_ipv4
 from learner.pacing import Pacing, largest_group_bytes
 from protocol.config import ActorConfig, ActorSection, RewardConfig, SamplingConfig, StrictModel
@@ -45,6 +51,7 @@ class RunConfig(StrictModel):
     admission: AdmissionConfig = AdmissionConfig()
     buffer: BufferConfig = BufferConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    completions: CompletionsConfig = CompletionsConfig()
     weights: WeightsConfig = WeightsConfig()
     keys: KeysConfig = KeysConfig()
     eval: EvalConfig = EvalConfig()

@@ -1,4 +1,4 @@
-"""Sections ``[training]``, ``[optimizer]``, ``[buffer]`` and ``[checkpoints]``."""
+"""Sections ``[training]``, ``[optimizer]``, ``[buffer]`` and of what is kept on disk."""
 
 from typing import Annotated, Literal, Self
 
@@ -104,3 +104,13 @@ class CheckpointsConfig(StrictModel):
     """Training batches between two checkpoints; there is one at the end of the run as well."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that stay; the others are deleted."""
+
+
+class CompletionsConfig(StrictModel):
+    """Completions that are kept to be read, by ``gdpo show`` for example."""
+
+    per_step: NonNegativeInt = 8
+    """Completions kept of every step, drawn at random; all of the newest one are kept besides. 0:
+    none at all."""
+    max_bytes: Annotated[int, Field(ge=4 << 20)] = 64 << 20
+    """Bytes on disk; those of the oldest steps are deleted for new ones."""

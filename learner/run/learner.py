@@ -14,6 +14,7 @@ Every loop has a thread of its own:
 | stream     | weights-stream | pulls        | pulls, versions | intake, pushes   | chunks         |
 | publisher  | publisher      | versions     | actors' answers | intake, clock    | actors in step |
 | checkpoint | checkpoint     | copies       | a copy          | training         | checkpoints    |
+| reading    | completions    | batches      | a batch         | training         | texts in files |
 | self-check | self-check     | some groups  | such a group    | intake           | verdicts       |
 | pages      | http           | requests     | a request       | clients          | pages          |
 | broadcast  | broadcast      | one version  | its members     | members, clock   | sent buckets   |
@@ -59,6 +60,7 @@ class Learner:
         folder.claim()
         checkpoint = newest(folder.checkpoints) if resume else None
         self.parts = assemble(load(config, folder, checkpoint))
+        self.parts.completions.start()
         if resume:
             resume_run(self.parts, checkpoint)
         folder.go_on(config)
@@ -90,6 +92,7 @@ class Learner:
         # Nothing changes the books any more.
         self.connections.intake.close()
         self.parts.history.close()
+        self.parts.completions.close()
         summary = summary_report(self.parts, self.connections)
         try:
             self.parts.folder.write_summary(summary)
@@ -113,6 +116,7 @@ class Learner:
         self.parts.weights_stream.close()
         self.connections.intake.close()
         self.parts.history.close()
+        self.parts.completions.close()
         if self.parts.self_check is not None:
             self.parts.self_check.close()
         self.endpoints.close()

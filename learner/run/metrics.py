@@ -1,5 +1,6 @@
 """What the learner exports to Prometheus."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -44,7 +45,19 @@ _BATCH = {
     "mismatch_kl": _Family("gdpo_mismatch_kl", "KL of behaviour and current policy (k3)"),
     "loss": _Family("gdpo_loss", "Policy loss"),
     "grad_norm": _Family("gdpo_gradient_norm", "Gradient norm before clipping"),
-    "overlong": _Family("gdpo_overlong_ratio", "Share of completions cut off at max_tokens"),
+    "learning_rate": _Family("gdpo_learning_rate", "Learning rate of the last optimiser step"),
+    "entropy": _Family("gdpo_entropy", "Mean entropy of the policy at a sampled token, in nats"),
+    "completions/mean_length": _Family(
+        "gdpo_completions_mean_length", "Mean tokens of completions"
+    ),
+    "completions/min_length": _Family("gdpo_completions_min_length", "Tokens of the shortest"),
+    "completions/max_length": _Family("gdpo_completions_max_length", "Tokens of the longest"),
+    "completions/clipped_ratio": _Family(
+        "gdpo_completions_clipped_ratio", "Share of completions cut off at max_tokens"
+    ),
+    "frac_reward_zero_std": _Family(
+        "gdpo_frac_reward_zero_std", "Share of groups that are dead or collapsed"
+    ),
     "groups/dead": _Family("gdpo_groups_dead", "Groups of the batch without any signal"),
     "groups/collapsed": _Family(
         "gdpo_groups_collapsed", "Groups of the batch whose rewards cancel out"
@@ -76,6 +89,8 @@ class StepMetrics:
 
         self._counters = {key: Counter(*f, registry=registry) for key, f in _COUNTERS.items()}
         self._gauges, self._batch, self._reward = map(gauges, (_GAUGES, _BATCH, _REWARD))
+        # Not every step computes it, and 0 would mean something.
+        self._batch["entropy"].set(math.nan)
         self._staleness = Histogram(
             "gdpo_staleness_versions",
             "Staleness of groups when they were trained on, in versions",

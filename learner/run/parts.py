@@ -8,10 +8,13 @@ connect    (`learner.run.connections`) ports, and the threads on them
 
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from prometheus_client import CollectorRegistry
 
+from learner.completions.files import CompletionFiles
+from learner.completions.keeper import CompletionKeeper, TrainedOn
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Greeting
 from learner.coordinator.coordinator import Coordinator
@@ -28,7 +31,7 @@ from learner.replay.buffer import ReplayBuffer, TrainingBatch
 from learner.run.progress import Progress
 from learner.run.throughput import Throughput
 from learner.run_folder import RunFolder
-from learner.training.policy import Policy, with_dtype
+from learner.training.policy import Policy, load_tokenizer, with_dtype
 from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult, Trainer
 from learner.weights.chunks import ChunkSource
@@ -79,6 +82,7 @@ class Parts(Materials):
     weights_stream: WeightsStream
     work: WorkQueue
     pacing: Pacing
+    completions: CompletionKeeper
     self_check: SelfCheck | None
     coordinator: Coordinator
 
@@ -87,9 +91,12 @@ class Parts(Materials):
         return _packed(self.trainer, self.policy, self.memory)
 
     def note(self, step: StepResult, batch: TrainingBatch) -> None:
-        """Count a step, for pages and reports."""
+        """Count a step, for pages and reports, and keep some of its completions."""
         self.progress.note(step)
         self.throughput.note(step.version, step.num_tokens, len(batch.groups) + batch.num_refilled)
+        self.completions.add(
+            TrainedOn(step.version, batch.groups, batch.prompt_indices, step.advantages_PG.numpy())
+        )
 
 
 def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> Materials:
@@ -162,6 +169,12 @@ def assemble(given: Materials) -> Parts:
         weights_stream=weights_stream,
         work=work,
         pacing=pacing,
+        completions=CompletionKeeper(
+            CompletionFiles(given.folder.completions, max_bytes=config.completions.max_bytes),
+            per_step=config.completions.per_step,
+            seed=config.seed,
+            load_tokenizer=partial(load_tokenizer, policy),
+        ),
         self_check=self_check,
         coordinator=coordinator,
     )

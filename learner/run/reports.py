@@ -1,7 +1,7 @@
 """The records of a run, made of its parts as they are at the moment."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from statistics import fmean
 
@@ -25,7 +25,14 @@ from learner.replay.buffer import NO_SIGNAL, ReplayBuffer, TrainingBatch
 from learner.run.connections import Connections
 from learner.run.parts import Parts
 from learner.run.throughput import Throughput
-from learner.status import ActorStatus, EpochStatus, PushStatus, Status, WeightsStatus
+from learner.status import (
+    ActorStatus,
+    EpochStatus,
+    PushStatus,
+    Status,
+    StepStatus,
+    WeightsStatus,
+)
 from learner.training.trainer import StepResult
 from learner.weights.push import PushReport
 from protocol.weights import total_bytes
@@ -48,6 +55,7 @@ def status_report(parts: Parts, connections: Connections) -> Status:
         steps=total,
         seconds_left=_seconds_left(progress.training_seconds, version, total),
         rewards=step.rewards if step else {},
+        last_step=_last_step(step.metrics) if step else None,
         tokens_generated_per_s=rates.tokens_generated_per_s,
         tokens_trained_per_s=rates.tokens_trained_per_s,
         staleness_mean=fmean(step.staleness) if step else None,
@@ -96,7 +104,6 @@ def step_report(parts: Parts, step: StepResult, batch: TrainingBatch, seconds: f
             "step_seconds": seconds,
             "rewards": step.rewards,
             "reward_settings": step.setting.as_json(),
-            "completion_tokens_mean": step.mean_tokens,
             "staleness_mean": fmean(step.staleness),
             "staleness_max": max(step.staleness),
             "groups_refilled": batch.num_refilled,
@@ -192,6 +199,18 @@ def _books(coordinator: Coordinator, buffer: ReplayBuffer) -> Books:
             buffered=groups.buffered,
             balanced=groups.balanced,
         ),
+    )
+
+
+def _last_step(metrics: Mapping[str, float]) -> StepStatus:
+    return StepStatus(
+        mean_length=metrics["completions/mean_length"],
+        min_length=metrics["completions/min_length"],
+        max_length=metrics["completions/max_length"],
+        clipped_ratio=metrics["completions/clipped_ratio"],
+        frac_reward_zero_std=metrics["frac_reward_zero_std"],
+        entropy=metrics.get("entropy"),
+        learning_rate=metrics["learning_rate"],
     )
 
 

@@ -25,6 +25,7 @@ def resume(parts: Parts, checkpoint: Checkpoint | None) -> None:
     parts.progress.before = folder.read_evaluation()
     history.checkpoints.put_aside_after(resumed.version)
     folder.forget_steps_after(resumed.version)
+    parts.completions.resume(resumed.version)
     log.info("resuming %s from step %d", folder.path, resumed.version)
     if checkpoint is not None:
         _restore_totals(parts, checkpoint)

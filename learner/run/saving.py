@@ -9,6 +9,7 @@ def checkpoint(parts: Parts) -> None:
 
     Raises `TrainingError` if the one before could not be written.
     """
+    parts.completions.write_soon()
     with parts.history.copying():
         parts.history.checkpoints.begin(run_state(parts), parts.trainer.state_tensors())
 

@@ -46,6 +46,11 @@ class PolicyOptimizer:
         self._inner.step()
         self._masters.copy_back()
 
+    @property
+    def lr(self) -> float:
+        """The learning rate as it is now."""
+        return float(self._inner.param_groups[0]["lr"])
+
     def set_lr(self, factor: float) -> None:
         """Make the learning rate this share of the configured one."""
         for group in self._inner.param_groups:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from learner.config.run import RunConfig
 from protocol.errors import ConfigError, brief
@@ -106,6 +106,11 @@ def load_model(config: RunConfig, folder: Path) -> Any:
         raise ConfigError(f"the model in {folder}: {brief(error)}") from error
     # Without dropout, so that log-probabilities are those of the sampled policy.
     return model.eval()
+
+
+def load_tokenizer(policy: Policy) -> Any:
+    """The tokenizer of its files; raises whatever its parsers do."""
+    return AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False)
 
 
 def check_model(config: RunConfig) -> None:

@@ -25,6 +25,7 @@ from learner.packing.forward import Forward
 from learner.packing.rows import Rows
 from learner.packing.split import Work, split
 from learner.training.batch import Batch
+from learner.training.completion_metrics import completion_metrics
 from learner.training.memory import prepared
 from learner.training.microbatches import Microbatch, lag0_difference, step_metrics, whole_ess
 from learner.training.optimizers import PolicyOptimizer
@@ -36,7 +37,7 @@ from protocol.groups import Group
 _RANDOM = "random_generator"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
     """What one step did."""
 
@@ -51,8 +52,8 @@ class StepResult:
     """Mean raw score of each reward."""
     setting: RewardSetting
     """What the rewards counted."""
-    mean_tokens: float
-    """Mean length of the completions."""
+    advantages_PG: Tensor
+    """What the rollouts of each group were trained with."""
     lag0_difference: float | None
     """Largest difference between the actors' and the trainer's log-probability of a token that
     was sampled from exactly the trainer's version; None if there was no such token."""
@@ -120,7 +121,7 @@ class Trainer:
         self.in_step = False
         names = list(setting.weights)
         metrics |= gdpo.reward_diagnostics(batch.scores_PGK, advantages, names)
-        metrics["overlong"] = batch.cut_PG.double().mean().item()
+        metrics |= completion_metrics(groups, metrics)
         return StepResult(
             version=self.version,
             num_tokens=batch.num_tokens,
@@ -128,7 +129,7 @@ class Trainer:
             metrics=metrics,
             rewards={name: metrics[f"reward/{name}/mean"] for name in names},
             setting=setting,
-            mean_tokens=batch.num_tokens / batch.cut_PG.numel(),
+            advantages_PG=advantages.advantages,
             lag0_difference=difference,
         )
 
@@ -182,6 +183,7 @@ class Trainer:
         metrics = step_metrics(parts, self.version)
         metrics["loss"] = sum(losses) / len(losses)
         metrics["grad_norm"] = sum(norms) / len(norms)
+        metrics["learning_rate"] = self._optimizer.lr
         return metrics, difference
 
     def _passes(self, batch: Batch, places_p: Tensor) -> list[Rows]:

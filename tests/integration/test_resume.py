@@ -1,9 +1,11 @@
 """A learner that is killed, and the run that goes on: guarantees 2, 3 and 7."""
 
 import signal
+from collections import Counter
 
 import pytest
 
+from learner.completions.files import read_completions
 from learner.replay.journal_reader import JournalReader
 from tests.integration.processes import (
     QUICK,
@@ -46,6 +48,9 @@ def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: Syst
 
     after = {line["step"]: line for line in steps(system)}
     assert list(after) == [line["step"] for line in steps(system)] == list(range(1, 41))
+    kept = Counter(row.step for row in read_completions(system.run_folder / "completions.parquet"))
+    # A sample of every step, and all 8 groups of 4 rollouts of the last one.
+    assert kept == dict.fromkeys(range(1, 40), 8) | {40: 8 * 4}
     for step, line in before.items():
         # The same groups, in the same order, by the same arithmetic.
         assert line["loss"] == after[step]["loss"]

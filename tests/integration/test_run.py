@@ -1,5 +1,6 @@
 """`gdpo run`: the whole loop on this machine, from a configuration to a checkpoint."""
 
+import json
 import os
 import re
 import signal
@@ -38,6 +39,15 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
         assert summary["rewards"][when]["means"].keys() == {"format", "correctness"}
     assert [step["step"] for step in steps(system)] == list(range(1, 9))
     assert (folder / "plots" / "curves.png").stat().st_size > 10_000
+    for name in ("mean_length", "min_length", "max_length", "clipped_ratio"):
+        assert f"completions/{name}" in steps(system)[-1]
+    shown = system.gdpo("show", "show", str(folder), "--step", "8", "--count", "1000", "--json")
+    assert shown.wait(30) == 0, shown.output
+    # All of the newest step: 8 groups of the recipe's 4 rollouts.
+    rows = [json.loads(line) for line in shown.output.splitlines()]
+    assert len(rows) == 8 * 4
+    lengths = [row["tokens"] for row in rows]
+    assert sum(lengths) / len(lengths) == steps(system)[-1]["completions/mean_length"]
     for text in ("before", "after", "[balanced]", "checkpoint:", "curves:", "step"):
         assert text in run.output
 

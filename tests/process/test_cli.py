@@ -21,6 +21,7 @@ COMMANDS = (
     "check",
     "eval",
     "compare",
+    "show",
     "set",
     "top",
     "journal",

@@ -13,7 +13,6 @@ STEP: dict[str, Any] = {
         "format": {"weight": 1.0, "when": None},
         "correctness": {"weight": 0.5, "when": {"reward": "format", "at_least": 1.0}},
     },
-    "completion_tokens_mean": 9.0,
     "staleness_mean": 0.5,
     "staleness_max": 1,
     "groups_refilled": 2,

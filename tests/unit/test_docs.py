@@ -24,7 +24,7 @@ SECTIONS = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 }
 KEY = re.compile(rf"\b(?P<section>{'|'.join(SECTIONS)})\.(?P<key>[a-z][a-z0-9_.]*[a-z0-9])")
-SUFFIXES = ("py", "key", "key_secret", "json")
+SUFFIXES = ("py", "key", "key_secret", "json", "parquet")
 """Of files, which look like keys: endpoints.json."""
 FILE = re.compile(
     r"\b(?:protocol|gdpo|transfer|actors|learner|deploy|tests|tools|examples|benchmarks)"

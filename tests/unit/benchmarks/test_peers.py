@@ -21,8 +21,8 @@ def trl_lines() -> list[dict[str, float]]:
 
 def steps() -> list[Step]:
     return [
-        make_step(1, seconds=3.0, step_seconds=1.0),
-        make_step(2, seconds=4.0, step_seconds=1.0),
+        make_step(n, seconds=2.0 + n, step_seconds=1.0, **{"completions/mean_length": 9.0})
+        for n in (1, 2)
     ]
 
 

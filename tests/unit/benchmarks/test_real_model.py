@@ -8,7 +8,7 @@ from benchmarks.real_model import Run, figures_of, make_table
 STEP = {
     "seconds": 10.0,
     "step_seconds": 4.0,
-    "completion_tokens_mean": 10.0,
+    "completions/mean_length": 10.0,
     "staleness_mean": 1.0,
     "staleness_max": 2,
     "actor_idle_share": 0.5,

@@ -28,8 +28,8 @@ def test_the_line_of_a_running_run_holds_what_matters():
     # 3725 s = 1 h 2 min 5 s
     assert render_line(read_status(RUNNING)) == (
         "training | step 40/100 | format 0.512 | correctness -0.250 | generated 12346 tok/s | "
-        "trained 999 tok/s | staleness 0.8 (max 2) | buffer 17 | actors 2 | bottleneck actors | "
-        "1:02:05 left"
+        "trained 999 tok/s | staleness 0.8 (max 2) | buffer 17 | length 1235 | cut off 6% | "
+        "dead groups 12% | entropy 0.99 | actors 2 | bottleneck actors | 1:02:05 left"
     )
 
 
@@ -47,6 +47,9 @@ def test_the_panel_of_a_running_run_names_the_bottleneck():
         "gdpo · tiny",
         "40 of 100, 1:02:05 left",
         "0.512",
+        "1,234.6 tokens on average, 3 to 2,048; 6.2% cut off",
+        "entropy 0.988, learning rate 2.5e-06",
+        "12.5%, without any signal",
         "12,346 generated, 999 trained a second",
         "0.8 on average, 2 at most (limit 2)",
         "17 groups, 1.5 MB (a batch takes 32)",
@@ -55,6 +58,13 @@ def test_the_panel_of_a_running_run_names_the_bottleneck():
         "the actors (the learner waits for groups: add actors)",
     ):
         assert part in text
+
+
+def test_an_entropy_that_is_not_computed_is_left_out():
+    assert RUNNING["last_step"]["entropy"]
+    status = RUNNING | {"last_step": RUNNING["last_step"] | {"entropy": None}}
+    assert "entropy" not in render_line(read_status(status))
+    assert "entropy" not in panel_text(status)
 
 
 def test_a_reward_that_never_applied_is_shown():

@@ -60,6 +60,9 @@ SHOWN = """
 │ correctness  -0.250                                                                              │
 │ tokens       12,346 generated, 999 trained a second                                              │
 │ staleness    0.8 on average, 2 at most (limit 2)                                                 │
+│ length       1,234.6 tokens on average, 3 to 2,048; 6.2% cut off                                 │
+│ policy       entropy 0.988, learning rate 2.5e-06                                                │
+│ dead groups  12.5%, without any signal                                                           │
 │ buffer       17 groups, 1.5 MB (a batch takes 32)                                                │
 │ actors       3 live, 3 would do                                                                  │
 │ idle         actors 5%, learner 40%                                                              │

@@ -286,7 +286,9 @@ def test_tokens_of_completions_that_were_cut_off_can_be_left_out_of_the_loss(con
         update={"algorithm": config.algorithm.model_copy(update={"overlong": "mask"})}
     )
     kept, left_out = (train(Trainer(load_policy(c), c), cut) for c in (config, masked))
-    assert kept.metrics["overlong"] == left_out.metrics["overlong"] == 1 / NUM_PROMPTS
+    assert kept.metrics["completions/clipped_ratio"] == 1 / NUM_PROMPTS
+    assert left_out.metrics["completions/clipped_ratio"] == 1 / NUM_PROMPTS
+    assert kept.metrics["completions/mean_length"] == left_out.metrics["completions/mean_length"]
     for name in kept.setting.weights:  # The scores count as before.
         assert kept.metrics[f"reward/{name}/mean"] == left_out.metrics[f"reward/{name}/mean"]
     # Over all minibatches: what is left is the tokens of the other prompts.

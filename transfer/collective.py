@@ -34,7 +34,7 @@ BackendName = Literal["gloo", "nccl"]
 ResultT = TypeVar("ResultT")
 
 BUCKETS_BEGUN = 2
-"""The next bucket begins to travel while the last bytes of one are copied, and its digests made."""
+"""Buckets of a broadcast that travel at a time; docs/results/speed.md compares it with one."""
 GRACE_S = 1.0
 """A backend's own deadline comes first: its error says more, and it has let go of the bucket."""
 

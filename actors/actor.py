@@ -20,6 +20,7 @@ Threads, all daemons:
 |-----------------|--------------------------------------------------------|--------------------|
 | http            | serves metrics; each request on a thread of its own    | the actor leaves   |
 | engine          | decodes and loads weights (transformers)               | the engine closes  |
+| ahead           | computes rows in flight with new weights, on CPUs      | they are computed  |
 | start-vllm      | starts vLLM                                            | it has started     |
 | close-engine    | waits for the engine's end                             | it has ended       |
 | broadcast       | receives weights in a collective                       | they arrived       |

@@ -17,8 +17,9 @@ engine computes with weights whose digests are right; "join" is how long the mem
 took to meet, once; "receive" the longest of the actors'. GB/s are bytes of the weights in the time,
 whatever the number of actors. "send/bare" compares the broadcast inside of the push with the bare
 one, "push/bare" the whole push. "stall" is the longest time that an actor's generation stood still,
-and its share of the push: an actor that generates computes all tokens in flight anew. The first
-pushes, in which memory is written for the first time, are not counted.
+and its share of the push: an actor that generates computes the tokens in flight with the new
+weights while it goes on, and then those sampled meanwhile. The first pushes, in which memory is
+written for the first time, are not counted.
 """
 
 import argparse

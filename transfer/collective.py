@@ -33,6 +33,8 @@ from protocol.errors import CollectiveError, ConfigError, brief
 BackendName = Literal["gloo", "nccl"]
 ResultT = TypeVar("ResultT")
 
+BUCKETS_BEGUN = 2
+"""Buckets of a broadcast that travel at a time; docs/results/speed.md compares it with one."""
 GRACE_S = 1.0
 """A backend's own deadline comes first: its error says more, and it has let go of the bucket."""
 
@@ -52,7 +54,8 @@ class BroadcastGroup(Protocol):
     def begin(self, bucket: torch.Tensor) -> Callable[[], None]:
         """Begin a `broadcast`; what is returned waits for the bucket, and must be called.
 
-        Until then other work can be done, but no other bucket begun.
+        Until then other work can be done, and other buckets begun: `BUCKETS_BEGUN` in all, each
+        waited for in turn.
         """
 
     def abort(self) -> None:

@@ -10,9 +10,14 @@ the new tokens of the others, and lets waiting groups in. After a change of weig
 computed anew from its token ids: no key or value of older weights survives. The prompt of a group
 is computed once, in either case, and copied for its rows (`actors.engines.prefill`), unless so few
 tokens are in flight that it pays to compute all of them in one pass.
+
+Where old and new weights are in memory together, most of that is done before the change, on another
+thread, while the batch goes on with the old ones (`Ahead`). What is left then are the tokens that
+were sampled meanwhile.
 """
 
 from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +68,47 @@ class _Row:
         )
 
 
+class Ahead:
+    """The rows in flight, computed with weights that the batch is going to have.
+
+    Made on the engine's thread; `compute` may be called on any, while the batch goes on.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[_Row]) -> None:
+        self.prefill = Prefill(model.eval())
+        self.rows = list(rows)
+        self._known = {id(row): len(row.tokens) for row in rows}
+        self._parts: list[tuple[list[_Row], PaddedCache]] = []
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """Compute the tokens that there were, but the newest of each row."""
+        if self.rows:
+            known = [row.tokens[: self._known[id(row)] - 1] for row in self.rows]
+            self._parts = list(_computed(self.prefill, self.rows, known))
+
+    def finish(
+        self, rows: Sequence[_Row]
+    ) -> Iterator[tuple[list[_Row], PaddedCache, torch.Tensor]]:
+        """Compute the rest of ``rows``, which are in flight now.
+
+        Yields rows, their cache and their next-token logits [B, V], in parts.
+        """
+        in_flight = {id(row) for row in rows}
+        for part, cache in self._parts:
+            left = [index for index, row in enumerate(part) if id(row) in in_flight]
+            if left:
+                chosen = [part[index] for index in left]
+                cache = cache if len(left) == len(part) else cache.rows(left)
+                # Each got a token at every step, so that they all lack as many.
+                since = [row.tokens[self._known[id(row)] - 1 :] for row in chosen]
+                yield chosen, cache, self.prefill.continued(cache, since)
+        if others := [row for row in rows if id(row) not in self._known]:
+            for part, cache in _computed(self.prefill, others, [r.tokens[:-1] for r in others]):
+                newest = [row.tokens[-1] for row in part]
+                yield part, cache, self.prefill.next_tokens(cache, newest)
+
+
 class BatchGenerator:
     """Decodes up to ``max_rows`` rollouts at once; single-threaded, one `step` a token."""
 
@@ -98,11 +144,22 @@ class BatchGenerator:
             self._logits_BV = self._logits_BV[torch.tensor(keep, dtype=torch.long)]
             self._keep_rows(keep)
 
+    def ahead(self, model: Any) -> Ahead:
+        """What can be done for a change to the weights of ``model`` before it happens."""
+        return Ahead(model, self._rows)
+
     @torch.inference_mode()
-    def weights_changed(self, version: int) -> None:
-        """Recompute every row in flight under the weights that the model now holds."""
+    def weights_changed(self, version: int, ahead: Ahead | None = None) -> None:
+        """Recompute every row in flight under the weights that the model now holds.
+
+        With what was computed ``ahead`` its model takes the place of the one until now.
+        """
         self._version = version
-        if self._rows:
+        if ahead is not None:
+            self._prefill = ahead.prefill
+        if self._rows and ahead is not None and ahead.rows:
+            self._catch_up(ahead)
+        elif self._rows:
             self._recompute()
 
     @torch.inference_mode()
@@ -144,31 +201,23 @@ class BatchGenerator:
 
     def _recompute(self) -> None:
         """Compute every row anew: the prompts, what follows them, and all newest tokens at once."""
-        rows_of: dict[int, list[_Row]] = defaultdict(list)
-        groups = {row.group.key: row.group for row in self._rows}
-        for row in self._rows:
-            rows_of[row.group.key].append(row)
-        sequences = [[*row.group.request.prompt_tokens, *row.tokens] for row in self._rows]
-        if one_pass_will_do(
-            sequences,
-            [group.request.prompt_tokens for group in groups.values()],
-            [row.tokens for row in self._rows],
-        ):
+        if _in_one_pass(self._rows):
+            sequences = [[*row.group.request.prompt_tokens, *row.tokens] for row in self._rows]
             self._logits_BV, self._cache = self._prefill.prompts(sequences)
             return
-        self._rows, self._cache = [], None
-        for part in in_parts([(_prompt_length(group), group) for group in groups.values()]):
-            _, prompts = self._prefill.prompts([group.request.prompt_tokens for group in part])
-            waiting = [
-                (_prompt_length(group) + len(row.tokens), (index, row))
-                for index, group in enumerate(part)
-                for row in rows_of[group.key]
-            ]
-            for chosen in in_parts(waiting):
-                cache = prompts.rows([index for index, _ in chosen])
-                self._prefill.completions(cache, [row.tokens[:-1] for _, row in chosen])
-                self._join([row for _, row in chosen], cache)
+        rows, self._rows, self._cache = self._rows, [], None
+        for part, cache in _computed(self._prefill, rows, [row.tokens[:-1] for row in rows]):
+            self._join(part, cache)
         self._decode()
+
+    def _catch_up(self, ahead: Ahead) -> None:
+        """Take what was computed ahead, and compute what has come since."""
+        rows, self._rows, self._cache = self._rows, [], None
+        logits = []
+        for part, cache, logits_BV in ahead.finish(rows):
+            self._join(part, cache)
+            logits.append(logits_BV)
+        self._logits_BV = torch.cat(logits)
 
     def _join(self, rows: list[_Row], cache: PaddedCache) -> None:
         """Append rows to the batch."""
@@ -245,6 +294,44 @@ def _new_row(group: _Pending, index: int) -> _Row:
     # Philox takes the pair as its key, so streams of neighbouring seeds do not overlap.
     random = np.random.Generator(np.random.Philox(key=[group.request.seed, index]))
     return _Row(group, index, random.random(group.request.max_tokens))
+
+
+def _in_one_pass(rows: Sequence[_Row]) -> bool:
+    prompts = {row.group.key: row.group.request.prompt_tokens for row in rows}
+    return one_pass_will_do(
+        [[*row.group.request.prompt_tokens, *row.tokens] for row in rows],
+        list(prompts.values()),
+        [row.tokens for row in rows],
+    )
+
+
+def _computed(
+    prefill: Prefill, rows: Sequence[_Row], completions: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[_Row], PaddedCache]]:
+    """Rows and their cache, in parts of bounded size: of each its prompt and its completion here.
+
+    Not `_Row.tokens`, to which a batch may add meanwhile.
+    """
+    if _in_one_pass(rows):
+        pairs = zip(rows, completions, strict=True)
+        whole = [[*row.group.request.prompt_tokens, *tokens] for row, tokens in pairs]
+        yield list(rows), prefill.prompts(whole)[1]
+        return
+    groups = {row.group.key: row.group for row in rows}
+    of_group: dict[int, list[tuple[_Row, Sequence[int]]]] = defaultdict(list)
+    for row, tokens in zip(rows, completions, strict=True):
+        of_group[row.group.key].append((row, tokens))
+    for part in in_parts([(_prompt_length(group), group) for group in groups.values()]):
+        _, prompts = prefill.prompts([group.request.prompt_tokens for group in part])
+        waiting = [
+            (_prompt_length(group) + len(tokens), (index, row, tokens))
+            for index, group in enumerate(part)
+            for row, tokens in of_group[group.key]
+        ]
+        for chosen in in_parts(waiting):
+            cache = prompts.rows([index for index, _, _ in chosen])
+            prefill.completions(cache, [tokens for _, _, tokens in chosen])
+            yield [row for _, row, _ in chosen], cache
 
 
 def _complete(row: _Row, reason: FinishReason) -> list[tuple[int, list[Rollout]]]:

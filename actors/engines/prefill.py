@@ -51,9 +51,13 @@ class Prefill:
 
     def next_tokens(self, cache: PaddedCache, tokens: Sequence[int]) -> torch.Tensor:
         """Append one token to each row; returns the next-token logits [B, V]."""
-        ids_B1 = torch.tensor(tokens, device=cache.mask_BL.device)[:, None]
-        cache.mask_BL = torch.cat([cache.mask_BL, torch.ones_like(ids_B1)], dim=1)
-        return self._in_passes(ids_B1, cache)
+        return self.continued(cache, [[token] for token in tokens])
+
+    def continued(self, cache: PaddedCache, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append as many tokens to each row; returns the next-token logits [B, V]."""
+        ids_BL = torch.tensor(tokens, device=cache.mask_BL.device)
+        cache.mask_BL = torch.cat([cache.mask_BL, torch.ones_like(ids_BL)], dim=1)
+        return self._in_passes(ids_BL, cache)
 
     def _in_passes(self, ids_BL: torch.Tensor, cache: PaddedCache) -> torch.Tensor:
         """Compute the last columns of ``cache``; returns the logits [B, V] of the very last."""

@@ -1,5 +1,7 @@
 """Packed weights that a model can compute with, ready before their bytes arrive."""
 
+import copy
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,13 +19,18 @@ class ModelWeights:
         self._model = model
         self._prepared: WeakKeyDictionary[SharedMemory, PreparedWeights] = WeakKeyDictionary()
 
-    def load(self, memory: SharedMemory, specs: list[TensorSpec], *, in_place: bool) -> None:
-        """Make what a memory holds the parameters; see `PreparedWeights`."""
+    def load(self, memory: SharedMemory, specs: list[TensorSpec], *, in_place: bool) -> Any:
+        """The model with what a memory holds as its parameters; see `PreparedWeights`.
+
+        ``in_place`` each memory has a model of its own: that of the memory before stays as it is.
+        """
         prepared = self._prepared.get(memory)
         if prepared is None or prepared.specs != specs:
-            prepared = PreparedWeights(self._model, memory.tensor, specs, in_place=in_place)
+            model = _without_parameters(self._model) if in_place else self._model
+            prepared = PreparedWeights(model, memory.tensor, specs, in_place=in_place)
             self._prepared[memory] = prepared
         prepared.assign()
+        return prepared.model
 
     def digests(self, specs: list[TensorSpec]) -> bytes:
         """Digests of the parameters, from their own bytes."""
@@ -61,6 +68,7 @@ class PreparedWeights:
                     f"{spec.name}: the model has {ours[0]} {ours[1]}, the weights {spec.shape} "
                     f"{spec.dtype}"
                 )
+        self.model = model
         self.specs = specs
         self._packed = packed
         self._in_place = in_place
@@ -84,6 +92,15 @@ class PreparedWeights:
         found = view(self._packed, spec)
         address = self._packed.data_ptr() + spec.offset
         return found if found.data_ptr() == address else None
+
+
+def _without_parameters(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy, with parameters of its own over the same memory; tied ones are tied in it, too."""
+    parameters = {
+        id(parameter): torch.nn.Parameter(parameter.data, requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, dict[int, Any](parameters))
 
 
 def _bytes(parameter: torch.Tensor) -> memoryview:

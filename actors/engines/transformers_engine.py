@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from actors.engines.batch_generator import BatchGenerator
+from actors.engines.batch_generator import Ahead, BatchGenerator
 from actors.engines.engine import EngineStats, Request
 from actors.engines.model_files import end_ids
 from actors.engines.prepared_weights import ModelWeights
@@ -103,16 +103,39 @@ class TransformersEngine:
     async def load_weights(
         self, version: int, memory: SharedMemory, specs: list[TensorSpec]
     ) -> float:
-        """Switch to new weights between two tokens; returns the seconds that it took."""
+        """Switch to new weights between two tokens.
+
+        Returns the seconds for which generation stood still. In place the rows in flight are
+        computed with the new weights before, on another thread, while they go on with the old ones.
+        """
         self.raise_if_dead()
         future: asyncio.Future[float] = self._loop.create_future()
+        stall_s = 0.0
 
         def load() -> None:
+            nonlocal stall_s
             started = time.monotonic()
-            self._weights.load(memory, specs, in_place=self.in_place)
-            self._generator.weights_changed(version)
+            model = self._weights.load(memory, specs, in_place=self.in_place)
+            ahead = self._generator.ahead(model) if self.in_place else None
+            stall_s = time.monotonic() - started
+            if ahead is None or not ahead.rows:
+                switch(ahead)
+            else:
+                Thread(target=compute, args=(ahead,), name="ahead", daemon=True).start()
+
+        def compute(ahead: Ahead) -> None:
+            try:
+                ahead.compute()
+            except Exception as error:
+                self._commands.put(partial(_raise, error))
+            else:
+                self._commands.put(lambda: switch(ahead))
+
+        def switch(ahead: Ahead | None) -> None:
+            started = time.monotonic()
+            self._generator.weights_changed(version, ahead)
             self.version = version
-            seconds = time.monotonic() - started
+            seconds = stall_s + time.monotonic() - started
             self._stats.stall_seconds += seconds
             self._resolve(future, seconds)
 
@@ -201,6 +224,10 @@ class TransformersEngine:
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(self._failure)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _empty_model(folder: Path, dtype: str, device: str) -> Any:

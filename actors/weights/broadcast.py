@@ -7,6 +7,7 @@ A collective cannot be interrupted. One that is given up goes on until its deadl
 that nobody waits for, and what still arrives does not reach the receive buffer.
 """
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -18,7 +19,7 @@ from protocol.messages import Weights
 from protocol.sockets import address_towards, parse_tcp
 from protocol.weights import CHUNK_BYTES
 from transfer.backends import create_backend
-from transfer.collective import Backend, BroadcastGroup, join_store
+from transfer.collective import BUCKETS_BEGUN, Backend, BroadcastGroup, join_store
 
 
 class Collective:
@@ -68,21 +69,28 @@ class Collective:
 
 
 def _receive(group: BroadcastGroup, spans: list[tuple[int, int]], turn: WriteTurn) -> None:
-    """Receive bucket by bucket; each is hashed while the next one arrives."""
-    pending: Callable[[], None] | None = group.begin(turn.lend(*spans[0]))
-    for span, following in zip(spans, [*spans[1:], None], strict=True):
-        assert pending is not None
-        pending()
-        pending = group.begin(turn.lend(*following)) if following else None
-        try:
+    """Receive bucket by bucket; each is hashed while the next ones arrive."""
+    pending: deque[Callable[[], None]] = deque()
+    following = iter(spans)
+
+    def begin_next() -> None:
+        if (span := next(following, None)) is not None:
+            pending.append(group.begin(turn.lend(*span)))
+
+    try:
+        for _ in range(BUCKETS_BEGUN):
+            begin_next()
+        for span in spans:
+            pending.popleft()()
+            begin_next()
             turn.filled(*span)
-        except Superseded:
-            if pending is not None:
-                # Waited for here, where nobody waits for this thread: else the thread that frees
-                # the group would wait.
-                with suppress(CollectiveError):
-                    pending()
-            raise
+    except (Superseded, CollectiveError):
+        # Waited for here, where nobody waits for this thread: else the thread that frees the group
+        # would wait.
+        for wait in pending:
+            with suppress(CollectiveError):
+                wait()
+        raise
 
 
 def _receive_and_copy(

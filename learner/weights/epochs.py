@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from learner.weights.snapshots import Snapshot
 from protocol.errors import CollectiveError, brief
 from protocol.messages import Weights
-from transfer.collective import Backend, BroadcastGroup, host_store
+from transfer.collective import BUCKETS_BEGUN, Backend, BroadcastGroup, host_store
 
 log = logging.getLogger("learner")
 
@@ -166,14 +166,19 @@ class Epochs:
         started = time.monotonic()
         process_group = self._meet(epoch)
         result.join_seconds = time.monotonic() - started
-        for offset in range(0, len(snapshot.packed), self._bucket_bytes):
+        pending: deque[Callable[[], None]] = deque()
+        for bucket in snapshot.packed.split(self._bucket_bytes):
+            if len(pending) == BUCKETS_BEGUN:
+                pending.popleft()()
             if epoch.over:
-                return
-            bucket = snapshot.packed[offset : offset + self._bucket_bytes]
+                break
             with self._backend.copy_context():
                 sent = bucket.to(self._backend.device)
-            process_group.broadcast(sent)
-        epoch.record.pushes += 1
+            pending.append(process_group.begin(sent))
+        for wait in pending:
+            wait()
+        if not epoch.over:
+            epoch.record.pushes += 1
 
     def _meet(self, epoch: _Epoch) -> BroadcastGroup:
         """Return the process group of an epoch, whose members meet when it is first used."""

@@ -148,10 +148,11 @@ class Push:
         if not self._members:
             return
         self.report.epoch = epochs.number
+        began = time.monotonic()
+        # Before the others know: its thread starts while the offers are on their way.
+        broadcast = epochs.broadcast(self._snapshot, self._audience.notify)
         for session, offer in epochs.offers(self._snapshot).items():
             self._audience.announce(session, offer, self._snapshot)
-        began = time.monotonic()
-        broadcast = epochs.broadcast(self._snapshot, self._audience.notify)
         self._audience.wait_until(
             lambda: broadcast.done or self._should_leave(), self._deadline - time.monotonic()
         )

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.processes import System, assert_books_balance, wait_for
-from tests.integration.slow_load import LOAD_S
+from learner.config.weights import WeightsConfig
+from tests.integration.processes import Process, System, assert_books_balance, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -50,31 +50,54 @@ def test_every_route_brings_every_version_as_it_is(system: System, backend):
     assert_books_balance(summary)
 
 
+def slow_actor(system: System, name: str, load_s: float) -> Process:
+    command = (str(load_s), "actor", "--learner", system.url)
+    return system.gdpo(name, *command, module="tests.integration.slow_load")
+
+
+def confirmed(system: System) -> list[dict[str, Any]]:
+    """The last pushes that went to two actors in an epoch."""
+    pushes = system.status()["weights"]["last_pushes"]
+    return [push for push in pushes if push["routes"] == {"collective": 2}]
+
+
+def test_a_load_of_twelve_seconds_keeps_epoch_and_actors_at_the_limits_of_everybody(
+    system: System,
+):
+    load_s, timeout_s = 12.0, WeightsConfig().timeout_s
+    assert load_s > timeout_s
+    system.start_learner("training.steps=2000", "weights.backend=gloo")
+    for name in ("one", "two"):
+        slow_actor(system, name, load_s)
+    wait_for(lambda: len(confirmed(system)) >= 2, "two pushes to both", 150)
+    status = system.status()
+    for push in confirmed(system):
+        assert (push["evicted"], push["behind"]) == ({}, [])
+        assert push["seconds"] > load_s
+    [epoch] = [epoch for epoch in status["weights"]["epochs"] if epoch["members"] == [1, 2]]
+    assert (epoch["ended"], status["actors_live"]) == ("", 2)
+    assert not status["weights"]["evictions"]
+
+
 def test_a_load_longer_than_the_deadline_keeps_its_epoch_and_a_frozen_actor_ends_it(system: System):
-    """Of twelve seconds and of ten by default; here of 2.4 and 2."""
-    timeout_s = 2.0
+    """As above, with shorter times."""
+    load_s, timeout_s = 2.4, 2.0
     system.start_learner(
         "training.steps=2000",
         "deadlines.actor_timeout_s=60",
         "weights.backend=gloo",
         f"weights.timeout_s={timeout_s}",
     )
-    actors = [
-        system.gdpo(name, "actor", "--learner", system.url, module="tests.integration.slow_load")
-        for name in ("one", "two")
-    ]
+    actors = [slow_actor(system, name, load_s) for name in ("one", "two")]
 
     def epoch() -> dict[str, Any]:
         epochs = system.status()["weights"]["epochs"]
         return epochs[-1] if epochs else {"members": [], "pushes": 0}
 
-    def confirmed() -> list[dict[str, Any]]:
-        pushes = system.status()["weights"]["last_pushes"]
-        return [push for push in pushes if push["routes"] == {"collective": 2}]
-
-    wait_for(lambda: len(confirmed()) >= 3, "three pushes to both")
-    assert all((push["evicted"], push["behind"]) == ({}, []) for push in confirmed())
-    assert all(push["seconds"] > LOAD_S > timeout_s for push in confirmed())
+    wait_for(lambda: len(confirmed(system)) >= 3, "three pushes to both")
+    pushes = confirmed(system)
+    assert all((push["evicted"], push["behind"]) == ({}, []) for push in pushes)
+    assert all(push["seconds"] > load_s > timeout_s for push in pushes)
     kept = epoch()
     assert (kept["members"], kept["ended"]) == ([1, 2], "")
 
@@ -85,7 +108,7 @@ def test_a_load_longer_than_the_deadline_keeps_its_epoch_and_a_frozen_actor_ends
     began = time.monotonic()
     wait_for(lambda: epoch()["ended"] or epoch()["epoch"] > kept["epoch"], "the end of the epoch")
     # It may have confirmed the push at hand; then the next one finds it.
-    assert time.monotonic() - began < LOAD_S + 2 * timeout_s + 1
+    assert time.monotonic() - began < load_s + 2 * timeout_s + 1
     wait_for(lambda: epoch()["members"] == [other], "an epoch without it")
 
 

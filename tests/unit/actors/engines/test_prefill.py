@@ -136,6 +136,59 @@ def test_rows_in_flight_continue_as_if_newer_weights_had_computed_all_of_them(
             assert np.abs(rollout.logprobs - expected).max() < 2e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(2048, 16384, 9999), (2048, 16384, 0), (5, 60, 0)],
+    ids=["in one pass", "at once", "in small parts"],
+)
+def test_rows_computed_ahead_continue_as_if_newer_weights_had_computed_all_of_them(
+    family, sizes, monkeypatch
+):
+    """Meanwhile all get tokens of the old weights, one group goes, and one comes."""
+    monkeypatch.setattr(prefill, "PASS_TOKENS", sizes[0])
+    monkeypatch.setattr(prefill, "PART_TOKENS", sizes[1])
+    monkeypatch.setattr(prefill, "WORTH_TWO_PASSES", sizes[2])
+    old, new = make_model(family, 0), make_model(family, 1)
+    generator = BatchGenerator(old, eos_ids=frozenset(), max_rows=64, version=0)
+    finished = staggered(generator, steps=6)
+    ahead = generator.ahead(new)
+    generator.step()
+    ahead.compute()
+    generator.abort(1)
+    generator.add(3, make_request((4, 5, 6, 7)))
+    generator.step()
+    generator.step()
+    generator.weights_changed(1, ahead)
+    while generator.busy:
+        finished |= dict(generator.step()[1])
+    # The groups had 18, 12 and 6 tokens, and got 3 more; the new one got 2.
+    for key, prompt, tokens in ((0, PROMPTS[0], 21), (2, PROMPTS[2], 9), (3, (4, 5, 6, 7), 2)):
+        for rollout in finished[key]:
+            assert rollout.spans == ((0, 0), (tokens, 1))
+            before = np.arange(30) < tokens
+            expected = np.where(
+                before, logprobs(old, prompt, rollout), logprobs(new, prompt, rollout)
+            )
+            assert np.abs(rollout.logprobs - expected).max() < 2e-4
+    assert finished.keys() == {0, 2, 3}
+
+
+def test_what_was_computed_ahead_leaves_the_tokens_that_were_sampled_since():
+    old, new = make_model("qwen2"), make_model("qwen2", seed=1)
+    generator = BatchGenerator(old, eos_ids=frozenset(), max_rows=64)
+    generator.add(0, make_request(PROMPTS[1]))
+    generator.step()
+    ahead = generator.ahead(new)
+    ahead.compute()
+    generator.step()
+    generator.step()
+    passes = Passes(new)
+    generator.weights_changed(1, ahead)
+    # Of each of the 3 rows the newest token that there was, and two since, in one pass.
+    assert passes.take() == [3 * 3]
+
+
 def test_after_a_push_a_prompt_is_computed_once_and_no_pass_is_large(monkeypatch):
     monkeypatch.setattr(prefill, "PASS_TOKENS", 64)
     model = make_model("qwen2")

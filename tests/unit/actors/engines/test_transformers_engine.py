@@ -3,12 +3,14 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.engines.batch_generator import Ahead
 from actors.engines.engine import Request
 from actors.engines.prepared_weights import PreparedWeights
 from actors.engines.transformers_engine import TransformersEngine
@@ -73,6 +75,47 @@ async def test_a_request_in_flight_continues_under_new_weights(base_folder):
     rollouts = await running
     assert any([version for _, version in r.spans] == [0, 1] for r in rollouts)
     await engine.close()
+
+
+async def test_generation_goes_on_while_rows_in_flight_are_computed_ahead(base_folder, monkeypatch):
+    model, specs = load(base_folder)
+    engine = make_engine(base_folder)
+    engine._generator._eos_ids = frozenset()
+    await engine.load_weights(0, shared(pack_alone(0, model, specs).packed), specs)
+    running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
+    while engine.stats.tokens_generated < 10:
+        await asyncio.sleep(0.001)
+    may_end, compute = Event(), Ahead.compute
+    monkeypatch.setattr(Ahead, "compute", lambda ahead: may_end.wait(20) and compute(ahead))
+    second = shared(pack_alone(1, model, specs).packed)
+    loading = asyncio.create_task(engine.load_weights(1, second, specs))
+    before = engine.stats.tokens_generated
+    while engine.stats.tokens_generated < before + 20:
+        await asyncio.sleep(0.001)
+    assert engine.version == 0 and not loading.done()
+    may_end.set()
+    await loading
+    rollouts = await running
+    assert [version for _, version in rollouts[0].spans] == [0, 1]
+    await engine.close()
+
+
+async def test_an_engine_that_cannot_compute_ahead_dies_and_says_why(base_folder, monkeypatch):
+    model, specs = load(base_folder)
+    engine = make_engine(base_folder)
+    await engine.load_weights(0, shared(pack_alone(0, model, specs).packed), specs)
+    running = asyncio.create_task(engine.generate(make_request(max_tokens=220, temperature=50.0)))
+    while engine.stats.tokens_generated < 10:
+        await asyncio.sleep(0.001)
+
+    def fails(ahead: Ahead) -> None:
+        raise MemoryError("no room for the cache")
+
+    monkeypatch.setattr(Ahead, "compute", fails)
+    with pytest.raises(EngineError, match="no room for the cache"):
+        await engine.load_weights(1, shared(pack_alone(1, model, specs).packed), specs)
+    with pytest.raises(EngineError, match="no room for the cache"):
+        await running
 
 
 async def test_cancelling_a_request_ends_its_generation(base_folder):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import assume, given, settings
@@ -29,8 +29,8 @@ def make_pacing(**changes) -> Pacing:
     return Pacing(**(values | changes))
 
 
-def allowed(pacing: Pacing, **changes) -> int:
-    state = {
+def allowed(pacing: Pacing, **changes: Any) -> int:
+    state: dict[str, Any] = {
         "trainer_version": 0,
         "actor_version": 0,
         "outstanding": 0,

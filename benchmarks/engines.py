@@ -1,7 +1,8 @@
 """Inference engines side by side: tokens a second, and what a push of weights costs.
 
-    python benchmarks/engines.py [--hidden 512 --layers 8] [--steps 40]
-    python benchmarks/engines.py --recompute [--model FOLDER]
+    python -P benchmarks/engines.py [--hidden 512 --layers 8] [--steps 40]
+    python -P benchmarks/engines.py --recompute [--model FOLDER]
+    python -P benchmarks/engines.py --steady [--hidden 128 --layers 3]
 
 Prints, in one run on one machine: tokens a second of the `transformers` and the vLLM engine for 1,
 8 and 64 prompts of 8 samples, each engine with one CPU thread (or on the GPU, where there is one);
@@ -12,11 +13,16 @@ With ``--recompute`` only this, without vLLM: the time that the `transformers` e
 compute 64 rows anew after a push, against one pass over all rows, each with its prompt; in turns,
 the medians.
 
+With ``--steady`` only this, without vLLM: tokens that the `transformers` engine makes in a second
+of CPU time with so many groups of 4 samples in flight, where one joins whenever another ends, and
+where all of them begin together; completions are of 12 to 32 tokens; the best of three.
+
 Weights are random, so that a completion always runs to its last token.
 """
 
 import argparse
 import asyncio
+import itertools
 import os
 import statistics
 import subprocess
@@ -52,6 +58,7 @@ PROMPTS = (1, 8, 64)
 SAMPLES = 8
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 ROWS = 64
+GROUPS = 64
 REPEATS = 3
 PHASES = ("pack", "join", "broadcast", "confirm", "receive", "load")
 
@@ -62,6 +69,9 @@ def main() -> None:
     console = Console(highlight=False)
     if options.recompute:
         console.print(_recompute_table(options))
+        return
+    if options.steady:
+        console.print(_steady_table(options))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -87,6 +97,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40, help="of the runs with weight pushes")
     parser.add_argument("--recompute", action="store_true", help="only what a push costs rows")
+    parser.add_argument("--steady", action="store_true", help="only groups that come and go")
     parser.add_argument("--model", type=Path, help="a real model for --recompute")
     return parser.parse_args()
 
@@ -206,6 +217,45 @@ def _recompute_seconds(model: Any, prompt: int, completion: int) -> tuple[float,
             run()
             seconds.append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _steady_table(options: argparse.Namespace) -> Table:
+    """Tokens a second of CPU time for several numbers of groups in flight."""
+    with tempfile.TemporaryDirectory() as name:
+        model = _make_model(Path(name), options)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    table = Table(title=f"tokens a CPU second: {millions:.1f} M parameters, 4 samples, 1 thread")
+    for column in ("groups in flight", "one by one", "together"):
+        table.add_column(column, justify="right")
+    for in_flight in (4, 8, 16, 32):
+        rates = [
+            max(_steady_rate(model, in_flight, together=together) for _ in range(REPEATS))
+            for together in (False, True)
+        ]
+        table.add_row(str(in_flight), *(f"{rate:,.0f}" for rate in rates))
+    return table
+
+
+def _steady_rate(model: Any, in_flight: int, *, together: bool) -> float:
+    """Of `GROUPS` groups and those in flight after them."""
+    generator = BatchGenerator(model, eos_ids=frozenset(), max_rows=4 * in_flight)
+    keys = itertools.count()
+
+    def add(groups: int) -> None:
+        for key in itertools.islice(keys, groups):
+            tokens = tuple(1 + (31 * key + 7 * i) % 4095 for i in range(PROMPT_TOKENS))
+            generator.add(key, Request(tokens, 4, 1.0, 12 + 7 * key % 21, seed=key))
+
+    add(in_flight)
+    tokens, done, started = 0, 0, time.thread_time()
+    while done < GROUPS:
+        sampled, finished = generator.step()
+        tokens, done = tokens + sampled, done + len(finished)
+        if not together:
+            add(len(finished))
+        elif not generator.busy:
+            add(in_flight)
+    return tokens / (time.thread_time() - started)
 
 
 def _push_table(steps: int) -> Table:

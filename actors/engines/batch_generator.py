@@ -138,11 +138,10 @@ class BatchGenerator:
     def abort(self, key: int) -> None:
         """Forget a group, waiting or not."""
         self._waiting = deque(group for group in self._waiting if group.key != key)
-        keep = [index for index, row in enumerate(self._rows) if row.group.key != key]
-        if len(keep) < len(self._rows):
-            assert self._logits_BV is not None
-            self._logits_BV = self._logits_BV[torch.tensor(keep, dtype=torch.long)]
-            self._keep_rows(keep)
+        gone = [index for index, row in enumerate(self._rows) if row.group.key == key]
+        order = self._drop_rows(gone)
+        if self._logits_BV is not None:
+            self._logits_BV = self._logits_BV[torch.tensor(order)]
 
     def ahead(self, model: Any) -> Ahead:
         """What can be done for a change to the weights of ``model`` before it happens."""
@@ -196,7 +195,8 @@ class BatchGenerator:
             self._logits_BV = logits_BV
             self._join(
                 [_new_row(g, j) for g in groups for j in range(g.request.num_rollouts)],
-                prompts.rows(prompt_of_row),
+                prompts,
+                prompt_of_row,
             )
 
     def _recompute(self) -> None:
@@ -207,7 +207,7 @@ class BatchGenerator:
             return
         rows, self._rows, self._cache = self._rows, [], None
         for part, cache in _computed(self._prefill, rows, [row.tokens[:-1] for row in rows]):
-            self._join(part, cache)
+            self._join(part, cache, range(len(part)))
         self._decode()
 
     def _catch_up(self, ahead: Ahead) -> None:
@@ -215,17 +215,17 @@ class BatchGenerator:
         rows, self._rows, self._cache = self._rows, [], None
         logits = []
         for part, cache, logits_BV in ahead.finish(rows):
-            self._join(part, cache)
+            self._join(part, cache, range(len(part)))
             logits.append(logits_BV)
         self._logits_BV = torch.cat(logits)
 
-    def _join(self, rows: list[_Row], cache: PaddedCache) -> None:
-        """Append rows to the batch."""
+    def _join(self, rows: list[_Row], cache: PaddedCache, indices: Sequence[int]) -> None:
+        """Append rows to the batch, each with a copy of a row of ``cache``."""
         self._rows += rows
         if self._cache is None:
-            self._cache = cache
+            self._cache = cache.rows(indices)
         else:
-            self._cache.append(cache)
+            self._cache.append(cache, indices)
 
     def _sample(self) -> list[tuple[int, list[Rollout]]]:
         """Draw a token for every row; drop the rows that are done."""
@@ -237,7 +237,7 @@ class BatchGenerator:
             torch.tensor(temperatures, device=self._logits_BV.device),
             torch.tensor(np.array(uniforms), device=self._logits_BV.device),
         )
-        keep: list[int] = []
+        gone: list[int] = []
         finished: list[tuple[int, list[Rollout]]] = []
         for index, (row, token, logprob) in enumerate(
             zip(self._rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
@@ -248,18 +248,22 @@ class BatchGenerator:
             elif len(row.tokens) == row.group.request.max_tokens:
                 finished += _complete(row, "length")
             else:
-                keep.append(index)
-        if len(keep) < len(self._rows):
-            self._keep_rows(keep)
+                continue
+            gone.append(index)
+        self._drop_rows(gone)
         return finished
 
-    def _keep_rows(self, keep: list[int]) -> None:
+    def _drop_rows(self, gone: list[int]) -> list[int]:
+        """Forget rows; returns which row each of those left has been before."""
+        if len(gone) == len(self._rows):
+            self._rows, self._cache, self._logits_BV = [], None, None
+            return []
+        if not gone:
+            return list(range(len(self._rows)))
         assert self._cache is not None
-        self._rows = [self._rows[index] for index in keep]
-        if keep:
-            self._cache.keep(keep)
-        else:
-            self._cache, self._logits_BV = None, None
+        order = self._cache.drop(gone)
+        self._rows = [self._rows[index] for index in order]
+        return order
 
     def _decode(self) -> None:
         """Feed the newest token of every row, which gives the logits of the next one."""

@@ -27,26 +27,29 @@ from transfer.shared_memory import SharedMemory
 
 CLOSE_TIMEOUT_S = 2.0
 """Time to finish the token at hand; `actors.actor.DRAIN_TIMEOUT_S` relies on it."""
-MAX_LEASES = 16
-"""Groups decoded at once unless told otherwise: the cache has no bound of its own."""
+GROUPS, MOST_GROUPS = 16, 64
+"""Groups decoded at once unless told otherwise, and for small models: see `groups_at_once`. The
+cache has no bound of its own."""
+PASS_PRODUCTS = 40_000_000
+"""Multiplications that take a core about as long as all else in a forward pass does."""
 
 
 class TransformersEngine:
     """Runs anywhere torch runs; see `actors.engines.engine.Engine`."""
 
     def __init__(
-        self, folder: Path, *, dtype: str, device: str, max_leases: int, num_rollouts: int
+        self, folder: Path, *, dtype: str, device: str, max_leases: int | None, num_rollouts: int
     ) -> None:
         """Decodes ``max_leases`` groups of ``num_rollouts`` at once; raises `ConfigError`."""
         self._stats = EngineStats()
         self.version = -1
-        self._max_leases = max_leases
         model = _empty_model(folder, dtype, device)
+        self._max_leases = max_leases or groups_at_once(model, num_rollouts)
         self._weights = ModelWeights(model)
         self.pinned = next(model.parameters()).device.type == "cuda"
         self.in_place = next(model.parameters()).device.type == "cpu"
         self._generator = BatchGenerator(
-            model, eos_ids=end_ids(folder), max_rows=max_leases * num_rollouts
+            model, eos_ids=end_ids(folder), max_rows=self._max_leases * num_rollouts
         )
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._futures: dict[int, asyncio.Future[list[Rollout]]] = {}
@@ -65,7 +68,7 @@ class TransformersEngine:
             folder,
             dtype=config.dtype,
             device=config.device,
-            max_leases=config.max_leases or MAX_LEASES,
+            max_leases=config.max_leases,
             num_rollouts=config.sampling.num_rollouts,
         )
 
@@ -228,6 +231,18 @@ class TransformersEngine:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def groups_at_once(model: Any, num_rollouts: int) -> int:
+    """Groups that it pays to decode together.
+
+    On a CPU, a pass of a small model takes as long for a few rows as for many: it gets as many as
+    take that time again. For larger models more rows only make each token later.
+    """
+    if model.device.type != "cpu":
+        return GROUPS
+    rows: int = PASS_PRODUCTS // sum(parameter.numel() for parameter in model.parameters())
+    return min(MOST_GROUPS, max(GROUPS, rows // num_rollouts))
 
 
 def _empty_model(folder: Path, dtype: str, device: str) -> Any:

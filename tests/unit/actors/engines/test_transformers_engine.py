@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from actors.engines.batch_generator import Ahead
 from actors.engines.engine import Request
 from actors.engines.prepared_weights import PreparedWeights
-from actors.engines.transformers_engine import TransformersEngine
+from actors.engines.transformers_engine import TransformersEngine, groups_at_once
 from protocol.errors import ConfigError, EngineError
 from protocol.weights import TensorSpec, layout, total_bytes
 from tests.packed import shared
@@ -212,3 +213,18 @@ def test_prepared_weights_are_those_that_come_later(in_place):
 async def test_a_folder_without_a_model_is_the_users_mistake(tmp_path):
     with pytest.raises(ConfigError, match="cannot be built"):
         make_engine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "device", "expected"),
+    [
+        (280_000, "cpu", 35),  # 142 rows
+        (1_000_000, "cpu", 16),  # only 10 groups would be worth it
+        (1_000, "cpu", 64),
+        (280_000, "cuda", 16),
+    ],
+)
+def test_of_a_small_model_more_groups_are_decoded_at_once(parameters, device, expected):
+    parameter = SimpleNamespace(numel=lambda: parameters)
+    model = SimpleNamespace(device=torch.device(device), parameters=lambda: [parameter])
+    assert groups_at_once(model, num_rollouts=4) == expected

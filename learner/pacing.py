@@ -11,14 +11,8 @@ and, as no more than the rest of the run can be used, while
 
     outstanding + buffered + in training < (steps - V) * batch_groups
 
-With max_uses above 1 a batch of groups lasts for that many steps. Of the one that is in use only
-the rest is still to come, the step at hand included (that alone, where max_uses is 1). In batches,
-rounded down and up, and counting as buffered only what was never used, the bounds are
-
-    outstanding + buffered < (max_staleness + 1 - (V - a) - rest) // max_uses * batch_groups
-    outstanding + buffered < ceil((steps - V - rest) / max_uses) * batch_groups
-
-A batch of which groups were evicted counts like one that was never used.
+With max_uses above 1 a batch of groups lasts for that many steps: both bounds are then divided by
+it, the first rounded down to whole batches, the second up.
 
 Only every push_every-th version is pushed, so that V - a reaches push_every - 1 before a push even
 begins. A batch must fit into the first bound there as well, or training waits for a version that
@@ -112,28 +106,20 @@ class Pacing:
         outstanding: int,
         buffered: int,
         in_training: int,
-        begun: tuple[int, int],
         buffered_bytes: int,
         wanted: int | None = None,
     ) -> int:
         """Training leases that an actor at ``actor_version`` may be given now; 0 or more.
 
-        Of those ``buffered``, some are ``begun`` (see `ReplayBuffer.begun`); ``in_training`` counts
-        besides. No more than ``wanted`` groups are to be outstanding and buffered, however many
-        may be.
+        No more than ``wanted`` groups are to be outstanding and buffered, however many may be.
         """
         behind = trainer_version - actor_version
         reach = self.max_staleness if self.lag is None else self.lag
-        num_begun, rest = begun
-        new = outstanding + buffered - num_begun
-        if num_begun + in_training != self.batch_groups:
-            # Nothing is in use, or not a whole batch: new groups join what is left of it.
-            new, rest = outstanding + buffered + in_training, 0
-        by_staleness = (reach + 1 - behind - rest) // self.max_uses * self.batch_groups
-        steps_left = self.steps - trainer_version - rest
+        by_staleness = (reach + 1 - behind) // self.max_uses * self.batch_groups
+        steps_left = self.steps - trainer_version
         by_need = -(-steps_left // self.max_uses) * self.batch_groups
-        room = self.max_groups - outstanding - buffered - in_training
-        by_groups = min(by_staleness - new, by_need - new, room)
+        ahead = outstanding + buffered + in_training
+        by_groups = min(by_staleness - ahead, by_need - ahead, self.max_groups - ahead)
         by_bytes = (self.max_bytes - buffered_bytes) // self.group_bytes - outstanding
         by_pace = by_groups
         if wanted is not None and self.lag is None:

@@ -118,7 +118,6 @@ class Leasing:
                 outstanding=self._leases.outstanding("train"),
                 buffered=len(self._buffer),
                 in_training=self._buffer.in_training,
-                begun=self._buffer.begun,
                 buffered_bytes=self._buffer.size_bytes,
                 wanted=self._pace.groups_wanted(now),
             )

@@ -119,8 +119,6 @@ class ReplayBuffer:
         self._woken = False
         self.in_training = 0
         """Groups that the last `take` removed, until `step_done`."""
-        self._is_at_hand = False
-        """Whether what `take` returned is still being trained on."""
         self.size_bytes = 0
         self.largest_staleness = 0
         """The largest of any group that `take` returned."""
@@ -146,19 +144,6 @@ class ReplayBuffer:
         """Prompt indices of the groups that are buffered and were not trained on yet."""
         with self._changed:
             return tuple(entry.prompt_index for entry in self._entries if not entry.uses)
-
-    @property
-    def begun(self) -> tuple[int, int]:
-        """Groups here that were used already, and how many steps more what is in use will take.
-
-        The step at hand is one of them, also where no group of it is to be used again.
-        """
-        with self._changed:
-            # With one use, none that was used is here.
-            entries = self._entries if self._max_uses > 1 else ()
-            uses = [entry.uses for entry in entries if entry.uses]
-            rest = self._max_uses - min(uses) if uses else 0
-            return len(uses), rest + self._is_at_hand
 
     def state(self) -> GroupState:
         """Return the counts as they were when the last batch was cut."""
@@ -271,7 +256,7 @@ class ReplayBuffer:
 
     def step_done(self) -> None:
         """Note that the trainer has finished with what it took."""
-        self.in_training, self._is_at_hand = 0, False
+        self.in_training = 0
 
     def wake(self) -> None:
         """End a waiting `take`, because the run cannot continue."""
@@ -280,7 +265,6 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     def _cut(self, chosen: Sequence[_Entry], version: int) -> TrainingBatch:
-        self._is_at_hand = True
         for entry in chosen:
             entry.uses += 1
             staleness = version - entry.group.oldest_version

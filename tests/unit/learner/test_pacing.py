@@ -36,7 +36,6 @@ def allowed(pacing: Pacing, **changes: Any) -> int:
         "outstanding": 0,
         "buffered": 0,
         "in_training": 0,
-        "begun": (0, 1 if changes.get("in_training") else 0),
         "buffered_bytes": 0,
     }
     return pacing.allowed(**(state | changes))
@@ -81,31 +80,6 @@ def test_groups_that_are_used_twice_are_leased_half_as_fast():
     assert allowed(make_pacing(max_staleness=9, max_uses=2, steps=3)) == 20
     with pytest.raises(ConfigError, match=r"needs training\.max_staleness of at least 2"):
         make_pacing(max_staleness=1, max_uses=3)
-
-
-def test_of_a_batch_in_use_only_the_steps_count_that_are_left():
-    """A new group is used last one version before (max_staleness + 1) after its own."""
-    pacing = make_pacing(max_staleness=3, max_uses=2)
-    # In its first use: this step and the next, then there is time for one batch.
-    assert allowed(pacing, buffered=10, begun=(10, 2)) == 10
-    assert allowed(pacing, actor_version=-1, buffered=10, begun=(10, 2)) == 0
-    # In its last one: at steps 1 and 2, if the actor is one version behind (-1 to 2 are 3).
-    last = {"in_training": 10, "begun": (0, 1)}
-    assert allowed(pacing, **last) == 10
-    assert allowed(pacing, actor_version=-1, **last) == 10
-    assert allowed(pacing, actor_version=-2, **last) == 0
-    # What was never used is before the new ones, whatever is in use.
-    assert allowed(pacing, actor_version=-1, buffered=4, outstanding=3, **last) == 3
-    # Used once and waiting: three steps are left, of which the others need a batch.
-    assert (
-        allowed(make_pacing(max_staleness=9, max_uses=2, steps=3), buffered=10, begun=(10, 1)) == 10
-    )
-    assert (
-        allowed(make_pacing(max_staleness=9, max_uses=2, steps=1), buffered=10, begun=(10, 1)) == 0
-    )
-    # Half of a batch is used up, and half begun; with one more, out of order, all count as new.
-    assert allowed(pacing, buffered=5, in_training=5, begun=(5, 2)) == 10
-    assert allowed(pacing, buffered=6, in_training=5, begun=(6, 2)) == 9
 
 
 def test_outstanding_groups_count_with_their_largest_size():
@@ -245,7 +219,6 @@ class Run:
             outstanding=len(self.outstanding),
             buffered=len(self.buffer),
             in_training=self.buffer.in_training,
-            begun=self.buffer.begun,
             buffered_bytes=self.buffer.size_bytes,
         )
         for _ in range(self.random.randint(0, room)):
@@ -340,13 +313,10 @@ def test_no_order_of_arrival_or_failure_stops_training_or_exceeds_the_limit(run)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(2, 4).flatmap(lambda uses: runs(in_order=True, max_uses=uses)))
-def test_groups_that_are_used_again_do_not_make_those_behind_them_too_stale(run):
+@given(runs(in_order=True, max_uses=2))
+def test_groups_that_are_used_twice_do_not_make_those_behind_them_too_stale(run):
     run.finish()
     assert run.buffer.counts.evicted == {}
-    # No more than is needed: the last batch may not be used up.
-    batches = -(-run.pacing.steps // run.pacing.max_uses)
-    assert run.num_leased == batches * run.pacing.batch_groups
 
 
 @settings(max_examples=100, deadline=None)

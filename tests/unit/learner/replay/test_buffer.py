@@ -89,17 +89,6 @@ def test_what_was_taken_is_in_training_until_the_step_is_done():
     assert (len(buffer), buffer.in_training) == (1, 0)
 
 
-def test_what_is_begun_takes_as_many_steps_as_its_uses_that_are_left():
-    buffer = filled((1, 0), (2, 0), (3, 0), max_uses=3)
-    seen = [buffer.begun]
-    for _ in range(3):
-        buffer.take(2, version=0, timeout_s=0)
-        seen.append(buffer.begun)
-        buffer.step_done()
-        seen.append(buffer.begun)
-    assert seen == [(0, 0), (2, 3), (2, 2), (2, 2), (2, 1), (0, 1), (0, 0)]
-
-
 def test_a_group_is_used_max_uses_times_and_no_more():
     buffer = filled((1, 0), (2, 0), max_uses=2)
     assert leases(buffer.take(1, version=0, timeout_s=0)) == [1]

@@ -112,7 +112,8 @@ def _apply(
             f"hidden has shape {tuple(hidden_NH.shape)}, tokens {tuple(tokens_N.shape)}, the "
             f"head's weight {tuple(head.weight_VH.shape)}: give [N, H], [N] and [V, H]"
         )
-    if head.weight_VH.numel() < _EARLY_WEIGHTS:
+    # Asked here: within the function below gradients are always off.
+    if head.weight_VH.numel() < _EARLY_WEIGHTS or not torch.is_grad_enabled():
         loss_gradient = None
     result: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
         hidden_NH, head.weight_VH, head.bias_V, tokens_N.long(), form, loss_gradient

@@ -58,12 +58,6 @@ class Layout:
         parents = set(self.parents)
         return tuple(i for i in range(len(self.parents)) if i not in parents)
 
-    @cached_property
-    def trees(self) -> tuple[tuple[int, int], ...]:
-        """[R] first token of each tree, and where it ends."""
-        roots = [i for i, parent in enumerate(self.parents) if parent < 0]
-        return tuple((self.starts[i], self.family_stops[i]) for i in roots)
-
     def path(self, segment: int) -> list[tuple[int, int]]:
         """The ranges of tokens that a segment sees, its own last."""
         ranges = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from learner.training.overlong import cut_off
 from protocol.groups import Group
 
 
@@ -15,15 +16,12 @@ def completion_metrics(
     frac_reward_zero_std        share of groups without signal: no reward varies, or those that do
                                 cancel each other out or have weight 0
     """
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    lengths = [len(rollout.tokens) for rollout in rollouts]
+    lengths = [len(rollout.tokens) for group in groups for rollout in group.rollouts]
     without_signal = diagnostics["groups/dead"] + diagnostics["groups/collapsed"]
     return {
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": (
-            sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts)
-        ),
+        "completions/clipped_ratio": cut_off(groups).double().mean().item(),
         "frac_reward_zero_std": without_signal / len(groups),
     }

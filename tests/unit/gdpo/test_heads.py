@@ -111,6 +111,18 @@ def test_an_entropy_that_is_only_measured_is_the_same_and_has_no_gradient() -> N
         head_logprobs_and_entropy(hidden, head, tokens, loss_gradient=torch.ones_like)
 
 
+def test_nothing_is_made_early_where_there_is_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_EARLY_WEIGHTS", 0)
+    hidden, weight, _, tokens = inputs(torch.float32, bias=False)
+    with torch.no_grad():
+        head_logprobs(
+            hidden,
+            Head(weight),
+            tokens,
+            loss_gradient=lambda _: pytest.fail("asked for a gradient"),
+        )
+
+
 def test_gradients_pass_the_check_by_finite_differences() -> None:
     hidden, weight, offset, tokens = inputs(torch.float64, bias=True)
     assert offset is not None

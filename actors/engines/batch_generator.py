@@ -206,8 +206,8 @@ class BatchGenerator:
             self._logits_BV, self._cache = self._prefill.prompts(sequences)
             return
         rows, self._rows, self._cache = self._rows, [], None
-        for part, cache in _computed(self._prefill, rows, [row.tokens[:-1] for row in rows]):
-            self._join(part, cache, range(len(part)))
+        for part, cache in _in_passes(self._prefill, rows, [row.tokens[:-1] for row in rows]):
+            self._join(part, cache)
         self._decode()
 
     def _catch_up(self, ahead: Ahead) -> None:
@@ -215,17 +215,22 @@ class BatchGenerator:
         rows, self._rows, self._cache = self._rows, [], None
         logits = []
         for part, cache, logits_BV in ahead.finish(rows):
-            self._join(part, cache, range(len(part)))
+            self._join(part, cache)
             logits.append(logits_BV)
         self._logits_BV = torch.cat(logits)
 
-    def _join(self, rows: list[_Row], cache: PaddedCache, indices: Sequence[int]) -> None:
-        """Append rows to the batch, each with a copy of a row of ``cache``."""
+    def _join(
+        self, rows: list[_Row], cache: PaddedCache, indices: Sequence[int] | None = None
+    ) -> None:
+        """Append rows to the batch, each with a copy of a row of ``cache``.
+
+        Without indices each has its own there, and the caller gives the cache away.
+        """
         self._rows += rows
-        if self._cache is None:
-            self._cache = cache.rows(indices)
+        if self._cache is not None:
+            self._cache.append(cache, range(len(rows)) if indices is None else indices)
         else:
-            self._cache.append(cache, indices)
+            self._cache = cache if indices is None else cache.rows(indices)
 
     def _sample(self) -> list[tuple[int, list[Rollout]]]:
         """Draw a token for every row; drop the rows that are done."""
@@ -320,7 +325,14 @@ def _computed(
         pairs = zip(rows, completions, strict=True)
         whole = [[*row.group.request.prompt_tokens, *tokens] for row, tokens in pairs]
         yield list(rows), prefill.prompts(whole)[1]
-        return
+    else:
+        yield from _in_passes(prefill, rows, completions)
+
+
+def _in_passes(
+    prefill: Prefill, rows: Sequence[_Row], completions: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[_Row], PaddedCache]]:
+    """As `_computed`, each prompt once for its group."""
     groups = {row.group.key: row.group for row in rows}
     of_group: dict[int, list[tuple[_Row, Sequence[int]]]] = defaultdict(list)
     for row, tokens in zip(rows, completions, strict=True):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoTokenizer
 
 from actors.engines.choice import start_engine
 from actors.engines.engine import Engine, UnusableRow
@@ -23,7 +22,7 @@ from learner.prompts.evaluation import Evaluation
 from learner.prompts.rows import load_rows
 from learner.prompts.stream import evaluation_work
 from learner.run_folder import RunFolder
-from learner.training.policy import Policy, load_policy, with_dtype
+from learner.training.policy import Policy, load_policy, load_tokenizer, with_dtype
 from learner.weights.pack import pack_into
 from protocol.errors import ConfigError, RewardError
 from protocol.leases import LeaseBook, Work
@@ -75,7 +74,7 @@ async def _evaluate(
         try:
             worker = RolloutWorker(
                 engine,
-                AutoTokenizer.from_pretrained(policy.folder, trust_remote_code=False),
+                load_tokenizer(policy),
                 RewardScorer(config.rewards, pool),
                 max_prompt_tokens=config.sampling.max_prompt_tokens,
                 max_tokens=config.sampling.max_tokens,

@@ -250,6 +250,11 @@ class Coordinator:
         """Version of the last push that began."""
         return self._offers.pushed
 
+    def catching_up(self) -> set[str]:
+        """See `learner.weights.offers.Offers.catching_up`."""
+        with self._lock:
+            return self._offers.catching_up()
+
     def begin_push(self, version: int) -> list[ActorState]:
         """See `learner.weights.offers.Offers.begin_push`; returns copies."""
         with self._lock:

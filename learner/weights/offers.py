@@ -56,6 +56,18 @@ class Offers:
         self._pushed_to = {actor.session: actor.number for actor in actors}
         return actors
 
+    def catching_up(self) -> set[str]:
+        """Return the checked actors, by session, that load weights and have missed the last push.
+
+        One that gave no sign of it for a while does not count.
+        """
+        now = self._registry.clock()
+        return {
+            actor.session
+            for actor in self._registry.ready_actors(0)
+            if actor.version < self.pushed and now - actor.weights_active_at < OFFER_AGAIN_S
+        }
+
     def end_push(self) -> None:
         """Leave actors that have not confirmed the version to pull from now on."""
         self._pushed_to = {}

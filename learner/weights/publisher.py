@@ -59,6 +59,8 @@ class Publisher:
                 bucket_bytes=config.bucket_bytes,
             )
         self._probation = Probation()
+        self._waited_for: set[str] = set()
+        """Sessions of actors that were waited for in vain, or were in no push since then."""
         self._pending: tuple[Snapshot, float] | None = None
         """The newest version that no push has begun with, and the seconds to pack it."""
         self._base: Snapshot | None = None
@@ -100,13 +102,33 @@ class Publisher:
         return pending
 
     def _serve(self, pending: tuple[Snapshot, float]) -> None:
-        snapshot, pack_seconds = pending
+        self._await_latecomers()
+        with self._worker.adding():
+            snapshot, pack_seconds = self._take() or pending
         pushed_before = self._audience.pushed
         # Only those that kept up: an actor that is behind pulls until it has caught up, so a slow
         # or broken one costs one push its deadlines, not every push.
         if actors := self._audience.begin_push(snapshot.version):
             self._push(snapshot, actors, pack_seconds, pushed_before)
         self._audience.end_push()
+
+    def _await_latecomers(self) -> None:
+        """Hold the next push up for actors that are about to be able to take it.
+
+        An actor that joined between two pushes and loads as long as the others do would be in the
+        middle of a load whenever a push begins, and be in no broadcast ever. Once for each actor
+        that misses pushes, and no longer than two such pushes take.
+        """
+        audience = self._audience
+        self._waited_for &= audience.sessions
+        late = audience.catching_up() - self._waited_for
+        if self._epochs is None or not self.history or not late:
+            return
+        self._waited_for |= late
+        audience.wait_until(
+            lambda: audience.draining or not late & audience.catching_up(),
+            2 * self.history[-1].seconds,
+        )
 
     def _push(
         self,
@@ -127,6 +149,9 @@ class Publisher:
         )
         self._prepare_stream(snapshot, routes, pushed_before)
         report = push.run(self._probation)
+        self._waited_for -= routes.keys()
+        # The push has waited for them already.
+        self._waited_for |= {a.session for a in actors if a.number in report.behind}
         self.evictions.update(report.evicted.values())
         self._metrics.observe(report)
         self.history.append(report)

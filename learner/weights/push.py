@@ -33,6 +33,9 @@ class Audience(Protocol):
     def pushed(self) -> int:
         """Version of the last push that began."""
 
+    def catching_up(self) -> set[str]:
+        """Return the actors, by session, that load weights and have missed the last push."""
+
     def begin_push(self, version: int) -> list[ActorState]:
         """Return the actors to push ``version`` to; until `end_push` nothing else offers it."""
 

@@ -67,8 +67,10 @@ def test_a_load_of_twelve_seconds_keeps_epoch_and_actors_at_the_limits_of_everyb
     load_s, timeout_s = 12.0, WeightsConfig().timeout_s
     assert load_s > timeout_s
     system.start_learner("training.steps=2000", "weights.backend=gloo")
-    for name in ("one", "two"):
-        slow_actor(system, name, load_s)
+    slow_actor(system, "one", load_s)
+    wait_for(lambda: system.status()["weights"]["last_pushes"], "a push")
+    # It comes while the first one loads, and would load whenever a push begins.
+    slow_actor(system, "two", load_s)
     wait_for(lambda: len(confirmed(system)) >= 2, "two pushes to both", 150)
     status = system.status()
     for push in confirmed(system):

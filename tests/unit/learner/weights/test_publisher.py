@@ -54,7 +54,7 @@ class Member:
         if offer.epoch is None:
             # What it was offered before may go on until its deadline.
             self._collective = Collective(URL, CPU)
-            self.scene.confirm(self.session, offer.version, "stream")
+            self._load(offer.version, "stream")
         elif not self.unreachable:
             collective = self._collective
             threading.Thread(
@@ -69,12 +69,17 @@ class Member:
         except Exception:
             return
         assert torch.equal(buffer.memory.tensor, snapshot.packed)
+        self._load(offer.version, "collective")
+
+    def _load(self, version: int, route: str) -> None:
         loaded_at = time.monotonic() + self.load_s
         while (left := loaded_at - time.monotonic()) > 0 and not self.hangs:
-            self.scene.status(self.session, loading=offer.version)
+            if self.scene.over.is_set():
+                return
+            self.scene.status(self.session, loading=version)
             time.sleep(min(left, STATUS_INTERVAL_S))
         if not self.hangs:
-            self.scene.confirm(self.session, offer.version, "collective")
+            self.scene.confirm(self.session, version, route)
 
 
 class Scene:
@@ -122,6 +127,15 @@ class Scene:
             self.cluster.weights_ready(session, self.cluster.snapshots.latest.version)
             self.cluster.heard(session, Weights)
         self.members[session] = Member(self, session)
+
+    def join_late(self, session: str, version: int, load_s: float) -> None:
+        """A newcomer, which has an older version and loads what it is offered now."""
+        with self._lock:
+            self.cluster.hello(session)
+            self.cluster.heard(session, Weights)
+            self.cluster.weights_ready(session, version)
+        member = self.members[session] = Member(self, session)
+        member.load_s = load_s
 
     def leave(self, session: str) -> None:
         with self._lock:
@@ -212,6 +226,35 @@ def test_a_load_that_takes_longer_than_the_deadline_keeps_its_epoch(scene):
     assert all(1.1 <= report.seconds < 2.4 for report in reports)
     assert ends(scene) == [""]
     assert scene.versions() == {"a": 3, "b": 3}
+
+
+def join_while_others_load(scene: Scene, load_s: float) -> None:
+    """``c`` comes in the middle of push 2, which takes .4 s."""
+    for session in ("a", "b"):
+        scene[session].load_s = 0.4
+    scene.push(1)
+    scene.publisher.publish(make_snapshot(2), pack_seconds=0.0)
+    assert scene.waits_for(lambda: scene[session].offers[-1].version == 2)
+    scene.join_late("c", 1, load_s)
+    scene.push(2)
+
+
+def test_an_actor_that_would_load_whenever_a_push_begins_is_waited_for(scene):
+    join_while_others_load(scene, load_s=0.4)
+    reports = [scene.push(version) for version in (3, 4)]
+    assert [report.routes for report in reports] == [{"collective": 3}] * 2
+    assert ends(scene) == ["actor 3 joined", ""]
+
+
+def test_what_takes_longer_than_two_pushes_to_load_is_waited_for_once(scene):
+    join_while_others_load(scene, load_s=60.0)
+    waits = []
+    for version in (3, 4):
+        began = time.monotonic()
+        report = scene.push(version)
+        assert report.routes == {"collective": 2}
+        waits.append(time.monotonic() - began - report.seconds)
+    assert waits[0] > 0.8 and waits[1] < 0.4
 
 
 def test_a_member_that_freezes_is_found_though_the_others_load_for_long(scene):

@@ -177,7 +177,7 @@ class ActorSection(StrictModel):
     """Device of an actor as torch names it; ``auto``: a GPU where there is one."""
     max_leases: Annotated[int, Field(ge=1, le=MAX_LEASES)] | None = None
     """Groups that one actor generates at once. None: with vLLM as many as its cache holds, with
-    transformers 16, and up to 64 of a model so small that a CPU takes as long for fewer."""
+    transformers 16, and up to 64 on a CPU that takes hardly longer for them."""
     reward_timeout_s: PositiveFloat = 60.0
     """Longest time in seconds for one reward function on one group; then its process is killed."""
     reward_processes: Annotated[int, Field(ge=1, le=1024)] = 8

@@ -219,7 +219,7 @@ async def test_a_folder_without_a_model_is_the_users_mistake(tmp_path):
     ("parameters", "device", "expected"),
     [
         (280_000, "cpu", 35),  # 142 rows
-        (1_000_000, "cpu", 16),  # only 10 groups would be worth it
+        (1_000_000, "cpu", 32),  # 128 rows
         (1_000, "cpu", 64),
         (280_000, "cuda", 16),
     ],
@@ -228,3 +228,4 @@ def test_of_a_small_model_more_groups_are_decoded_at_once(parameters, device, ex
     parameter = SimpleNamespace(numel=lambda: parameters)
     model = SimpleNamespace(device=torch.device(device), parameters=lambda: [parameter])
     assert groups_at_once(model, num_rollouts=4) == expected
+    assert groups_at_once(model, num_rollouts=16) == 16

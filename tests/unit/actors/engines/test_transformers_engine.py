@@ -216,16 +216,18 @@ async def test_a_folder_without_a_model_is_the_users_mistake(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "device", "expected"),
+    ("parameters", "device", "num_rollouts", "expected"),
     [
-        (280_000, "cpu", 35),  # 142 rows
-        (1_000_000, "cpu", 32),  # 128 rows
-        (1_000, "cpu", 64),
-        (280_000, "cuda", 16),
+        (280_000, "cpu", 4, 35),  # 142 rows
+        (1_000_000, "cpu", 4, 32),  # 128 rows
+        (1_000_000, "cpu", 16, 16),
+        (1_000, "cpu", 4, 64),
+        (280_000, "cuda", 4, 16),
     ],
 )
-def test_of_a_small_model_more_groups_are_decoded_at_once(parameters, device, expected):
+def test_of_a_small_model_more_groups_are_decoded_at_once(
+    parameters, device, num_rollouts, expected
+):
     parameter = SimpleNamespace(numel=lambda: parameters)
     model = SimpleNamespace(device=torch.device(device), parameters=lambda: [parameter])
-    assert groups_at_once(model, num_rollouts=4) == expected
-    assert groups_at_once(model, num_rollouts=16) == 16
+    assert groups_at_once(model, num_rollouts) == expected

@@ -21,6 +21,7 @@ Who does what; each part knows of those below it only:
     Coordinator     takes messages and ticks; begins and ends
     ├─ Leasing      work for actors, and the groups that come back
     ├─ Admission    who may join, and the checks: of their first lease, and of some later ones
+    ├─ Evaluating   who keeps a version of the weights to evaluate it
     ├─ Offers       weights: pushes, pulls, and what actors say they have
     └─ Registry     who is there, what goes out, what is wrong
 """
@@ -32,6 +33,7 @@ from threading import Condition, RLock
 
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission, Greeting
+from learner.coordinator.evaluating import Evaluating
 from learner.coordinator.leasing import Leasing
 from learner.coordinator.pace import Pace
 from learner.coordinator.self_check import SelfCheck
@@ -113,7 +115,15 @@ class Coordinator:
             on_change=self._changed.notify_all,
             on_failure=buffer.wake,
         )
-        self._offers = Offers(self._registry, snapshots, all_pull=config.all_pull)
+        self._offers = Offers(
+            self._registry,
+            snapshots,
+            all_pull=config.all_pull,
+            on_settled=lambda actor: self._evaluating.consider(actor),
+        )
+        self._evaluating = Evaluating(
+            self._registry, self._offers, work, timeout_s=config.eval.timeout_s
+        )
         self._admission = Admission(
             self._registry,
             self._offers,
@@ -127,6 +137,7 @@ class Coordinator:
             config,
             self._registry,
             self._admission,
+            self._evaluating,
             leases=self.leases,
             work=work,
             buffer=buffer,
@@ -171,6 +182,7 @@ class Coordinator:
                 case Goodbye():
                     cause = f"goodbye ({one_line(message.cause)})"
                     self._registry.forget(actor, cause, lost=False)
+            self._evaluating.look(now)
             self._leasing.issue(now)
 
     def stored(self, groups: Sequence[ReceivedGroup]) -> None:
@@ -221,6 +233,7 @@ class Coordinator:
             )
             self._leasing.end_overdue(now)
             self._offers.tick(now)
+            self._evaluating.look(now)
             self._leasing.issue(now)
 
     @property
@@ -316,7 +329,7 @@ class Coordinator:
     def open_training(self) -> None:
         """Issue training leases from now on."""
         with self._lock:
-            self._leasing.training = True
+            self._work.training = True
             self.make_room()
 
     def advance(self, trainer_version: int) -> None:
@@ -349,26 +362,25 @@ class Coordinator:
     def close_training(self) -> None:
         """Issue no more training leases."""
         with self._lock:
-            self._leasing.training = False
+            self._work.training = False
 
-    def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
-        """Have ``works`` rolled out by actors that sample from ``version`` or later."""
+    def start_evaluation(self, works: Mapping[str, Sequence[Work]], due: int) -> Evaluation:
+        """Have the ``works`` of each set rolled out by actors with one version, ``due`` or later.
+
+        Training may go on meanwhile; see `learner.coordinator.evaluating`.
+        """
         with self._lock:
-            evaluation = self._work.start_evaluation(works, version)
+            evaluation = Evaluation(works, due)
+            self._evaluating.start(evaluation)
             self.make_room()
             return evaluation
-
-    def end_evaluation(self) -> None:
-        """Lease no more of its prompts; what still comes back is not used."""
-        with self._lock:
-            self._work.end_evaluation()
 
     def drain(self, cause: str) -> None:
         """Tell every actor that the run is over; nothing is leased any more."""
         with self._lock:
             self._registry.draining = True
-            self._leasing.training = False
-            self._work.end_evaluation()
+            self._work.training = False
+            self._evaluating.end()
             for session in self._registry.live:
                 self._registry.send(session, Drain(cause=cause))
             self._changed.notify_all()

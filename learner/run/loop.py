@@ -5,6 +5,7 @@ import time
 from functools import partial
 
 from learner.replay.buffer import LackSignal, TrainingBatch
+from learner.run.evaluations import Evaluations
 from learner.run.metrics import StepMetrics
 from learner.run.parts import Parts
 from learner.run.progress import STOP_CHECK_S
@@ -22,9 +23,10 @@ log = logging.getLogger("learner")
 class TrainingLoop:
     """Trains until all steps are done or the run is to stop."""
 
-    def __init__(self, parts: Parts, publisher: Publisher) -> None:
+    def __init__(self, parts: Parts, publisher: Publisher, evaluations: Evaluations) -> None:
         self._parts = parts
         self._publisher = publisher
+        self._evaluations = evaluations
         self._metrics = StepMetrics(parts.registry)
         self._threads = automatic_threads(parts)
         self._began_at = 0.0
@@ -46,6 +48,7 @@ class TrainingLoop:
             parts.coordinator.advance(version)
             if parts.pacing.is_pushed(version):
                 self._publish()
+            self._evaluations.step_done(version)
             self._record(step, batch, started)
             if self._threads is not None:
                 holds_up = parts.throughput.rates.bottleneck == "learner"
@@ -60,6 +63,7 @@ class TrainingLoop:
         self._began_at = time.monotonic() - self._parts.progress.training_seconds
         self._parts.throughput.restart()
         self._parts.coordinator.open_training()
+        self._evaluations.resume()
 
     def _next_batch(self) -> TrainingBatch | None:
         """Wait for a batch; None if there is no step left or the run is to stop."""
@@ -73,6 +77,7 @@ class TrainingLoop:
                 parts.coordinator.raise_if_failed()
                 patience.check()
                 parts.heartbeat.beat()
+                self._evaluations.look()
                 batch = self._take()
                 if batch is not None:
                     parts.coordinator.batch_taken(batch.num_refilled)

@@ -197,7 +197,7 @@ def test_what_cannot_be_written_is_an_error_that_says_how_to_go_on(recipe, tmp_p
         lambda: folder.write_summary(make_summary()),
         lambda: folder.write_endpoints(ENDPOINTS),
         lambda: folder.write_control(CONTROL),
-        lambda: folder.write_evaluation(make_evaluation()),
+        lambda: folder.append_evaluation(make_evaluation()),
         lambda: folder.go_on(load_config(recipe)),
     ):
         with pytest.raises(TrainingError, match=expected):
@@ -213,7 +213,7 @@ def full_folder(recipe, tmp_path) -> RunFolder:
     folder = make_folder(recipe, tmp_path)
     folder.write_endpoints(ENDPOINTS)
     folder.write_control(CONTROL)
-    folder.write_evaluation(make_evaluation())
+    folder.append_evaluation(make_evaluation())
     folder.write_summary(make_summary())
     for step in (1, 2):
         folder.append_step(make_step(step))
@@ -225,7 +225,7 @@ READERS: dict[str, Callable[[RunFolder], object]] = {
     "config.toml": RunFolder.read_config,
     "endpoints.json": RunFolder.read_endpoints,
     "control.json": RunFolder.read_control,
-    "evaluation_before.json": RunFolder.read_evaluation,
+    "evaluations.jsonl": RunFolder.read_evaluations,
     "summary.json": RunFolder.read_summary,
     "metrics.jsonl": RunFolder.read_steps,
 }
@@ -237,7 +237,7 @@ def test_what_was_written_is_read_back_equal(recipe, tmp_path):
     assert again.read_config() == load_config(folder.path / "config.toml")
     assert again.read_endpoints() == ENDPOINTS
     assert again.read_control() == CONTROL
-    assert again.read_evaluation() == make_evaluation()
+    assert again.read_evaluations() == [make_evaluation()]
     assert again.read_summary() == make_summary()
     assert again.read_steps() == [make_step(1), make_step(2)]
     assert again.num_steps == 2
@@ -312,8 +312,8 @@ def test_a_damaged_file_is_one_clear_line(recipe, tmp_path, name, damage):
 @pytest.mark.parametrize("name", READERS)
 def test_a_missing_file_is_one_clear_line(tmp_path, name):
     folder = RunFolder(tmp_path)
-    if name == "evaluation_before.json":
-        assert folder.read_evaluation() is None
+    if name == "evaluations.jsonl":
+        assert folder.read_evaluations() == []
         return
     with pytest.raises(ConfigError, match=re.escape(name)):
         READERS[name](folder)

@@ -21,7 +21,9 @@ def panel_text(status: dict[str, Any]) -> str:
 
 
 def test_the_line_of_an_early_run_says_that_nothing_has_happened_yet():
-    assert render_line(read_status(EARLY)) == "evaluating before | step 0/100 | actors 0"
+    assert render_line(read_status(EARLY)) == (
+        "evaluating before | step 0/100 | evaluating 0 of 128 prompts | actors 0"
+    )
 
 
 def test_the_line_of_a_running_run_holds_what_matters():
@@ -106,7 +108,7 @@ def test_the_summary_shows_rewards_books_and_where_things_are(capsys):
     print_summary(make_summary(), plot=None)
     text = capsys.readouterr().out
     for part in (
-        "mean reward on 8 held-out prompts",
+        "heldout: 8 held-out prompts x 4, temperature 1",
         "+0.500",
         "9 leased = 7 received + 2 failed (2 actor_lost) + 0 outstanding  [balanced]",
         "7 accepted = 4 trained + 0 evicted + 2 buffered  [NOT BALANCED]",
@@ -122,7 +124,8 @@ def test_the_summary_of_a_run_that_was_stopped_says_why(capsys):
     summary = make_summary(
         completed=False,
         ended_because="SIGINT",
-        rewards={"before": None, "after": None, "changes": [], "failures": {"a": 3, "b": 1}},
+        rewards={"changes": [], "failures": {"a": 3, "b": 1}},
+        evaluations=[],
         lag0_logprob_difference=None,
         checkpoint=None,
     )

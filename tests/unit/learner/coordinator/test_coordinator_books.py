@@ -17,7 +17,7 @@ class Chaos:
         self.cluster.open_training()
         self.received: dict[str, list[int]] = {session: [] for session in "abc"}
         self.accepted: Counter[int] = Counter()
-        self.evaluation = self.cluster.coordinator.start_evaluation([], version=0)
+        self.evaluation = self.cluster.coordinator.start_evaluation({}, due=0)
         self.num_evaluated = 0
 
     def join(self, session, number):
@@ -64,7 +64,7 @@ class Chaos:
         if self.evaluation.done.is_set():
             works = [make_work(f"h{i}", "eval") for i in range(number)]
             version = self.cluster.version
-            self.evaluation = self.cluster.coordinator.start_evaluation(works, version)
+            self.evaluation = self.cluster.coordinator.start_evaluation({"heldout": works}, version)
             self.num_evaluated = number
 
     def check(self):
@@ -85,10 +85,13 @@ class Chaos:
         assert self.cluster.buffer.counts.balanced
         # (2 + 1) batches of 2
         assert outstanding["train"] + len(self.cluster.buffer) <= 6
-        ended = self.evaluation.num_prompts + self.evaluation.num_failed
-        waiting = len(self.evaluation.waiting) + outstanding["eval"]
-        assert ended + waiting == self.num_evaluated
-        assert self.evaluation.done.is_set() == (waiting == 0)
+        evaluation = self.evaluation
+        ended = sum(len(found.scores) + found.num_failed for found in evaluation.sets.values())
+        assert ended + evaluation.num_missing == self.num_evaluated
+        if not evaluation.done.is_set():
+            out = sum(map(evaluation.wants, coordinator.leases.open_works("eval")))
+            assert len(evaluation.waiting) + out == evaluation.num_missing > 0
+        assert not any(actor.evaluates for actor in actors.values()) or not evaluation.done.is_set()
 
 
 NAMES = [name for name in vars(Chaos) if not name.startswith("_") and name != "check"]

@@ -10,15 +10,13 @@ from learner.weights.offers import OFFER_AGAIN_S
 from protocol.chunk_codec import checksum
 from protocol.framing import encode
 from protocol.messages import (
-    Failed,
     Goodbye,
-    Lease,
     Weights,
     WeightsChunk,
     WeightsPull,
     WeightsReady,
 )
-from tests.unit.factories import Cluster, joined, make_config, make_snapshot, make_work
+from tests.unit.factories import Cluster, joined, make_config, make_snapshot
 
 NAN = math.nan
 

@@ -33,10 +33,8 @@ def _evaluated(name: str, summary: Summary) -> Table:
     evaluations = [e for e in summary.evaluations if name in e.sets]
     first, last = evaluations[0], evaluations[-1]
     found = last.sets[name]
-    sampled = "greedy" if found.temperature == 0 else f"temperature {found.temperature:g}"
-    table = Table(
-        title=f"{name}: {found.prompts} held-out prompts x {found.num_rollouts}, {sampled}"
-    )
+    sampled = "greedy" if found.temperature == 0 else "sampled"
+    table = Table(title=f"{name}: {found.prompts} prompts x {found.num_rollouts} {sampled}")
     table.add_column("reward")
     heads = (_when(first, summary), "best (version)", _when(last, summary), "change")
     for head in _that_many(len(evaluations), heads):

@@ -20,8 +20,8 @@ Who does what; each part knows of those below it only:
 
     Coordinator     takes messages and ticks; begins and ends
     ├─ Leasing      work for actors, and the groups that come back
-    ├─ Admission    who may join, and the checks: of their first lease, and of some later ones
     ├─ Evaluating   who keeps a version of the weights to evaluate it
+    ├─ Admission    who may join, and the checks: of their first lease, and of some later ones
     ├─ Offers       weights: pushes, pulls, and what actors say they have
     └─ Registry     who is there, what goes out, what is wrong
 """
@@ -33,7 +33,6 @@ from threading import Condition, RLock
 
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission, Greeting
-from learner.coordinator.evaluating import Evaluating
 from learner.coordinator.leasing import Leasing
 from learner.coordinator.pace import Pace
 from learner.coordinator.self_check import SelfCheck
@@ -96,8 +95,7 @@ class Coordinator:
         """Assemble the parts.
 
         Groups to train on are accepted when ``journal`` has stored them; without one, at once.
-        ``on_pull`` takes an actor's pull, which is answered through `answer_pull`.
-        Without a ``self_check`` new actors are not checked.
+        Without a ``self_check`` new actors are not checked. `answer_pull` answers ``on_pull``.
         """
         self._deadlines = config.deadlines
         self._work = work
@@ -116,13 +114,7 @@ class Coordinator:
             on_failure=buffer.wake,
         )
         self._offers = Offers(
-            self._registry,
-            snapshots,
-            all_pull=config.all_pull,
-            on_settled=lambda actor: self._evaluating.consider(actor),
-        )
-        self._evaluating = Evaluating(
-            self._registry, self._offers, work, timeout_s=config.eval.timeout_s
+            self._registry, snapshots, all_pull=config.all_pull, on_settled=self._settled
         )
         self._admission = Admission(
             self._registry,
@@ -137,7 +129,7 @@ class Coordinator:
             config,
             self._registry,
             self._admission,
-            self._evaluating,
+            self._offers,
             leases=self.leases,
             work=work,
             buffer=buffer,
@@ -182,7 +174,6 @@ class Coordinator:
                 case Goodbye():
                     cause = f"goodbye ({one_line(message.cause)})"
                     self._registry.forget(actor, cause, lost=False)
-            self._evaluating.look(now)
             self._leasing.issue(now)
 
     def stored(self, groups: Sequence[ReceivedGroup]) -> None:
@@ -233,7 +224,6 @@ class Coordinator:
             )
             self._leasing.end_overdue(now)
             self._offers.tick(now)
-            self._evaluating.look(now)
             self._leasing.issue(now)
 
     @property
@@ -371,7 +361,7 @@ class Coordinator:
         """
         with self._lock:
             evaluation = Evaluation(works, due)
-            self._evaluating.start(evaluation)
+            self._leasing.evaluating.start(evaluation)
             self.make_room()
             return evaluation
 
@@ -380,7 +370,7 @@ class Coordinator:
         with self._lock:
             self._registry.draining = True
             self._work.training = False
-            self._evaluating.end()
+            self._leasing.evaluating.end()
             for session in self._registry.live:
                 self._registry.send(session, Drain(cause=cause))
             self._changed.notify_all()
@@ -466,6 +456,10 @@ class Coordinator:
         """Take back what an actor that is forgotten holds: leases, and a snapshot."""
         self._offers.release(actor)
         return self._leasing.give_back(actor)
+
+    def _settled(self, actor: ActorState) -> None:
+        """Let an actor evaluate the version that it has, before it is offered another."""
+        self._leasing.evaluating.consider(actor)
 
     def _with_lock(self, take: Callable[[], None]) -> None:
         """Have a part ``take`` what a thread of its own found out."""

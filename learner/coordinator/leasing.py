@@ -23,6 +23,7 @@ from learner.prompts.work_queue import MAX_ATTEMPTS, WorkQueue, group_limits
 from learner.registry import ActorState, Registry
 from learner.replay.buffer import ReplayBuffer
 from learner.replay.journal import Journal, ReceivedGroup
+from learner.weights.offers import Offers
 from protocol.errors import BadMessage, TrainingError, one_line
 from protocol.groups import GroupLimits, unpack_group
 from protocol.leases import LeaseBook, OutstandingLease, Work
@@ -39,7 +40,7 @@ class Leasing:
         config: RunConfig,
         registry: Registry,
         admission: Admission,
-        evaluating: Evaluating,
+        offers: Offers,
         *,
         leases: LeaseBook,
         work: WorkQueue,
@@ -53,7 +54,7 @@ class Leasing:
         self._config = config
         self._registry = registry
         self._admission = admission
-        self._evaluating = evaluating
+        self.evaluating = Evaluating(registry, offers, work, timeout_s=config.eval.timeout_s)
         self._leases = leases
         self._work = work
         self._buffer = buffer
@@ -68,6 +69,7 @@ class Leasing:
 
     def issue(self, now: float) -> None:
         """Give work to the actors, the emptiest first, as far as it is allowed."""
+        self.evaluating.look(now)
         with_room = [actor for actor in self._registry.live.values() if actor.room > 0]
         while with_room:
             actor = self._emptiest(with_room)
@@ -103,13 +105,13 @@ class Leasing:
             return None
         if not actor.is_checked:
             return self._admission.work_for(actor)
-        if work := self._evaluating.next_work(actor, first=True):
+        if work := self.evaluating.next_work(actor, first=True):
             return work
         if self._may_train(actor, now):
             alone = len(self._registry.live) == 1
             return self._work.next_training(actor.session, alone=alone)
         self._pace.burst_over()
-        return self._evaluating.next_work(actor, first=False)
+        return self.evaluating.next_work(actor, first=False)
 
     def _may_train(self, actor: ActorState, now: float) -> bool:
         return (
@@ -138,7 +140,7 @@ class Leasing:
             return
         try:
             group = unpack_group(header, payloads, self._limits(lease.work))
-            if unfit := self._evaluating.why_unfit(lease.work, group):
+            if unfit := self.evaluating.why_unfit(lease.work, group):
                 raise BadMessage(f"group: {unfit}")
         except BadMessage as error:
             self._invalid(actor, lease, str(error))

@@ -197,12 +197,30 @@ def test_what_cannot_be_written_is_an_error_that_says_how_to_go_on(recipe, tmp_p
         lambda: folder.write_summary(make_summary()),
         lambda: folder.write_endpoints(ENDPOINTS),
         lambda: folder.write_control(CONTROL),
-        lambda: folder.append_evaluation(make_evaluation()),
         lambda: folder.go_on(load_config(recipe)),
     ):
         with pytest.raises(TrainingError, match=expected):
             write()
     assert (folder.path / "config.toml").read_bytes() == before
+
+
+def test_an_evaluation_that_cannot_be_written_is_such_an_error_too(recipe, tmp_path):
+    folder = make_folder(recipe, tmp_path)
+    (folder.path / "evaluations.jsonl").mkdir()
+    with pytest.raises(TrainingError, match=r"cannot write .*evaluations\.jsonl: Is a directory"):
+        folder.append_evaluation(make_evaluation())
+
+
+def test_evaluations_of_versions_that_are_made_anew_are_forgotten(recipe, tmp_path):
+    folder = make_folder(recipe, tmp_path)
+    folder.forget_evaluations_after(4)
+    kept, gone = (make_evaluation(due=due, version=due + 1) for due in (3, 4))
+    for evaluation in (kept, gone):
+        folder.append_evaluation(evaluation)
+    with (folder.path / "evaluations.jsonl").open("a") as lines:
+        lines.write('{"due": 5, "ver')  # a learner was killed
+    folder.forget_evaluations_after(4)
+    assert folder.read_evaluations() == [kept]
 
 
 # ---- Reading what was written ------------------------------------------------------------------
@@ -299,6 +317,10 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_one_clear_line(recipe, tmp_path, name, damage):
     folder = full_folder(recipe, tmp_path)
+    if (name, damage) == ("evaluations.jsonl", "nothing"):
+        # A run without evaluations has none in it.
+        folder.close()
+        return
     (folder.path / name).write_bytes(DAMAGES[damage])
     with pytest.raises(ConfigError) as caught:
         READERS[name](RunFolder(folder.path))

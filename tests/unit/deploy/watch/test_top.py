@@ -63,6 +63,9 @@ SHOWN = """
 │ length       1,234.6 tokens on average, 3 to 2,048; 6.2% cut off                                 │
 │ policy       entropy 0.988, learning rate 2.5e-06                                                │
 │ dead groups  12.5%, without any signal                                                           │
+│ heldout      version 20: format 0.750, correctness -                                             │
+│ greedy       version 20: format 1.000, correctness 0.500, pass@1 0.625                           │
+│ evaluating   version 40: 12 of 256 prompts                                                       │
 │ buffer       17 groups, 1.5 MB (a batch takes 32)                                                │
 │ actors       3 live, 3 would do                                                                  │
 │ idle         actors 5%, learner 40%                                                              │

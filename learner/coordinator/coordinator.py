@@ -98,10 +98,8 @@ class Coordinator:
         Without a ``self_check`` new actors are not checked. `answer_pull` answers ``on_pull``.
         """
         self._deadlines = config.deadlines
-        self._work = work
-        self._buffer = buffer
-        self._clock = clock
-        self._on_pull = on_pull
+        self._work, self._buffer = work, buffer
+        self._clock, self._on_pull = clock, on_pull
         self._bad_message_logged_at, self._has_room = float("-inf"), False
         self.leases = LeaseBook()
         self._lock = RLock()

@@ -110,8 +110,11 @@ class Leasing:
         if self._may_train(actor, now):
             alone = len(self._registry.live) == 1
             return self._work.next_training(actor.session, alone=alone)
+        if actor.evaluates:
+            # It keeps an old version: others may get what it may not, at once.
+            return self.evaluating.next_work(actor, first=False)
         self._pace.burst_over()
-        return self.evaluating.next_work(actor, first=False)
+        return None
 
     def _may_train(self, actor: ActorState, now: float) -> bool:
         return (

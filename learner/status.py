@@ -42,6 +42,8 @@ class ActorStatus(Record):
     """The policy version that it has."""
     route: Label
     """The route on which its last weights came; empty before the first."""
+    evaluates: bool
+    """Whether it keeps its version, because that one is evaluated."""
     leases: Count
     """Leases that it holds."""
     groups: Count

@@ -10,8 +10,10 @@ weights until the evaluation has nothing more for it. Then it catches up, as one
 While training goes on, neither starves the other:
 
 - At most half of the actors evaluate, but one in any case; the others follow and train.
-- An evaluator gives half of its room to the evaluation first, the rest to training as long as its
-  version is not too old for that, and to the evaluation what training does not want.
+- Evaluators give all of their room to the evaluation: what they generated for training meanwhile
+  would be stale, and they would keep their version for longer.
+- If there is no other actor, half of its room is training's first, as long as its version is not
+  too old for that.
 
 The weights of the version are nowhere but with its evaluators. If all of them are lost, the
 evaluation begins anew, with a version that is there.
@@ -75,12 +77,13 @@ class Evaluating:
     def next_work(self, actor: ActorState, *, first: bool) -> Work | None:
         """Return a held-out prompt for an evaluator, if there is any.
 
-        With ``first`` only if the evaluation has less than its half of the actor's room.
+        With ``first`` only if the evaluation comes before training on this actor now.
         """
         evaluation = self._work.evaluation
         if evaluation is None or not actor.evaluates or not evaluation.waiting:
             return None
-        if first and self._work.training and 2 * actor.num_evaluating >= actor.capacity:
+        has_half = 2 * actor.num_evaluating >= actor.capacity
+        if first and has_half and self._work.training and self._all_evaluate:
             return None
         return evaluation.waiting.popleft()
 
@@ -127,6 +130,10 @@ class Evaluating:
     @property
     def _evaluators(self) -> list[ActorState]:
         return [actor for actor in self._registry.live.values() if actor.evaluates]
+
+    @property
+    def _all_evaluate(self) -> bool:
+        return all(actor.evaluates for actor in self._registry.ready_actors(0))
 
     @property
     def _limit(self) -> int:

@@ -121,6 +121,11 @@ class Evaluation:
         self.done.set()
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether actors are at it: it has begun, and is not done."""
+        return self.version is not None and not self.done.is_set()
+
+    @property
     def num_prompts(self) -> int:
         """The number of prompts of all sets."""
         return sum(map(len, self._works.values()))

@@ -36,7 +36,9 @@ class Evaluations:
     def after(self) -> None:
         """Evaluate the policy that training ended with."""
         self._due = None
-        self._wait()
+        if self._parts.progress.evaluating is not None:
+            self._parts.progress.phase = "evaluating"
+            self._wait()
         self._evaluate(self._parts.trainer.version, "evaluating after")
 
     def resume(self) -> None:

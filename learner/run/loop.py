@@ -169,7 +169,10 @@ class _Patience:
     def check(self) -> None:
         """Raise `TrainingError` if the last group came too long ago, or the last token."""
         now, coordinator = time.monotonic(), self._parts.coordinator
-        if self._parts.buffer.counts.accepted > self._accepted:
+        evaluating = self._parts.progress.evaluating
+        # A single actor may have no room for anything else until `eval.timeout_s`.
+        evaluates = evaluating is not None and evaluating.is_under_way
+        if evaluates or self._parts.buffer.counts.accepted > self._accepted:
             self._since, self._accepted = now, self._parts.buffer.counts.accepted
         idle_s = now - max(self._since, coordinator.progressed_at)
         limit_s = coordinator.lease_limit_s + self._wait_s

@@ -263,6 +263,7 @@ def _actor(actor: ActorState, throughput: Throughput) -> ActorStatus:
         pid=actor.hello.pid,
         version=actor.version,
         route=actor.route,
+        evaluates=actor.evaluates,
         leases=actor.num_leases,
         groups=actor.groups,
         check=actor.check,

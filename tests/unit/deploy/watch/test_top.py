@@ -118,6 +118,11 @@ def test_an_epoch_that_has_ended_says_why():
     assert "every 4 steps" in text
 
 
+def test_an_actor_that_is_behind_because_it_evaluates_is_marked():
+    actors = [ACTORS[0], ACTORS[1] | {"evaluates": True}]
+    assert "4, evaluates" in text_of(WATCHED | {"actors": actors})
+
+
 def test_an_actor_that_is_ahead_of_the_status_is_not_behind():
     actors = [ACTORS[0] | {"version": 41}]
     [row] = rows_of(text_of(WATCHED | {"actors": actors}), "actors")

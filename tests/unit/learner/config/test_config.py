@@ -256,6 +256,11 @@ def test_a_set_takes_from_eval_and_data_what_it_does_not_say(tmp_path):
     assert hard == HeldoutSet("hard", str(tmp_path / "hard.jsonl"), "test", 20, 4, 1.0, (2,))
 
 
+def test_sets_are_written_into_the_resolved_configuration(tmp_path):
+    config = load(tmp_path, "data.heldout=h", text=MINIMAL + SETS)
+    assert load(tmp_path, text=config.to_toml()) == config
+
+
 def test_a_set_goes_by_its_name_in_overrides(tmp_path):
     overrides = ("data.heldout=h", "eval.sets.hard.prompts=3")
     assert load(tmp_path, *overrides, text=MINIMAL + SETS).heldout_sets[2].prompts == 3

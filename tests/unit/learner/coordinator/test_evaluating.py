@@ -161,18 +161,18 @@ def test_if_nobody_with_the_version_is_left_all_of_it_is_evaluated_anew_with_ano
 
 def test_another_evaluator_makes_what_a_lost_one_has_not_made():
     cluster = joined("a", "b", "c", "d", capacity=2, training={"max_staleness": 9})
-    evaluation = start(cluster, "h0", "h1")
-    assert evaluators(cluster) == ["a", "b"]
+    evaluation = start(cluster, *(f"h{i}" for i in range(6)))
     make_version(cluster, "c", "d")
-    cluster.heard("b", Lease)
+    assert evaluators(cluster) == ["a", "b"]
+    assert (purposes(cluster, "a")["eval"], purposes(cluster, "b")["eval"]) == (2, 2)
     cluster.say("a", Goodbye(cause="x"))
-    assert evaluation.version == 0
-    # Of b's two leases one is the evaluation's already: half of its room.
-    [other] = [
+    while held := [
         lease for lease in cluster.coordinator.leases.held_by("b") if lease.work.purpose == "eval"
-    ]
-    send(cluster, "b", other.number, version=0)
-    assert purposes(cluster, "b")["eval"] == 1
+    ]:
+        send(cluster, "b", held[0].number, version=0)
+    assert evaluation.done.is_set()
+    assert evaluation.version == 0
+    assert set(evaluation.sets["heldout"].scores) == {f"h{i}" for i in range(6)}
 
 
 # ---- Neither starves the other -----------------------------------------------------------------
@@ -194,7 +194,17 @@ def test_all_actors_evaluate_where_there_is_no_training():
     assert sum((purposes(cluster, session) for session in "abc"), Counter()) == {"eval": 5}
 
 
-def test_half_of_an_evaluators_room_is_the_evaluations_and_what_training_does_not_want():
+def test_an_evaluator_gives_all_of_its_room_while_others_train():
+    cluster = joined("a", "b", capacity=3, training={"max_staleness": 9})
+    start(cluster, *(f"h{i}" for i in range(50)))
+    assert evaluators(cluster) == ["a"]
+    for session in ("a", "b") * 3:
+        cluster.finish(session, cluster.coordinator.leases.held_by(session)[0].number)
+    assert purposes(cluster, "a") == {"train": 3, "eval": 3}
+    assert purposes(cluster, "b") == {"train": 6}
+
+
+def test_half_of_a_single_actors_room_is_the_evaluations_and_what_training_does_not_want():
     # (2 + 1) batches of 4: training wants 12 groups.
     cluster = joined("a", capacity=10, training={"max_staleness": 2, "batch_groups": 4})
     start(cluster, *(f"h{i}" for i in range(50)))

@@ -48,7 +48,8 @@ def plot_run(folder: RunFolder) -> Path:
 
 def _draw_reward(axis: Any, lines: list[Step], name: str) -> None:
     steps = [line.step for line in lines]
-    axis.plot(steps, [line.rewards.get(name, math.nan) for line in lines], color="tab:blue")
+    means = [line.rewards.get(name, math.nan) for line in lines]
+    axis.plot(steps, means, label="training", color="C0")
     axis.set_ylabel(name)
     for step in _changes(lines):
         axis.axvline(step, color="gray", linestyle=":")
@@ -67,8 +68,10 @@ def _draw_evaluations(
                 if value is not None:
                     label = f"{name} {what}".strip()
                     points.setdefault(label, []).append((evaluation.version, value))
-    for label, found_at in points.items():
-        axis.plot(*zip(*found_at, strict=True), marker="o", markersize=3, label=label)
+    for number, (label, found_at) in enumerate(points.items(), start=1):
+        # C0 is that of the training curve.
+        color = f"C{number}"
+        axis.plot(*zip(*found_at, strict=True), marker="o", markersize=3, label=label, color=color)
     if points:
         axis.legend(loc="best", fontsize="small")
 

@@ -10,8 +10,8 @@ weights until the evaluation has nothing more for it. Then it catches up, as one
 While training goes on, neither starves the other:
 
 - At most half of the actors evaluate, but one in any case; the others follow and train.
-- Evaluators give all of their room to the evaluation: what they generated for training meanwhile
-  would be stale, and they would keep their version for longer.
+- Evaluators do nothing else: what they generated for training meanwhile would be stale, and they
+  would keep their version for longer.
 - If there is no other actor, half of its room is training's first, as long as its version is not
   too old for that.
 
@@ -83,9 +83,15 @@ class Evaluating:
         if evaluation is None or not actor.evaluates or not evaluation.waiting:
             return None
         has_half = 2 * actor.num_evaluating >= actor.capacity
-        if first and has_half and self._work.training and self._all_evaluate:
+        if first and has_half and self._work.training and self.trains(actor):
             return None
         return evaluation.waiting.popleft()
+
+    def trains(self, actor: ActorState) -> bool:
+        """Whether training may have room of an actor: an evaluator's only if all of them are."""
+        if not actor.evaluates:
+            return True
+        return all(other.evaluates for other in self._registry.ready_actors(0))
 
     def why_unfit(self, work: Work, group: Group) -> str:
         """Say why a group must not count; empty if it may."""
@@ -130,10 +136,6 @@ class Evaluating:
     @property
     def _evaluators(self) -> list[ActorState]:
         return [actor for actor in self._registry.live.values() if actor.evaluates]
-
-    @property
-    def _all_evaluate(self) -> bool:
-        return all(actor.evaluates for actor in self._registry.ready_actors(0))
 
     @property
     def _limit(self) -> int:

@@ -107,7 +107,7 @@ class Leasing:
             return self._admission.work_for(actor)
         if work := self.evaluating.next_work(actor, first=True):
             return work
-        if self._may_train(actor, now):
+        if self.evaluating.trains(actor) and self._may_train(actor, now):
             alone = len(self._registry.live) == 1
             return self._work.next_training(actor.session, alone=alone)
         if actor.evaluates:

@@ -270,6 +270,12 @@ def test_without_a_reward_to_pass_by_there_is_no_pass_at_k(tmp_path):
     assert load(tmp_path, "data.heldout=h").heldout_sets[0].pass_at == ()
 
 
+def test_sets_that_vllm_cannot_sample_are_refused(tmp_path):
+    overrides = ("data.heldout=h", "actor.engine=vllm", "eval.sets.hard.temperature=5")
+    message = refusal(tmp_path, *overrides, text=MINIMAL + SETS)
+    assert "eval.sets.hard.temperature = 5: vLLM takes 0.01 to 2" in message
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [

@@ -4,12 +4,10 @@ Shapes: B rows, L positions, V vocabulary; see `actors.engines.padded_cache`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 
-from actors.engines.one_query import OneQueryAttention, pays
 from actors.engines.padded_cache import PaddedCache
 
 PASS_TOKENS = 2048
@@ -29,9 +27,6 @@ class Prefill:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._last = torch.tensor([-1], device=model.device)
-        self._attention: AbstractContextManager[object] = nullcontext()
-        if pays(model):
-            self._attention = OneQueryAttention()
 
     def prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, PaddedCache]:
         """Next-token logits [B, V] and cache of prompts."""
@@ -69,22 +64,20 @@ class Prefill:
         first = cache.mask_BL.shape[1] - ids_BL.shape[1]
         positions_BL = (cache.mask_BL.cumsum(1) - 1).clamp(min=0)
         width = max(1, PASS_TOKENS // len(ids_BL))
-        attention = self._attention if ids_BL.shape[1] == 1 else nullcontext()
         for start in range(0, ids_BL.shape[1], width):
             part_BL = ids_BL[:, start : start + width]
             stop = first + start + part_BL.shape[1]
-            with attention:
-                output = self._model(
-                    input_ids=part_BL,
-                    attention_mask=cache.mask_BL[:, :stop],
-                    position_ids=positions_BL[:, first + start : stop],
-                    past_key_values=cache.past,
-                    use_cache=True,
-                    # An index, which gathers the last position of all rows. For a slice (which
-                    # 1 means) torch makes a product for each row, each with a copy of the whole
-                    # output matrix.
-                    logits_to_keep=self._last,
-                )
+            output = self._model(
+                input_ids=part_BL,
+                attention_mask=cache.mask_BL[:, :stop],
+                position_ids=positions_BL[:, first + start : stop],
+                past_key_values=cache.past,
+                use_cache=True,
+                # An index, which gathers the last position of all rows. For a slice (which 1
+                # means) torch makes a product for each row, each with a copy of the whole output
+                # matrix.
+                logits_to_keep=self._last,
+            )
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV
 

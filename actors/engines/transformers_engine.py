@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from actors.engines import cached_attention
 from actors.engines.batch_generator import Ahead, BatchGenerator
 from actors.engines.engine import EngineStats, Request
 from actors.engines.model_files import end_ids
@@ -253,13 +254,13 @@ def _empty_model(folder: Path, dtype: str, device: str) -> Any:
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config,
                 dtype=getattr(torch, dtype),
-                attn_implementation="sdpa",
                 trust_remote_code=False,
             )
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"the learner's model cannot be built here: {brief(error)}") from error
     # Tying is part of the initialisation that was left out.
     model.tie_weights()
+    cached_attention.use(model)
     return model.requires_grad_(False)
 
 

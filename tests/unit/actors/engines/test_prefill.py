@@ -1,5 +1,6 @@
 """Prompts computed once, in passes of bounded size, and rows computed anew after a push."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
     MistralConfig,
@@ -16,7 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from actors.engines import prefill
+from actors.engines import cached_attention, prefill
 from actors.engines.batch_generator import BatchGenerator
 from actors.engines.engine import Request
 from actors.engines.prefill import in_parts
@@ -34,9 +36,15 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": WINDOW}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": WINDOW}),
     "phi3": (Phi3Config, {"pad_token_id": 0}),
-    "gpt-oss": (
-        GptOssConfig,
-        {"sliding_window": WINDOW, "num_local_experts": 4, "attn_implementation": "eager"},
+    "gpt-oss": (GptOssConfig, {"sliding_window": WINDOW, "num_local_experts": 4}),
+    "gemma2 with caps": (
+        Gemma2Config,
+        {
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 1.0,
+            "final_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 1,
+        },
     ),
     "qwen3-moe": (
         Qwen3MoeConfig,
@@ -63,6 +71,7 @@ def make_model(family: str, seed: int = 0) -> Any:
         for parameter in model.parameters():
             # Peaked, and different from model to model.
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    cached_attention.use(model)
     return model.eval()
 
 
@@ -87,10 +96,12 @@ def make_request(prompt: tuple[int, ...], max_tokens: int = 30, num_rollouts: in
 
 
 def logprobs(model: Any, prompt: tuple[int, ...], rollout: Rollout) -> np.ndarray:
-    """By one pass over one sequence."""
+    """By one pass over one sequence, with the attention that leaves nothing out."""
+    exact = copy.deepcopy(model)
+    exact.set_attn_implementation("eager")
     ids = torch.tensor([[*prompt, *rollout.tokens]])
     with torch.no_grad():
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logits = exact(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     picked = logits.float().log_softmax(-1)[torch.arange(len(rollout.tokens)), rollout.tokens]
     return picked.numpy()
 

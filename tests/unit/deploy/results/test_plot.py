@@ -1,5 +1,7 @@
 """The curves of a run, with what its evaluations found."""
 
+from typing import Any
+
 from matplotlib import pyplot
 
 from deploy.results.plot import plot_run
@@ -9,7 +11,7 @@ from tests.unit.record_examples import HELDOUT, make_evaluation, make_step
 
 def drawn(folder: RunFolder, monkeypatch) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Points of every line by its label and by the name of its axis."""
-    figures = []
+    figures: list[Any] = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     assert plot_run(folder).stat().st_size > 10_000
     [figure] = figures

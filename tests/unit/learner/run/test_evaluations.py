@@ -138,7 +138,7 @@ def test_a_resumed_run_begins_what_was_due_and_makes_nothing_twice(tmp_path):
     assert again.progress.evaluating is None
 
 
-def test_a_stop_ends_the_wait_without_a_result(tmp_path):
+def test_a_stop_ends_the_wait_without_a_result(tmp_path, monkeypatch):
     run = Run(tmp_path, every=0)
     beats: list[Any] = []
 
@@ -147,7 +147,7 @@ def test_a_stop_ends_the_wait_without_a_result(tmp_path):
         if len(beats) == 3:
             run.progress.stop("SIGTERM")
 
-    run.evaluations._parts.heartbeat.beat = stop_soon
+    monkeypatch.setattr(run.evaluations._parts.heartbeat, "beat", stop_soon)
     run.evaluations.before()
     assert len(beats) == 3
     assert run.done == []

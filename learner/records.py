@@ -105,29 +105,59 @@ class Step(Record):
         return self.__pydantic_extra__
 
 
-# --- the end ------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
-class EvaluationResult(Record):
-    """What an evaluation on held-out prompts found."""
+class SetResult(Record):
+    """What an evaluation found on one set of held-out prompts."""
 
-    version: Version
     prompts: Count
     """Prompts that were rolled out."""
     failed_prompts: Count
     """Prompts that failed too often and are left out."""
+    missing_prompts: Count
+    """Prompts that are left out because time was up."""
+    num_rollouts: Count
+    """Rollouts of each prompt."""
+    temperature: float
+    """Sampling temperature; 0: greedy."""
     completion_tokens_mean: float
+    truncated_share: float
+    """Share of the completions that were cut off."""
     means: dict[str, AnyFloat | None]
     """Mean of each reward over the rollouts to which it applies; None if to none."""
+    pass_at: dict[str, float]
+    """pass@k by k; empty where it is not computed."""
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The means, and pass@k, by the names that they are shown under."""
+        return {**self.means, **{f"pass@{k}": value for k, value in self.pass_at.items()}}
+
+
+class EvaluationResult(Record):
+    """What an evaluation found: one line of evaluations.jsonl."""
+
+    due: Count
+    """The training step after which it was to begin."""
+    version: Version
+    """Policy version of every rollout: that step's, or a later one if no actor had it."""
+    seconds: float
+    sets: dict[str, SetResult]
+    """By the name of the set."""
+
+    @property
+    def first(self) -> SetResult:
+        """The first set: that of ``data.heldout``, if there is one."""
+        return next(iter(self.sets.values()))
+
+
+# --- the end ------------------------------------------------------------------------------------
 
 
 class SummaryRewards(Record):
     """What became of the rewards."""
 
-    before: EvaluationResult | None
-    """The evaluation before the first step; None without one."""
-    after: EvaluationResult | None
-    """The evaluation after the last step; None without one."""
     changes: list[RewardChangeRecord]
     failures: dict[str, Count]
     """Groups that a reward function failed on, by reward."""
@@ -212,6 +242,8 @@ class Summary(Record):
     """Steps done."""
     seconds_training: float
     rewards: SummaryRewards
+    evaluations: list[EvaluationResult]
+    """In the order in which they were due."""
     books: Books
     throughput: SummaryThroughput
     staleness: SummaryStaleness
@@ -228,6 +260,16 @@ class Summary(Record):
     weights: SummaryWeights
     checkpoint: str | None
     """Path of the newest model; None if there is none."""
+
+    @property
+    def before(self) -> EvaluationResult | None:
+        """The evaluation before the first step; None without one."""
+        return next((e for e in self.evaluations if e.due == 0), None)
+
+    @property
+    def after(self) -> EvaluationResult | None:
+        """The evaluation after the last step; None without one."""
+        return next((e for e in self.evaluations if e.due == self.steps > 0), None)
 
 
 # --- how to reach a learner ---------------------------------------------------------------------

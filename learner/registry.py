@@ -48,6 +48,10 @@ class ActorState:
     """How many in a row."""
     num_leases: int = 0
     """Outstanding leases."""
+    num_evaluating: int = 0
+    """Those of them that belong to evaluations."""
+    evaluates: bool = False
+    """Whether it keeps its version, because that one is evaluated."""
     overrun: set[int] = field(default_factory=set)
     """Leases whose deadline passed, but that it may still be working on."""
     pongs: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=PONGS_REMEMBERED))
@@ -82,11 +86,14 @@ class ActorState:
         return self.check in ("off", "passed")
 
     @property
+    def capacity(self) -> int:
+        """Leases that it can hold at once."""
+        return self.status.capacity if self.status is not None and self.ready else 0
+
+    @property
     def room(self) -> int:
         """Leases that it can take on top."""
-        if self.status is None or not self.ready:
-            return 0
-        return self.status.capacity - self.num_leases - len(self.overrun)
+        return self.capacity - self.num_leases - len(self.overrun) if self.capacity else 0
 
 
 @dataclass(slots=True)

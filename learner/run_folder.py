@@ -4,10 +4,10 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Self, TextIO
+from typing import BinaryIO, Self, TextIO, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,6 +26,8 @@ from learner.records import (
 )
 from protocol.errors import ConfigError, TrainingError
 from protocol.keys import public_key_text
+
+R = TypeVar("R", bound=Record)
 
 
 def how_to_go_on(run: Path) -> str:
@@ -48,7 +50,7 @@ class RunFolder:
         """Whether it was made by this object."""
         self._run, self._endpoints = path / "run.json", path / "endpoints.json"
         self._control, self._summary = path / "control.json", path / "summary.json"
-        self._evaluation = path / "evaluation_before.json"
+        self._evaluations = path / "evaluations.jsonl"
         self._steps = path / "metrics.jsonl"
         self._steps_file: BinaryIO | None = None
         self._lock: TextIO | None = None
@@ -184,9 +186,10 @@ class RunFolder:
         """Write how to command the learner, for its user only."""
         self._write_record(self._control, control, mode=0o600)
 
-    def write_evaluation(self, evaluation: EvaluationResult) -> None:
-        """Write what the policy could before training: a resumed run cannot find out."""
-        self._write_record(self._evaluation, evaluation)
+    def append_evaluation(self, evaluation: EvaluationResult) -> None:
+        """Add one line of evaluations: a resumed run cannot find out what an older policy could."""
+        with self._writing(self._evaluations), self._evaluations.open("ab", buffering=0) as file:
+            append_record(file, evaluation)
 
     def write_summary(self, summary: Summary) -> None:
         """Write what the run achieved."""
@@ -201,17 +204,11 @@ class RunFolder:
 
     def forget_steps_after(self, step: int) -> None:
         """Leave out the metrics of what is going to be trained again."""
-        if not self._steps.exists():
-            return
-        kept = []
-        for line in self._steps.read_text(errors="replace").splitlines():
-            try:
-                if Step.model_validate_json(line).step <= step:
-                    kept.append(f"{line}\n")
-            except ValidationError:
-                # The end of what a killed learner was writing, or damage: nobody could read it.
-                continue
-        self._write(self._steps, "".join(kept))
+        self._keep(self._steps, Step, lambda line: line.step <= step)
+
+    def forget_evaluations_after(self, version: int) -> None:
+        """Leave out the evaluations of versions that are going to be made again, as others."""
+        self._keep(self._evaluations, EvaluationResult, lambda line: line.version <= version)
 
     def show_checkpoint(self, model: Path) -> None:
         """Point `checkpoint` at the newest one's model."""
@@ -250,11 +247,11 @@ class RunFolder:
             )
         return read_record(self._control, Control)
 
-    def read_evaluation(self) -> EvaluationResult | None:
-        """Return what the policy could before training; None if nobody evaluated it."""
-        return (
-            read_record(self._evaluation, EvaluationResult) if self._evaluation.exists() else None
-        )
+    def read_evaluations(self) -> list[EvaluationResult]:
+        """Return the evaluations in the order in which they were due; empty without any."""
+        if not self._evaluations.exists():
+            return []
+        return read_lines(self._evaluations, EvaluationResult)
 
     @property
     def has_summary(self) -> bool:
@@ -282,6 +279,20 @@ class RunFolder:
         return steps
 
     # --- how --------------------------------------------------------------------------------------
+
+    def _keep(self, path: Path, kind: type[R], wanted: Callable[[R], bool]) -> None:
+        """Leave those lines in a file that are whole, and wanted."""
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                if wanted(kind.model_validate_json(line)):
+                    kept.append(f"{line}\n")
+            except ValidationError:
+                # The end of what a killed learner was writing, or damage: nobody could read it.
+                continue
+        self._write(path, "".join(kept))
 
     def _write_record(self, path: Path, record: Record, mode: int = 0o644) -> None:
         self._write(path, as_text(record), mode)

@@ -42,6 +42,8 @@ class ActorStatus(Record):
     """The policy version that it has."""
     route: Label
     """The route on which its last weights came; empty before the first."""
+    evaluates: bool
+    """Whether it keeps its version, because that one is evaluated."""
     leases: Count
     """Leases that it holds."""
     groups: Count
@@ -136,6 +138,24 @@ class StepStatus(Record):
     learning_rate: float
 
 
+class EvaluatingStatus(Record):
+    """The evaluation at hand."""
+
+    version: Version
+    """The policy version that is evaluated; -1 while no actor has one that is to be."""
+    prompts_done: Count
+    prompts: Count
+
+
+class EvaluationStatus(Record):
+    """The evaluation that was done last."""
+
+    version: Version
+    seconds: float
+    sets: dict[Label, dict[Label, AnyFloat | None]]
+    """Means of the rewards, and pass@k, by set; None where there is none."""
+
+
 class Status(Record):
     """The state of a run now, as the page /status tells it."""
 
@@ -151,6 +171,10 @@ class Status(Record):
     """Means of the last step; NaN for one that applied to no rollout."""
     last_step: StepStatus | None
     """None before the first one."""
+    evaluating: EvaluatingStatus | None
+    """None while nothing is evaluated."""
+    evaluation: EvaluationStatus | None
+    """None before the first one is done."""
     tokens_generated_per_s: float
     tokens_trained_per_s: float
     staleness_mean: float | None

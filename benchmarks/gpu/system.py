@@ -46,7 +46,8 @@ def run_loop(row: Report, _: str, dry: bool) -> None:
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         summary = json.loads((Path(folder) / "gpu" / "summary.json").read_text())
-    before, after = (summary["rewards"][when]["means"] for when in ("before", "after"))
+    evaluations = [evaluation["sets"]["heldout"]["means"] for evaluation in summary["evaluations"]]
+    before, after = evaluations[0], evaluations[-1]
     lag0 = summary["lag0_logprob_difference"]
     row(
         f"demo on {device}",

@@ -74,8 +74,8 @@ def _check(options: Any) -> int:
     from learner.training.policy import check_model
 
     check_rows(config.data.train, config.data.train_split)
-    if config.data.heldout:
-        check_rows(config.data.heldout, config.data.heldout_split)
+    for source in sorted({(heldout.source, heldout.split) for heldout in config.heldout_sets}):
+        check_rows(*source)
     check_model(config)
     print(config.to_toml(), end="")
     return 0

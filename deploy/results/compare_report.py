@@ -36,12 +36,12 @@ def collect(runs: list[tuple[dict[str, Any], RunFolder]]) -> Result:
     """
     result: Result = {"runs": []}
     for setting, folder in runs:
-        steps, rewards = folder.read_steps(), folder.read_summary().rewards
+        steps, summary = folder.read_steps(), folder.read_summary()
         result["runs"].append(
             {
                 **setting,
-                "before": rewards.before.means if rewards.before else {},
-                "after": rewards.after.means if rewards.after else {},
+                "before": summary.before.first.means if summary.before else {},
+                "after": summary.after.first.means if summary.after else {},
                 "curves": {
                     name: [step.rewards.get(name, math.nan) for step in steps]
                     for name in steps[0].rewards

@@ -19,8 +19,9 @@ from actors.rewards.scorer import RewardScorer
 from actors.rollouts.single_turn import RolloutWorker
 from learner.config.run import RunConfig
 from learner.prompts.evaluation import Evaluation
-from learner.prompts.rows import load_rows
+from learner.prompts.rows import load_heldout
 from learner.prompts.stream import evaluation_work
+from learner.run.reports import evaluation_report
 from learner.run_folder import RunFolder
 from learner.training.policy import Policy, load_policy, load_tokenizer, with_dtype
 from learner.weights.pack import pack_into
@@ -33,10 +34,11 @@ IN_FLIGHT = 32
 
 
 def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[str]) -> int:
-    """Print the mean of every reward; returns the exit code."""
-    heldout = config.data.heldout
-    if heldout is None:
-        raise ConfigError("data.heldout is not set: there are no prompts to evaluate on")
+    """Print the mean of every reward on every set, and pass@k; returns the exit code."""
+    if not config.heldout_sets:
+        raise ConfigError(
+            "neither data.heldout nor eval.sets is set: there are no prompts to evaluate on"
+        )
     if model is not None:
         if not model.is_dir():
             raise ConfigError(f"--model {model}: no such folder")
@@ -45,22 +47,25 @@ def evaluate(config: RunConfig, model: Path | None, allowed_modules: Sequence[st
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )
-    rows = load_rows(heldout, config.data.heldout_split)
+    works = evaluation_work(load_heldout(config.heldout_sets), config, due=0)
     config = with_dtype(config)
-    works = evaluation_work(rows, config, version=0)
-    evaluation = asyncio.run(_evaluate(config, load_policy(config), works, allowed_modules))
-    if evaluation.num_prompts == 0:
-        raise RewardError(f"all {evaluation.num_failed} prompts failed")
-    left_out = f" ({evaluation.num_failed} failed)" if evaluation.num_failed else ""
-    print(f"{evaluation.num_prompts} prompts x {config.eval.num_rollouts} rollouts{left_out}")
-    for name, mean in evaluation.means(tuple(r.name for r in config.rewards)).items():
-        print(f"{name}: {'-' if mean is None else f'{mean:.4f}'}")
+    evaluation = Evaluation(works, due=0)
+    asyncio.run(_evaluate(config, load_policy(config), evaluation, allowed_modules))
+    result = evaluation_report(evaluation, config)
+    if not any(found.prompts for found in result.sets.values()):
+        failed = sum(found.failed_prompts for found in result.sets.values())
+        raise RewardError(f"all {failed} prompts failed")
+    for name, found in result.sets.items():
+        left_out = f" ({found.failed_prompts} failed)" if found.failed_prompts else ""
+        print(f"{name}: {found.prompts} prompts x {found.num_rollouts} rollouts{left_out}")
+        for what, value in found.figures.items():
+            print(f"  {what}: {'-' if value is None else f'{value:.4f}'}")
     return 0
 
 
 async def _evaluate(
-    config: RunConfig, policy: Policy, works: list[Work], allowed_modules: Sequence[str]
-) -> Evaluation:
+    config: RunConfig, policy: Policy, evaluation: Evaluation, allowed_modules: Sequence[str]
+) -> None:
     pool = RewardPool(
         config.rewards,
         allowed_modules=allowed_modules,
@@ -79,7 +84,7 @@ async def _evaluate(
                 max_prompt_tokens=config.sampling.max_prompt_tokens,
                 max_tokens=config.sampling.max_tokens,
             )
-            return await _roll_out(worker, works, config)
+            await _roll_out(worker, evaluation, config)
         finally:
             await engine.close()
     finally:
@@ -88,7 +93,8 @@ async def _evaluate(
 
 async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
     """An engine that holds the model."""
-    sampling = config.sampling.model_copy(update={"num_rollouts": config.eval.num_rollouts})
+    largest = max(heldout.num_rollouts for heldout in config.heldout_sets)
+    sampling = config.sampling.model_copy(update={"num_rollouts": largest})
     engine = await start_engine(
         policy.folder,
         config.for_actors().model_copy(update={"sampling": sampling, "max_leases": IN_FLIGHT}),
@@ -99,9 +105,8 @@ async def _start_engine(config: RunConfig, policy: Policy) -> Engine:
     return engine
 
 
-async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig) -> Evaluation:
+async def _roll_out(worker: RolloutWorker, evaluation: Evaluation, config: RunConfig) -> None:
     """Roll out and score all prompts; raises the failure of a reward that must not fail."""
-    evaluation = Evaluation(works, version=0)
     book = LeaseBook()
     room = asyncio.Semaphore(IN_FLIGHT)
     vital = {reward.name for reward in config.rewards if reward.on_failure == "error"}
@@ -120,7 +125,7 @@ async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig)
                 return
         evaluation.receive(work, group)
 
-    tasks = [asyncio.create_task(roll_out(work)) for work in works]
+    tasks = [asyncio.create_task(roll_out(work)) for work in evaluation.waiting]
     console = Console(stderr=True)
     finished = asyncio.as_completed(tasks)
     try:
@@ -132,4 +137,3 @@ async def _roll_out(worker: RolloutWorker, works: list[Work], config: RunConfig)
         for unfinished in tasks:
             unfinished.cancel()
         await asyncio.wait(tasks)
-    return evaluation

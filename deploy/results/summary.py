@@ -1,6 +1,7 @@
 """The end of a run: rewards before and after, the books, and where things are."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -18,8 +19,8 @@ def print_summary(summary: Summary, plot: Path | None) -> None:
             soft_wrap=True,
             markup=False,
         )
-    if summary.rewards.before and summary.rewards.after:
-        console.print(_rewards(summary.rewards.before, summary.rewards.after))
+    for name in summary.evaluations[-1].sets if summary.evaluations else ():
+        console.print(_evaluated(name, summary))
     console.print(_books(summary.books), soft_wrap=True, markup=False)
     console.print(_figures(summary), soft_wrap=True)
     for name, path in (("checkpoint", summary.checkpoint), ("curves", plot)):
@@ -27,17 +28,47 @@ def print_summary(summary: Summary, plot: Path | None) -> None:
             console.print(f"{name}: {os.path.relpath(path)}", soft_wrap=True, markup=False)
 
 
-def _rewards(before: EvaluationResult, after: EvaluationResult) -> Table:
-    table = Table(title=f"mean reward on {after.prompts} held-out prompts")
-    for column in ("reward", "before", "after", "change"):
-        table.add_column(column, justify="left" if column == "reward" else "right")
-    for name, end in after.means.items():
-        start = before.means[name]
+def _evaluated(name: str, summary: Summary) -> Table:
+    """What became of the figures of one set of prompts: first, best where there are more, last."""
+    evaluations = [e for e in summary.evaluations if name in e.sets]
+    first, last = evaluations[0], evaluations[-1]
+    found = last.sets[name]
+    sampled = "greedy" if found.temperature == 0 else "sampled"
+    table = Table(title=f"{name}: {found.prompts} prompts x {found.num_rollouts} {sampled}")
+    table.add_column("reward")
+    heads = (_when(first, summary), "best (version)", _when(last, summary), "change")
+    for head in _that_many(len(evaluations), heads):
+        table.add_column(head, justify="right")
+    for what, end in found.figures.items():
+        figures = {e.version: e.sets[name].figures.get(what) for e in evaluations}
+        start = figures[first.version]
         change = "" if start is None or end is None else f"{end - start:+.3f}"
-        table.add_row(name, _number(start), _number(end), change)
-    lengths = (before.completion_tokens_mean, after.completion_tokens_mean)
-    table.add_row("tokens", f"{lengths[0]:.1f}", f"{lengths[1]:.1f}", "")
+        cells = (_number(start), _best(figures), _number(end), change)
+        table.add_row(what, *_that_many(len(evaluations), cells))
+    lengths = [f"{e.sets[name].completion_tokens_mean:.1f}" for e in (first, last)]
+    table.add_row("tokens", *_that_many(len(evaluations), (lengths[0], "", lengths[1], "")))
     return table
+
+
+def _that_many(evaluations: int, cells: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave out of first, best, last and change what so few evaluations say nothing about."""
+    if evaluations == 1:
+        return cells[:1]
+    return cells if evaluations > 2 else (cells[0], *cells[2:])
+
+
+def _when(evaluation: EvaluationResult, summary: Summary) -> str:
+    if evaluation is summary.before:
+        return "before"
+    return "after" if evaluation is summary.after else f"version {evaluation.version}"
+
+
+def _best(figures: Mapping[int, float | None]) -> str:
+    known = {version: value for version, value in figures.items() if value is not None}
+    if not known:
+        return "-"
+    version = max(known, key=lambda version: known[version])
+    return f"{known[version]:.3f} ({version})"
 
 
 def _books(books: Books) -> str:

@@ -1,6 +1,6 @@
 """The live view of a run: one panel on a terminal, a line every few seconds elsewhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Event, Thread
 from typing import Self
 
@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from learner.status import Status, StepStatus
+from learner.status import EvaluatingStatus, Status, StepStatus
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 5.0
@@ -78,6 +78,13 @@ def render_line(status: Status) -> str:
         parts.append(f"dead groups {last.frac_reward_zero_std:.0%}")
         if last.entropy is not None:
             parts.append(f"entropy {last.entropy:.2f}")
+    if status.evaluation is not None:
+        parts += [
+            f"{name} at {status.evaluation.version}: {figures(found)}"
+            for name, found in status.evaluation.sets.items()
+        ]
+    if status.evaluating is not None:
+        parts.append(f"evaluating {_evaluating(status.evaluating)}")
     if status.groups_refilled:
         parts.append(f"without signal {status.groups_refilled}")
     parts.append(f"actors {status.actors_live}")
@@ -114,6 +121,11 @@ def render_panel(status: Status, width: int | None = 76) -> Panel:
         )
     if status.last_step is not None:
         _add_last_step(table, status.last_step)
+    if status.evaluation is not None:
+        for name, found in status.evaluation.sets.items():
+            add_row(table, name, f"version {status.evaluation.version}: {figures(found)}")
+    if status.evaluating is not None:
+        add_row(table, "evaluating", _evaluating(status.evaluating))
     add_row(
         table,
         "buffer",
@@ -146,6 +158,17 @@ def _add_last_step(table: Table, last: StepStatus) -> None:
         policy = f"entropy {last.entropy:.3f}, {policy}"
     add_row(table, "policy", policy)
     add_row(table, "dead groups", f"{last.frac_reward_zero_std:.1%}, without any signal")
+
+
+def _evaluating(evaluating: EvaluatingStatus) -> str:
+    done = f"{evaluating.prompts_done} of {evaluating.prompts} prompts"
+    return f"version {evaluating.version}: {done}" if evaluating.version >= 0 else done
+
+
+def figures(found: Mapping[str, float | None]) -> str:
+    """Return what an evaluation found on one set, on one line."""
+    shown = ("-" if value is None else f"{value:.3f}" for value in found.values())
+    return ", ".join(f"{name} {value}" for name, value in zip(found, shown, strict=True))
 
 
 def facts() -> Table:

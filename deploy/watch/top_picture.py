@@ -79,7 +79,7 @@ def _actors(actors: Sequence[ActorStatus], step: int) -> RenderableType:
             str(actor.number),
             actor.host,
             str(actor.version) if has_weights else "none",
-            str(max(0, step - actor.version)) if has_weights else "",
+            _behind(actor, step) if has_weights else "",
             actor.route,
             str(actor.leases),
             str(actor.groups),
@@ -88,6 +88,11 @@ def _actors(actors: Sequence[ActorStatus], step: int) -> RenderableType:
             _time(actor.silent_s),
         )
     return table
+
+
+def _behind(actor: ActorStatus, step: int) -> str:
+    versions = str(max(0, step - actor.version))
+    return f"{versions}, evaluates" if actor.evaluates else versions
 
 
 def _weights(weights: WeightsStatus) -> Table:

@@ -65,7 +65,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, part: str, override: str) -> Any:
-    """Descend one level; a reward in the list of rewards goes by its name."""
+    """Descend one level; a reward, or a set of prompts, goes by its name."""
     if isinstance(node, list):
         named = [item for item in node if isinstance(item, dict) and item.get("name") == part]
         if not named:
@@ -78,12 +78,14 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    for section, keys in (
-        ("model", ("path",)),
-        ("data", ("train", "heldout")),
-        ("keys", ("secret", "allowed", "actor")),
+    evaluation = tree.get("eval")
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    for section, table, keys in (
+        ("model", tree.get("model"), ("path",)),
+        ("data", tree.get("data"), ("train", "heldout")),
+        *(("eval.sets", table, ("data",)) for table in (sets if isinstance(sets, list) else ())),
+        ("keys", tree.get("keys"), ("secret", "allowed", "actor")),
     ):
-        table = tree.get(section)
         for key in keys:
             if isinstance(table, dict) and isinstance(table.get(key), str):
                 try:

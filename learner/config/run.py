@@ -14,7 +14,7 @@ from learner.config.actors import (
     LaunchConfig,
 )
 from learner.config.algorithm import AlgorithmConfig
-from learner.config.data import DataConfig, EvalConfig, ModelConfig
+from learner.config.data import DataConfig, EvalConfig, HeldoutSet, ModelConfig, heldout_sets
 from learner.config.training import (
     BufferConfig,
     CheckpointsConfig,
@@ -79,6 +79,7 @@ class RunConfig(StrictModel):
             for what, value in (
                 ("sampling.temperature", self.sampling.temperature),
                 ("eval.temperature", self.eval.temperature),
+                *((f"eval.sets.{s.name}.temperature", s.temperature) for s in self.heldout_sets),
             ):
                 if value != 0 and not 0.01 <= value <= 2:
                     raise ValueError(f"{what} = {value:g}: vLLM takes 0.01 to 2")
@@ -93,6 +94,21 @@ class RunConfig(StrictModel):
                 f"training.minibatches = {self.training.minibatches} exceeds "
                 f"training.batch_groups = {self.training.batch_groups}: a minibatch takes whole "
                 "groups"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_evaluated(self) -> Self:
+        sets, names = self.heldout_sets, [reward.name for reward in self.rewards]
+        if self.eval.every_steps and not sets:
+            raise ValueError(
+                f"eval.every_steps = {self.eval.every_steps}, but there is nothing to evaluate on: "
+                "set data.heldout or eval.sets"
+            )
+        when = self.eval.pass_when
+        if when is not None and when.reward not in names:
+            raise ValueError(
+                f"eval.pass_when names {when.reward!r}; the rewards are {', '.join(names)}"
             )
         return self
 
@@ -121,6 +137,11 @@ class RunConfig(StrictModel):
                 "machine, and endpoints.bind names none: set weights.address"
             )
         return self
+
+    @property
+    def heldout_sets(self) -> tuple[HeldoutSet, ...]:
+        """The sets of prompts to evaluate on, in their order; empty without any."""
+        return heldout_sets(self.data, self.eval)
 
     @property
     def collective_address(self) -> str | None:

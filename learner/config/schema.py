@@ -218,7 +218,9 @@ def _type(value: dict[str, Any]) -> str:
     if "enum" in value:
         return "one of " + ", ".join(json.dumps(choice) for choice in value["enum"])
     if value["type"] == "array":
-        items = value.get("prefixItems", [value.get("items")])
+        if "prefixItems" not in value:
+            return f"list, each a {_type(value['items'])}"
+        items = value["prefixItems"]
         return f"list of {len(items)} values, each a {_type(items[0])}"
     if value.get("format") == "ipv4":
         return "IPv4 address"
@@ -232,8 +234,8 @@ def _type(value: dict[str, Any]) -> str:
 
 
 def _range(value: dict[str, Any]) -> str:
-    if "prefixItems" in value:
-        return f"each {_range(value['prefixItems'][0])}"
+    if value.get("type") == "array":
+        return f"each {_range(value.get('prefixItems', [value.get('items')])[0])}"
     words = {
         "exclusiveMinimum": "above",
         "minimum": "at least",

@@ -20,6 +20,7 @@ Who does what; each part knows of those below it only:
 
     Coordinator     takes messages and ticks; begins and ends
     ├─ Leasing      work for actors, and the groups that come back
+    ├─ Evaluating   who keeps a version of the weights to evaluate it
     ├─ Admission    who may join, and the checks: of their first lease, and of some later ones
     ├─ Offers       weights: pushes, pulls, and what actors say they have
     └─ Registry     who is there, what goes out, what is wrong
@@ -94,14 +95,11 @@ class Coordinator:
         """Assemble the parts.
 
         Groups to train on are accepted when ``journal`` has stored them; without one, at once.
-        ``on_pull`` takes an actor's pull, which is answered through `answer_pull`.
-        Without a ``self_check`` new actors are not checked.
+        Without a ``self_check`` new actors are not checked. `answer_pull` answers ``on_pull``.
         """
         self._deadlines = config.deadlines
-        self._work = work
-        self._buffer = buffer
-        self._clock = clock
-        self._on_pull = on_pull
+        self._work, self._buffer = work, buffer
+        self._clock, self._on_pull = clock, on_pull
         self._bad_message_logged_at, self._has_room = float("-inf"), False
         self.leases = LeaseBook()
         self._lock = RLock()
@@ -113,7 +111,9 @@ class Coordinator:
             on_change=self._changed.notify_all,
             on_failure=buffer.wake,
         )
-        self._offers = Offers(self._registry, snapshots, all_pull=config.all_pull)
+        self._offers = Offers(
+            self._registry, snapshots, all_pull=config.all_pull, on_settled=self._settled
+        )
         self._admission = Admission(
             self._registry,
             self._offers,
@@ -127,6 +127,7 @@ class Coordinator:
             config,
             self._registry,
             self._admission,
+            self._offers,
             leases=self.leases,
             work=work,
             buffer=buffer,
@@ -316,7 +317,7 @@ class Coordinator:
     def open_training(self) -> None:
         """Issue training leases from now on."""
         with self._lock:
-            self._leasing.training = True
+            self._work.training = True
             self.make_room()
 
     def advance(self, trainer_version: int) -> None:
@@ -349,26 +350,25 @@ class Coordinator:
     def close_training(self) -> None:
         """Issue no more training leases."""
         with self._lock:
-            self._leasing.training = False
+            self._work.training = False
 
-    def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
-        """Have ``works`` rolled out by actors that sample from ``version`` or later."""
+    def start_evaluation(self, works: Mapping[str, Sequence[Work]], due: int) -> Evaluation:
+        """Have the ``works`` of each set rolled out by actors with one version, ``due`` or later.
+
+        Training may go on meanwhile; see `learner.coordinator.evaluating`.
+        """
         with self._lock:
-            evaluation = self._work.start_evaluation(works, version)
+            evaluation = Evaluation(works, due)
+            self._leasing.evaluating.start(evaluation)
             self.make_room()
             return evaluation
-
-    def end_evaluation(self) -> None:
-        """Lease no more of its prompts; what still comes back is not used."""
-        with self._lock:
-            self._work.end_evaluation()
 
     def drain(self, cause: str) -> None:
         """Tell every actor that the run is over; nothing is leased any more."""
         with self._lock:
             self._registry.draining = True
-            self._leasing.training = False
-            self._work.end_evaluation()
+            self._work.training = False
+            self._leasing.evaluating.end()
             for session in self._registry.live:
                 self._registry.send(session, Drain(cause=cause))
             self._changed.notify_all()
@@ -454,6 +454,10 @@ class Coordinator:
         """Take back what an actor that is forgotten holds: leases, and a snapshot."""
         self._offers.release(actor)
         return self._leasing.give_back(actor)
+
+    def _settled(self, actor: ActorState) -> None:
+        """Let an actor evaluate the version that it has, before it is offered another."""
+        self._leasing.evaluating.consider(actor)
 
     def _with_lock(self, take: Callable[[], None]) -> None:
         """Have a part ``take`` what a thread of its own found out."""

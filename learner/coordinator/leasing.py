@@ -16,12 +16,14 @@ from dataclasses import replace
 from learner.config.run import RunConfig
 from learner.coordinator.admission import Admission
 from learner.coordinator.deadlines import LeaseLimit
+from learner.coordinator.evaluating import Evaluating
 from learner.coordinator.pace import Pace
 from learner.pacing import Pacing
 from learner.prompts.work_queue import MAX_ATTEMPTS, WorkQueue, group_limits
 from learner.registry import ActorState, Registry
 from learner.replay.buffer import ReplayBuffer
 from learner.replay.journal import Journal, ReceivedGroup
+from learner.weights.offers import Offers
 from protocol.errors import BadMessage, TrainingError, one_line
 from protocol.groups import GroupLimits, unpack_group
 from protocol.leases import LeaseBook, OutstandingLease, Work
@@ -38,6 +40,7 @@ class Leasing:
         config: RunConfig,
         registry: Registry,
         admission: Admission,
+        offers: Offers,
         *,
         leases: LeaseBook,
         work: WorkQueue,
@@ -51,6 +54,7 @@ class Leasing:
         self._config = config
         self._registry = registry
         self._admission = admission
+        self.evaluating = Evaluating(registry, offers, work, timeout_s=config.eval.timeout_s)
         self._leases = leases
         self._work = work
         self._buffer = buffer
@@ -59,14 +63,13 @@ class Leasing:
         self._journal = journal
         self._any_group = group_limits(config, vocab_size)
         self.limit = LeaseLimit(config.deadlines.lease_timeout_s)
-        self.training = False
-        """Whether training leases are issued."""
         self.trainer_version = 0
 
     # --- giving ---------------------------------------------------------------------------------
 
     def issue(self, now: float) -> None:
         """Give work to the actors, the emptiest first, as far as it is allowed."""
+        self.evaluating.look(now)
         with_room = [actor for actor in self._registry.live.values() if actor.room > 0]
         while with_room:
             actor = self._emptiest(with_room)
@@ -76,6 +79,7 @@ class Leasing:
                 if work.purpose == "train":
                     self._pace.leased(work.prompt_index, now)
                 actor.num_leases += 1
+                actor.num_evaluating += work.purpose == "eval"
                 self._registry.send(actor.session, lease)
             if work is None or actor.room == 0:
                 with_room.remove(actor)
@@ -101,17 +105,20 @@ class Leasing:
             return None
         if not actor.is_checked:
             return self._admission.work_for(actor)
-        work = self._work.next_evaluation(actor.version)
-        if work is None:
-            if self._may_train(actor, now):
-                alone = len(self._registry.live) == 1
-                return self._work.next_training(actor.session, alone=alone)
-            self._pace.burst_over()
-        return work
+        if work := self.evaluating.next_work(actor, first=True):
+            return work
+        if self.evaluating.trains(actor) and self._may_train(actor, now):
+            alone = len(self._registry.live) == 1
+            return self._work.next_training(actor.session, alone=alone)
+        if actor.evaluates:
+            # It keeps an old version: others may get what it may not, at once.
+            return self.evaluating.next_work(actor, first=False)
+        self._pace.burst_over()
+        return None
 
     def _may_train(self, actor: ActorState, now: float) -> bool:
         return (
-            self.training
+            self._work.training
             and self._pacing.allowed(
                 trainer_version=self.trainer_version,
                 actor_version=actor.version,
@@ -136,13 +143,15 @@ class Leasing:
             return
         try:
             group = unpack_group(header, payloads, self._limits(lease.work))
+            if unfit := self.evaluating.why_unfit(lease.work, group):
+                raise BadMessage(f"group: {unfit}")
         except BadMessage as error:
             self._invalid(actor, lease, str(error))
             return
         for name, cause in group.missing.items():
             self._reward_failed(actor, lease.work, name, cause)
         actor.failures = 0
-        actor.num_leases -= 1
+        self._has_ended(actor, lease)
         actor.groups += 1
         if lease.work.purpose != "check":
             self._registry.record_phase(actor, "generate", group.generation_seconds)
@@ -258,9 +267,13 @@ class Leasing:
     def _end(self, holder: ActorState, lease: OutstandingLease, cause: str) -> None:
         """Close a lease as failed."""
         self._leases.fail(lease, cause)
-        holder.num_leases -= 1
+        self._has_ended(holder, lease)
         if lease.work.purpose == "check":
             self._admission.lease_failed(holder)
+
+    def _has_ended(self, holder: ActorState, lease: OutstandingLease) -> None:
+        holder.num_leases -= 1
+        holder.num_evaluating -= lease.work.purpose == "eval"
 
     def _reward_failed(self, actor: ActorState, work: Work, name: str, cause: str) -> None:
         """Count the failure of a reward function; one that the run must not survive ends it."""

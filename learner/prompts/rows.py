@@ -1,11 +1,13 @@
 """The rows of a data set."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from learner.config.data import HeldoutSet
 from protocol.errors import ConfigError, brief
 
 _EMPTY = "is empty: there is nothing to train on"
@@ -19,6 +21,16 @@ def check_rows(source: str, split: str) -> None:
     """Check a file, and raise what `load_rows` does; the hub is not asked."""
     if Path(source).suffix in _FILE_TYPES:
         load_rows(source, split)
+
+
+def load_heldout(sets: Sequence[HeldoutSet]) -> list[list[Row]]:
+    """Rows of each set, those of the same source once; raises `ConfigError`."""
+    loaded: dict[tuple[str, str], list[Row]] = {}
+    for heldout in sets:
+        where = (heldout.source, heldout.split)
+        if where not in loaded:
+            loaded[where] = load_rows(*where)
+    return [loaded[heldout.source, heldout.split] for heldout in sets]
 
 
 def load_rows(source: str, split: str) -> list[Row]:

@@ -1,5 +1,7 @@
 """Work made from rows: the endless seeded stream of prompts, evaluations and checks."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from learner.config.run import RunConfig
@@ -46,20 +48,28 @@ class PromptStream:
         )
 
 
-def evaluation_work(rows: list[Row], config: RunConfig, version: int) -> list[Work]:
-    """Return the held-out prompts, with seeds that are the same at every evaluation."""
-    return [
-        Work(
-            prompt_id=f"heldout/{version}/{index}",
-            row=row,
-            seed=_seed(config.seed, 1, 0, index),
-            num_rollouts=config.eval.num_rollouts,
-            temperature=config.eval.temperature,
-            max_tokens=config.sampling.max_tokens,
-            purpose="eval",
-        )
-        for index, row in enumerate(rows[: config.eval.prompts])
-    ]
+def evaluation_work(
+    rows: Sequence[list[Row]], config: RunConfig, due: int
+) -> dict[str, list[Work]]:
+    """Return the held-out prompts of each set, with seeds that are the same at every evaluation.
+
+    ``rows`` are those of ``config.heldout_sets``, in that order.
+    """
+    return {
+        heldout.name: [
+            Work(
+                prompt_id=f"{heldout.name}/{due}/{index}",
+                row=row,
+                seed=_seed(config.seed, 1, number, index),
+                num_rollouts=heldout.num_rollouts,
+                temperature=heldout.temperature,
+                max_tokens=config.sampling.max_tokens,
+                purpose="eval",
+            )
+            for index, row in enumerate(set_rows[: heldout.prompts])
+        ]
+        for number, (heldout, set_rows) in enumerate(zip(config.heldout_sets, rows, strict=True))
+    }
 
 
 def check_work(row: Row, config: RunConfig) -> Work:

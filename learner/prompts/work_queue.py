@@ -24,23 +24,10 @@ class WorkQueue:
         self._stream = stream
         self.retries: deque[Work] = deque()
         """Training rows to be leased again."""
-        self._evaluation: Evaluation | None = None
-
-    def start_evaluation(self, works: list[Work], version: int) -> Evaluation:
-        """Hand out ``works`` before any other, to actors that have ``version``."""
-        self._evaluation = Evaluation(works, version)
-        return self._evaluation
-
-    def end_evaluation(self) -> None:
-        """Hand out no more of its prompts; what still comes back is not used."""
-        self._evaluation = None
-
-    def next_evaluation(self, actor_version: int) -> Work | None:
-        """Return a held-out prompt for an actor that samples from ``actor_version``, if any."""
-        evaluation = self._evaluation
-        if evaluation is None or not evaluation.waiting or actor_version < evaluation.version:
-            return None
-        return evaluation.waiting.popleft()
+        self.evaluation: Evaluation | None = None
+        """The evaluation at hand."""
+        self.training = False
+        """Whether training leases are issued."""
 
     def next_training(self, session: str, *, alone: bool) -> Work:
         """Return a row to train on; the stream has no end.
@@ -92,7 +79,7 @@ class WorkQueue:
 
     def _evaluation_of(self, work: Work) -> Evaluation | None:
         """The current evaluation, if ``work`` belongs to it and not to an earlier one."""
-        evaluation = self._evaluation
+        evaluation = self.evaluation
         if evaluation is None or work.purpose != "eval" or not evaluation.wants(work):
             return None
         return evaluation

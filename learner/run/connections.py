@@ -76,7 +76,7 @@ def _bind(parts: Parts, context: "zmq.Context[Any]") -> LearnerSockets:
     config = parts.config
     # The largest frame of a group is its version spans: at most one triple a token.
     tokens = config.sampling.max_tokens * max(
-        config.sampling.num_rollouts, config.eval.num_rollouts
+        config.sampling.num_rollouts, *(s.num_rollouts for s in config.heldout_sets), 1
     )
     return bind_learner(context, config.endpoints.bind, max(1 << 20, 12 * tokens), parts.keys)
 

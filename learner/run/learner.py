@@ -33,7 +33,7 @@ from learner.records import Summary
 from learner.recovery.checkpoints import newest
 from learner.run.connections import connect
 from learner.run.endpoints import EndpointServer
-from learner.run.evaluations import evaluate
+from learner.run.evaluations import Evaluations
 from learner.run.loop import TrainingLoop
 from learner.run.parts import assemble, load
 from learner.run.reports import status_report, summary_report
@@ -66,7 +66,8 @@ class Learner:
         folder.go_on(config)
         self.connections = connect(self.parts)
         self.endpoints = EndpointServer(self.parts, self.connections)
-        self._loop = TrainingLoop(self.parts, self.connections.publisher)
+        self._evaluations = Evaluations(self.parts)
+        self._loop = TrainingLoop(self.parts, self.connections.publisher, self._evaluations)
 
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save; returns the summary.
@@ -124,15 +125,11 @@ class Learner:
         self.parts.folder.close()
 
     def _train_and_evaluate(self) -> None:
-        progress = self.parts.progress
-        if progress.before is None and self.parts.trainer.version == 0:
-            progress.before = evaluate(self.parts, "evaluating before")
-            if progress.before and not progress.interrupted:
-                self.parts.folder.write_evaluation(progress.before)
+        self._evaluations.before()
         self._loop.run()
         save(self.parts)
-        progress.after = evaluate(self.parts, "evaluating after")
-        progress.completed = not progress.interrupted
+        self._evaluations.after()
+        self.parts.progress.completed = not self.parts.progress.interrupted
 
     def _leave(self) -> None:
         """Let the actors go."""

@@ -5,6 +5,7 @@ import time
 from functools import partial
 
 from learner.replay.buffer import LackSignal, TrainingBatch
+from learner.run.evaluations import Evaluations
 from learner.run.metrics import StepMetrics
 from learner.run.parts import Parts
 from learner.run.progress import STOP_CHECK_S
@@ -22,9 +23,10 @@ log = logging.getLogger("learner")
 class TrainingLoop:
     """Trains until all steps are done or the run is to stop."""
 
-    def __init__(self, parts: Parts, publisher: Publisher) -> None:
+    def __init__(self, parts: Parts, publisher: Publisher, evaluations: Evaluations) -> None:
         self._parts = parts
         self._publisher = publisher
+        self._evaluations = evaluations
         self._metrics = StepMetrics(parts.registry)
         self._threads = automatic_threads(parts)
         self._began_at = 0.0
@@ -46,6 +48,7 @@ class TrainingLoop:
             parts.coordinator.advance(version)
             if parts.pacing.is_pushed(version):
                 self._publish()
+            self._evaluations.step_done(version)
             self._record(step, batch, started)
             if self._threads is not None:
                 holds_up = parts.throughput.rates.bottleneck == "learner"
@@ -60,6 +63,7 @@ class TrainingLoop:
         self._began_at = time.monotonic() - self._parts.progress.training_seconds
         self._parts.throughput.restart()
         self._parts.coordinator.open_training()
+        self._evaluations.resume()
 
     def _next_batch(self) -> TrainingBatch | None:
         """Wait for a batch; None if there is no step left or the run is to stop."""
@@ -73,6 +77,7 @@ class TrainingLoop:
                 parts.coordinator.raise_if_failed()
                 patience.check()
                 parts.heartbeat.beat()
+                self._evaluations.look()
                 batch = self._take()
                 if batch is not None:
                     parts.coordinator.batch_taken(batch.num_refilled)
@@ -164,7 +169,10 @@ class _Patience:
     def check(self) -> None:
         """Raise `TrainingError` if the last group came too long ago, or the last token."""
         now, coordinator = time.monotonic(), self._parts.coordinator
-        if self._parts.buffer.counts.accepted > self._accepted:
+        evaluating = self._parts.progress.evaluating
+        # A single actor may have no room for anything else until `eval.timeout_s`.
+        evaluates = evaluating is not None and evaluating.is_under_way
+        if evaluates or self._parts.buffer.counts.accepted > self._accepted:
             self._since, self._accepted = now, self._parts.buffer.counts.accepted
         idle_s = now - max(self._since, coordinator.progressed_at)
         limit_s = coordinator.lease_limit_s + self._wait_s

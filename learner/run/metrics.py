@@ -138,6 +138,7 @@ class StateCollector(Collector):
         yield from self._wire()
         yield from self._weights()
         yield from self._leases()
+        yield from self._evaluations()
 
     def _groups(self) -> Iterator[Metric]:
         buffer, counts = self._parts.buffer, self._parts.buffer.counts
@@ -297,6 +298,35 @@ class StateCollector(Collector):
             "Time before a batch is needed at which its prompts are leased; 0 while unknown",
             self._parts.coordinator.lead_s or 0.0,
         )
+
+    def _evaluations(self) -> Iterator[Metric]:
+        """What the evaluation that was done last found."""
+        results = tuple(self._parts.progress.evaluations)
+        yield _counter("gdpo_evaluations", "Evaluations done", len(results))
+        version = GaugeMetricFamily("gdpo_eval_version", "Policy version evaluated last")
+        seconds = GaugeMetricFamily("gdpo_eval_seconds", "Duration of the last evaluation")
+        mean = GaugeMetricFamily(
+            "gdpo_eval_reward_mean", "Mean score on held-out prompts", labels=["set", "reward"]
+        )
+        passes = GaugeMetricFamily(
+            "gdpo_eval_pass_ratio", "pass@k on held-out prompts", labels=["set", "k"]
+        )
+        length = GaugeMetricFamily(
+            "gdpo_eval_completions_mean_length",
+            "Mean tokens of completions of held-out prompts",
+            labels=["set"],
+        )
+        for result in results[-1:]:
+            version.add_metric([], result.version)
+            seconds.add_metric([], result.seconds)
+            for name, found in result.sets.items():
+                length.add_metric([name], found.completion_tokens_mean)
+                for reward, value in found.means.items():
+                    if value is not None:
+                        mean.add_metric([name, reward], value)
+                for k, share in found.pass_at.items():
+                    passes.add_metric([name, k], share)
+        yield from (version, seconds, mean, passes, length)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -21,7 +21,7 @@ from learner.coordinator.coordinator import Coordinator
 from learner.coordinator.self_check import SelfCheck
 from learner.pacing import Pacing
 from learner.phases import Phases
-from learner.prompts.rows import Row, load_rows
+from learner.prompts.rows import Row, load_heldout, load_rows
 from learner.prompts.stream import PromptStream, check_work
 from learner.prompts.work_queue import WorkQueue
 from learner.recovery.checkpoints import Checkpoint
@@ -58,8 +58,8 @@ class Materials:
     """Where everything registers its metrics for Prometheus."""
     phases: Phases
     keys: KeyPair | None
-    heldout: list[Row]
-    """The rows that evaluations roll out; empty without any."""
+    heldout: list[list[Row]]
+    """The rows of each of ``config.heldout_sets``; empty without any."""
     prompts: PromptStream
     heartbeat: Heartbeat
     """The main thread's: training and evaluations beat it."""
@@ -108,7 +108,7 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
     phases = Phases(registry)
     keys = config.load_keys()
     rows = load_rows(data.train, data.train_split)
-    heldout = load_rows(data.heldout, data.heldout_split) if data.heldout else []
+    heldout = load_heldout(config.heldout_sets)
     prompts = PromptStream(rows, config)
     heartbeat = Heartbeat("trainer", limit_s=120.0)
     policy, trainer = load_trainer(config, checkpoint, heartbeat.beat)

@@ -1,7 +1,8 @@
 """How far a run has come, for pages and reports."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from learner.prompts.evaluation import Evaluation
 from learner.records import EvaluationResult
 from learner.training.trainer import StepResult
 
@@ -18,10 +19,10 @@ class Progress:
 
     phase: str = "loading"
     """What the run is at: ``loading``, ``evaluating before``, ``training``, ``saving`` ..."""
-    before: EvaluationResult | None = None
-    """The evaluation of the policy before the first step; None without one."""
-    after: EvaluationResult | None = None
-    """The evaluation after the last step; None without one."""
+    evaluations: list[EvaluationResult] = field(default_factory=list)
+    """Those that are done, in the order in which they were due."""
+    evaluating: Evaluation | None = None
+    """The evaluation at hand."""
     last_step: StepResult | None = None
     """The newest training step, those that are made again after a resume included."""
     lag0_difference: float | None = None

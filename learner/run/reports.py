@@ -1,10 +1,11 @@
 """The records of a run, made of its parts as they are at the moment."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 
+from learner.config.run import RunConfig
 from learner.coordinator.coordinator import Coordinator
 from learner.prompts.evaluation import Evaluation
 from learner.records import (
@@ -13,6 +14,7 @@ from learner.records import (
     GroupBooks,
     LeaseBooks,
     RewardChangeRecord,
+    SetResult,
     Step,
     Summary,
     SummaryRewards,
@@ -28,6 +30,8 @@ from learner.run.throughput import Throughput
 from learner.status import (
     ActorStatus,
     EpochStatus,
+    EvaluatingStatus,
+    EvaluationStatus,
     PushStatus,
     Status,
     StepStatus,
@@ -56,6 +60,8 @@ def status_report(parts: Parts, connections: Connections) -> Status:
         seconds_left=_seconds_left(progress.training_seconds, version, total),
         rewards=step.rewards if step else {},
         last_step=_last_step(step.metrics) if step else None,
+        evaluating=_evaluating(progress.evaluating),
+        evaluation=_last_evaluation(progress.evaluations),
         tokens_generated_per_s=rates.tokens_generated_per_s,
         tokens_trained_per_s=rates.tokens_trained_per_s,
         staleness_mean=fmean(step.staleness) if step else None,
@@ -135,11 +141,10 @@ def summary_report(parts: Parts, connections: Connections) -> Summary:
         steps=version,
         seconds_training=seconds,
         rewards=SummaryRewards(
-            before=progress.before,
-            after=progress.after,
             changes=[RewardChangeRecord.model_validate(asdict(c)) for c in parts.rewards.changes],
             failures=dict(counters.reward_failures),
         ),
+        evaluations=progress.evaluations,
         books=_books(coordinator, buffer),
         throughput=SummaryThroughput(
             tokens_trained=throughput.tokens_trained,
@@ -167,14 +172,29 @@ def summary_report(parts: Parts, connections: Connections) -> Summary:
     )
 
 
-def evaluation_report(evaluation: Evaluation, names: tuple[str, ...]) -> EvaluationResult:
-    """What an evaluation found of the rewards with these names."""
+def evaluation_report(evaluation: Evaluation, config: RunConfig) -> EvaluationResult:
+    """What an evaluation that is done found."""
+    names, when = [reward.name for reward in config.rewards], config.eval.pass_when
+    sets = {}
+    for heldout in config.heldout_sets:
+        scores = evaluation.sets[heldout.name]
+        passes = scores.passes(heldout.pass_at, when, names) if when else {}
+        sets[heldout.name] = SetResult(
+            prompts=len(scores.scores),
+            failed_prompts=scores.num_failed,
+            missing_prompts=scores.num_prompts - len(scores.scores) - scores.num_failed,
+            num_rollouts=heldout.num_rollouts,
+            temperature=heldout.temperature,
+            completion_tokens_mean=scores.num_tokens / max(scores.num_rollouts, 1),
+            truncated_share=scores.num_truncated / max(scores.num_rollouts, 1),
+            means=scores.means(names),
+            pass_at={str(k): value for k, value in passes.items()},
+        )
     return EvaluationResult(
-        version=evaluation.version,
-        prompts=evaluation.num_prompts,
-        failed_prompts=evaluation.num_failed,
-        completion_tokens_mean=evaluation.mean_tokens,
-        means=evaluation.means(names),
+        due=evaluation.due,
+        version=evaluation.due if evaluation.version is None else evaluation.version,
+        seconds=evaluation.seconds,
+        sets=sets,
     )
 
 
@@ -214,6 +234,27 @@ def _last_step(metrics: Mapping[str, float]) -> StepStatus:
     )
 
 
+def _evaluating(evaluation: Evaluation | None) -> EvaluatingStatus | None:
+    if evaluation is None:
+        return None
+    return EvaluatingStatus(
+        version=-1 if evaluation.version is None else evaluation.version,
+        prompts_done=evaluation.num_prompts - evaluation.num_missing,
+        prompts=evaluation.num_prompts,
+    )
+
+
+def _last_evaluation(evaluations: Sequence[EvaluationResult]) -> EvaluationStatus | None:
+    if not evaluations:
+        return None
+    last = evaluations[-1]
+    return EvaluationStatus(
+        version=last.version,
+        seconds=last.seconds,
+        sets={name: found.figures for name, found in last.sets.items()},
+    )
+
+
 def _actor(actor: ActorState, throughput: Throughput) -> ActorStatus:
     idle, stalled = throughput.shares(actor.session) or (None, None)
     return ActorStatus(
@@ -222,6 +263,7 @@ def _actor(actor: ActorState, throughput: Throughput) -> ActorStatus:
         pid=actor.hello.pid,
         version=actor.version,
         route=actor.route,
+        evaluates=actor.evaluates,
         leases=actor.num_leases,
         groups=actor.groups,
         check=actor.check,

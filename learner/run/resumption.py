@@ -22,7 +22,6 @@ def resume(parts: Parts, checkpoint: Checkpoint | None) -> None:
     config, folder, history = parts.config, parts.folder, parts.history
     limits = group_limits(config, parts.policy.vocab_size)
     resumed = Resumed(config, checkpoint, history.journal, limits)
-    parts.progress.before = folder.read_evaluation()
     history.checkpoints.put_aside_after(resumed.version)
     folder.forget_steps_after(resumed.version)
     parts.completions.resume(resumed.version)
@@ -39,6 +38,9 @@ def resume(parts: Parts, checkpoint: Checkpoint | None) -> None:
 
     resumed.replay(parts.buffer, parts.rewards, train_again, history.note_finished)
     resumed.restore_work(parts.prompts, parts.work, parts.coordinator.leases, parts.buffer)
+    # A version that is made of the journal's batches is the one that was evaluated.
+    folder.forget_evaluations_after(parts.trainer.version)
+    parts.progress.evaluations = folder.read_evaluations()
     parts.coordinator.advance(parts.trainer.version)
     if parts.trainer.version > resumed.version:
         parts.snapshots.publish(parts.packed())

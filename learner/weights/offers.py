@@ -7,6 +7,7 @@ joined ──► announce_latest ──► pulls ──► weights_ready ──�
 """
 
 import logging
+from collections.abc import Callable
 
 from learner.registry import ActorState, Registry
 from learner.weights.chunks import Answer
@@ -29,8 +30,20 @@ class Offers:
     The coordinator holds its lock when it calls any method.
     """
 
-    def __init__(self, registry: Registry, snapshots: SnapshotStore, *, all_pull: bool) -> None:
-        """``all_pull`` says that there are no broadcasts, and no shared memory."""
+    def __init__(
+        self,
+        registry: Registry,
+        snapshots: SnapshotStore,
+        *,
+        all_pull: bool,
+        on_settled: Callable[[ActorState], None],
+    ) -> None:
+        """``all_pull`` says that there are no broadcasts, and no shared memory.
+
+        ``on_settled`` is told of a checked actor that is going to be offered newer weights: it may
+        make it an evaluator, which keeps those that it has.
+        """
+        self._on_settled = on_settled
         self._registry = registry
         self._all_pull = all_pull
         self._snapshots = snapshots
@@ -51,7 +64,7 @@ class Offers:
         """
         kept_up = self._registry.ready_actors(self.pushed)
         # One that joined just now may have pulled it already.
-        actors = [actor for actor in kept_up if actor.version < version]
+        actors = [actor for actor in kept_up if actor.version < version and not actor.evaluates]
         self.pushed = version
         self._pushed_to = {actor.session: actor.number for actor in actors}
         return actors
@@ -66,6 +79,7 @@ class Offers:
             actor.session
             for actor in self._registry.ready_actors(0)
             if actor.version < self.pushed and now - actor.weights_active_at < OFFER_AGAIN_S
+            if not actor.evaluates
         }
 
     def end_push(self) -> None:
@@ -170,8 +184,14 @@ class Offers:
         Pushes go to those that have the version before, and an actor that loads another one by
         itself then would keep the other members of a broadcast waiting.
         """
+        self._on_settled(actor)
         if self._is_on_its_own(actor) and actor.version < self._snapshots.latest.version:
             self.announce_latest(actor)
+
+    def is_settled(self, actor: ActorState) -> bool:
+        """Whether an actor has what it was offered last, and nothing else is on its way to it."""
+        is_pushed_to = self._pushed_to.get(actor.session) == actor.number
+        return actor.offered <= actor.version and not (is_pushed_to and actor.version < self.pushed)
 
     def weights_ready(
         self, actor: ActorState, ready: WeightsReady, payloads: list[memoryview]
@@ -190,7 +210,9 @@ class Offers:
         self._registry.changed()
 
     def _is_on_its_own(self, actor: ActorState) -> bool:
-        """Whether only pulling brings it to the newest version."""
+        """Whether only pulling brings it to the newest version, and may do so now."""
+        if actor.evaluates:
+            return False
         if actor.version >= self.pushed:
             # The next push will, but where all pull nobody need wait for it.
             return self._all_pull or not actor.is_checked

@@ -48,7 +48,7 @@ POINTS = {
     "goodbye": Point("actors.link:LearnerLink.send", "before", of="Goodbye"),
     # Learner.
     "learner.load": Point("learner.run.parts:load_trainer", "before"),
-    "learner.evaluate": Point("learner.run.learner:evaluate", "before"),
+    "learner.evaluate": Point("learner.run.evaluations:Evaluations._begin", "before"),
     "learner.stored": Point("learner.replay.journal:Journal._write", "after"),
     "learner.answered": Point("learner.coordinator.intake:Intake._send", "after"),
     "learner.accepted": Point("learner.replay.buffer:ReplayBuffer.add", "after"),

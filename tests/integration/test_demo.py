@@ -12,7 +12,7 @@ def test_the_demo_learns_the_format_and_gains_correctness(system: System):
     assert run.wait(300) == 0, run.output
     print(run.output)
     summary = system.summary
-    before, after = (summary["rewards"][when]["means"] for when in ("before", "after"))
+    before, after = (e["sets"]["heldout"]["means"] for e in summary["evaluations"])
     assert before["format"] < 0.10
     assert after["format"] > 0.90
     assert after["correctness"] >= before["correctness"] + 0.5

@@ -58,7 +58,10 @@ def test_guarantee_2_and_7_a_killed_learner_goes_on_with_its_actors(system: Syst
     summary = system.summary
     assert summary["completed"]
     assert summary["steps"] == 40
-    assert summary["rewards"]["before"]["prompts"] == summary["rewards"]["after"]["prompts"] == 8
+    assert [(e["due"], e["sets"]["heldout"]["prompts"]) for e in summary["evaluations"]] == [
+        (0, 8),
+        (40, 8),
+    ]
     assert summary["weights"]["digest_mismatches"] == 0
     assert_books_balance(summary)
     assert summary["books"]["groups"]["trained"] == 40 * 8
@@ -88,8 +91,8 @@ def test_a_resumed_learner_pushes_the_versions_that_it_would_have_pushed(system:
     assert_books_balance(summary)
     assert summary["staleness"]["largest"] <= 4
     assert summary["weights"]["digest_mismatches"] == 0
-    assert summary["rewards"]["after"]["version"] == 31
-    assert summary["rewards"]["after"]["prompts"] == 8
+    assert summary["evaluations"][-1]["version"] == 31
+    assert summary["evaluations"][-1]["sets"]["heldout"]["prompts"] == 8
     # Of 3, 6, ... 30 those above where it went on, and 31.
     assert summary["weights"]["pushes"] == 10 - reached // 3 + 1
     # Actors have what the resume reached, too, until the next one comes.
@@ -113,7 +116,7 @@ def test_a_run_that_was_stopped_goes_on_under_the_launcher(system: System):
     assert not any(map(is_alive, children))
     assert [line["step"] for line in steps(system)] == list(range(1, stopped_at + 6))
     assert_books_balance(system.summary)
-    assert system.summary["rewards"]["before"] is not None
+    assert [e["due"] for e in system.summary["evaluations"]] == [0, stopped_at + 5]
 
 
 def test_without_a_journal_a_run_goes_on_from_its_checkpoint(system: System):

@@ -34,9 +34,10 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
     assert summary["lag0_logprob_difference"] < 1e-4
     assert 0 < steps(system)[-1]["actor_difference_largest"] < 1e-4
     assert summary["weights"]["digest_mismatches"] == 0
-    for when in ("before", "after"):
-        assert summary["rewards"][when]["prompts"] == 8
-        assert summary["rewards"][when]["means"].keys() == {"format", "correctness"}
+    assert [(e["due"], e["version"]) for e in summary["evaluations"]] == [(0, 0), (8, 8)]
+    for evaluation in summary["evaluations"]:
+        assert evaluation["sets"]["heldout"]["prompts"] == 8
+        assert evaluation["sets"]["heldout"]["means"].keys() == {"format", "correctness"}
     assert [step["step"] for step in steps(system)] == list(range(1, 9))
     assert (folder / "plots" / "curves.png").stat().st_size > 10_000
     for name in ("mean_length", "min_length", "max_length", "clipped_ratio"):
@@ -57,7 +58,7 @@ def test_a_run_trains_and_leaves_everything_a_person_looks_for(system):
         "eval", "eval", str(folder / "config.toml"), "--model", str(folder / "checkpoint")
     )
     assert evaluation.wait(60) == 0, evaluation.output
-    for name, mean in summary["rewards"]["after"]["means"].items():
+    for name, mean in summary["evaluations"][-1]["sets"]["heldout"]["means"].items():
         printed = re.search(rf"{name}: (\S+)", evaluation.output)
         assert printed is not None
         assert float(printed[1]) == pytest.approx(mean, abs=1e-4)
@@ -76,8 +77,8 @@ def test_every_third_version_is_pushed_and_the_last_one(system):
     # 3, 6, 9 and 10, which is the one that is evaluated; actors began with 0.
     assert summary["weights"]["pushes"] == 4
     assert summary["weights"]["digest_mismatches"] == 0
-    assert summary["rewards"]["after"]["version"] == 10
-    assert summary["rewards"]["after"]["prompts"] == 8
+    assert summary["evaluations"][-1]["version"] == 10
+    assert summary["evaluations"][-1]["sets"]["heldout"]["prompts"] == 8
     # The journal keeps all groups of so short a run.
     assert {0, 3} <= versions_sampled_from(system.run_folder) <= {0, 3, 6, 9}
 

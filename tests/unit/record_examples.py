@@ -30,14 +30,31 @@ STEP: dict[str, Any] = {
     "ess": 0.5,
 }
 
-BEFORE: dict[str, Any] = {
-    "version": 0,
+HELDOUT: dict[str, Any] = {
     "prompts": 8,
     "failed_prompts": 0,
+    "missing_prompts": 0,
+    "num_rollouts": 4,
+    "temperature": 1.0,
     "completion_tokens_mean": 9.0,
+    "truncated_share": 0.125,
     "means": {"a": 0.25, "b": None},
+    "pass_at": {"1": 0.25, "4": 0.5},
 }
-AFTER = BEFORE | {"version": 10, "completion_tokens_mean": 8.5, "means": {"a": 0.75, "b": 1.0}}
+BEFORE: dict[str, Any] = {"due": 0, "version": 0, "seconds": 1.5, "sets": {"heldout": HELDOUT}}
+AFTER: dict[str, Any] = {
+    "due": 10,
+    "version": 10,
+    "seconds": 1.25,
+    "sets": {
+        "heldout": HELDOUT
+        | {
+            "completion_tokens_mean": 8.5,
+            "means": {"a": 0.75, "b": 1.0},
+            "pass_at": {"1": 0.5, "4": 0.75},
+        }
+    },
+}
 
 SUMMARY: dict[str, Any] = {
     "run": "tiny",
@@ -46,8 +63,6 @@ SUMMARY: dict[str, Any] = {
     "steps": 10,
     "seconds_training": 12.3,
     "rewards": {
-        "before": BEFORE,
-        "after": AFTER,
         "changes": [
             {
                 "from_step": 3,
@@ -57,6 +72,7 @@ SUMMARY: dict[str, Any] = {
         ],
         "failures": {},
     },
+    "evaluations": [BEFORE, AFTER],
     "books": {
         "leases": {
             "train": {

@@ -197,12 +197,30 @@ def test_what_cannot_be_written_is_an_error_that_says_how_to_go_on(recipe, tmp_p
         lambda: folder.write_summary(make_summary()),
         lambda: folder.write_endpoints(ENDPOINTS),
         lambda: folder.write_control(CONTROL),
-        lambda: folder.write_evaluation(make_evaluation()),
         lambda: folder.go_on(load_config(recipe)),
     ):
         with pytest.raises(TrainingError, match=expected):
             write()
     assert (folder.path / "config.toml").read_bytes() == before
+
+
+def test_an_evaluation_that_cannot_be_written_is_such_an_error_too(recipe, tmp_path):
+    folder = make_folder(recipe, tmp_path)
+    (folder.path / "evaluations.jsonl").mkdir()
+    with pytest.raises(TrainingError, match=r"cannot write .*evaluations\.jsonl: Is a directory"):
+        folder.append_evaluation(make_evaluation())
+
+
+def test_evaluations_of_versions_that_are_made_anew_are_forgotten(recipe, tmp_path):
+    folder = make_folder(recipe, tmp_path)
+    folder.forget_evaluations_after(4)
+    kept, gone = (make_evaluation(due=due, version=due + 1) for due in (3, 4))
+    for evaluation in (kept, gone):
+        folder.append_evaluation(evaluation)
+    with (folder.path / "evaluations.jsonl").open("a") as lines:
+        lines.write('{"due": 5, "ver')  # a learner was killed
+    folder.forget_evaluations_after(4)
+    assert folder.read_evaluations() == [kept]
 
 
 # ---- Reading what was written ------------------------------------------------------------------
@@ -213,7 +231,7 @@ def full_folder(recipe, tmp_path) -> RunFolder:
     folder = make_folder(recipe, tmp_path)
     folder.write_endpoints(ENDPOINTS)
     folder.write_control(CONTROL)
-    folder.write_evaluation(make_evaluation())
+    folder.append_evaluation(make_evaluation())
     folder.write_summary(make_summary())
     for step in (1, 2):
         folder.append_step(make_step(step))
@@ -225,7 +243,7 @@ READERS: dict[str, Callable[[RunFolder], object]] = {
     "config.toml": RunFolder.read_config,
     "endpoints.json": RunFolder.read_endpoints,
     "control.json": RunFolder.read_control,
-    "evaluation_before.json": RunFolder.read_evaluation,
+    "evaluations.jsonl": RunFolder.read_evaluations,
     "summary.json": RunFolder.read_summary,
     "metrics.jsonl": RunFolder.read_steps,
 }
@@ -237,7 +255,7 @@ def test_what_was_written_is_read_back_equal(recipe, tmp_path):
     assert again.read_config() == load_config(folder.path / "config.toml")
     assert again.read_endpoints() == ENDPOINTS
     assert again.read_control() == CONTROL
-    assert again.read_evaluation() == make_evaluation()
+    assert again.read_evaluations() == [make_evaluation()]
     assert again.read_summary() == make_summary()
     assert again.read_steps() == [make_step(1), make_step(2)]
     assert again.num_steps == 2
@@ -299,6 +317,10 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_one_clear_line(recipe, tmp_path, name, damage):
     folder = full_folder(recipe, tmp_path)
+    if (name, damage) == ("evaluations.jsonl", "nothing"):
+        # A run without evaluations has none in it.
+        folder.close()
+        return
     (folder.path / name).write_bytes(DAMAGES[damage])
     with pytest.raises(ConfigError) as caught:
         READERS[name](RunFolder(folder.path))
@@ -312,8 +334,8 @@ def test_a_damaged_file_is_one_clear_line(recipe, tmp_path, name, damage):
 @pytest.mark.parametrize("name", READERS)
 def test_a_missing_file_is_one_clear_line(tmp_path, name):
     folder = RunFolder(tmp_path)
-    if name == "evaluation_before.json":
-        assert folder.read_evaluation() is None
+    if name == "evaluations.jsonl":
+        assert folder.read_evaluations() == []
         return
     with pytest.raises(ConfigError, match=re.escape(name)):
         READERS[name](folder)

@@ -25,7 +25,7 @@ from deploy.results.compare_report import (
 )
 from learner.run_folder import RunFolder
 from protocol.errors import ConfigError
-from tests.unit.record_examples import make_evaluation, make_step, make_summary
+from tests.unit.record_examples import HELDOUT, make_evaluation, make_step, make_summary
 
 
 def make_run(
@@ -162,9 +162,9 @@ def write_run(folder: RunFolder, curve: list[float], after: float) -> None:
     folder.path.mkdir()
     for step, value in enumerate(curve, start=1):
         folder.append_step(make_step(step, rewards={"format": value}, ess=0.5))
-    evaluation = make_evaluation(means={"format": after})
-    rewards: dict[str, Any] = {"before": None, "after": evaluation, "changes": [], "failures": {}}
-    folder.write_summary(make_summary(rewards=rewards))
+    found = HELDOUT | {"means": {"format": after}, "pass_at": {}}
+    evaluation = make_evaluation(due=len(curve), version=len(curve), sets={"heldout": found})
+    folder.write_summary(make_summary(steps=len(curve), evaluations=[evaluation]))
     folder.close()
 
 

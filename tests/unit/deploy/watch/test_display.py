@@ -10,7 +10,7 @@ from deploy.results.summary import print_summary
 from deploy.watch.display import Display, render_line, render_panel
 from deploy.watch.status import read_status
 from learner.status import Status
-from tests.unit.record_examples import make_summary
+from tests.unit.record_examples import HELDOUT, make_summary
 from tests.unit.status_examples import EARLY, RUNNING
 
 
@@ -21,7 +21,9 @@ def panel_text(status: dict[str, Any]) -> str:
 
 
 def test_the_line_of_an_early_run_says_that_nothing_has_happened_yet():
-    assert render_line(read_status(EARLY)) == "evaluating before | step 0/100 | actors 0"
+    assert render_line(read_status(EARLY)) == (
+        "evaluating before | step 0/100 | evaluating 0 of 128 prompts | actors 0"
+    )
 
 
 def test_the_line_of_a_running_run_holds_what_matters():
@@ -29,7 +31,9 @@ def test_the_line_of_a_running_run_holds_what_matters():
     assert render_line(read_status(RUNNING)) == (
         "training | step 40/100 | format 0.512 | correctness -0.250 | generated 12346 tok/s | "
         "trained 999 tok/s | staleness 0.8 (max 2) | buffer 17 | length 1235 | cut off 6% | "
-        "dead groups 12% | entropy 0.99 | actors 2 | bottleneck actors | 1:02:05 left"
+        "dead groups 12% | entropy 0.99 | heldout at 20: format 0.750, correctness - | "
+        "greedy at 20: format 1.000, correctness 0.500, pass@1 0.625 | "
+        "evaluating version 40: 12 of 256 prompts | actors 2 | bottleneck actors | 1:02:05 left"
     )
 
 
@@ -51,6 +55,8 @@ def test_the_panel_of_a_running_run_names_the_bottleneck():
         "entropy 0.988, learning rate 2.5e-06",
         "12.5%, without any signal",
         "12,346 generated, 999 trained a second",
+        "version 20: format 1.000, correctness 0.500, pass@1 0.625",
+        "version 40: 12 of 256 prompts",
         "0.8 on average, 2 at most (limit 2)",
         "17 groups, 1.5 MB (a batch takes 32)",
         "2 live, 3 would do",
@@ -106,7 +112,7 @@ def test_the_summary_shows_rewards_books_and_where_things_are(capsys):
     print_summary(make_summary(), plot=None)
     text = capsys.readouterr().out
     for part in (
-        "mean reward on 8 held-out prompts",
+        "heldout: 8 prompts x 4 sampled",
         "+0.500",
         "9 leased = 7 received + 2 failed (2 actor_lost) + 0 outstanding  [balanced]",
         "7 accepted = 4 trained + 0 evicted + 2 buffered  [NOT BALANCED]",
@@ -118,11 +124,38 @@ def test_the_summary_shows_rewards_books_and_where_things_are(capsys):
     assert "ended early" not in text
 
 
+def test_the_summary_shows_every_set_with_what_it_came_to_at_best(capsys):
+    def result(version: int, value: float) -> dict[str, Any]:
+        greedy = HELDOUT | {
+            "num_rollouts": 1,
+            "temperature": 0.0,
+            "means": {"a": value, "b": None},
+            "pass_at": {"1": value},
+        }
+        return {
+            "due": version,
+            "version": version,
+            "seconds": 1.0,
+            "sets": {"heldout": HELDOUT, "greedy": greedy},
+        }
+
+    evaluations = [result(0, 0.125), result(6, 0.875), result(10, 0.5)]
+    print_summary(make_summary(evaluations=evaluations), plot=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("greedy: 8 prompts x 1 greedy" in line for line in lines)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert ["a", "0.125", "0.875 (6)", "0.500", "+0.375"] in cells
+    assert ["b", "-", "-", "-", ""] in cells
+    assert ["pass@1", "0.125", "0.875 (6)", "0.500", "+0.375"] in cells
+    assert ["tokens", "9.0", "", "9.0", ""] in cells
+
+
 def test_the_summary_of_a_run_that_was_stopped_says_why(capsys):
     summary = make_summary(
         completed=False,
         ended_because="SIGINT",
-        rewards={"before": None, "after": None, "changes": [], "failures": {"a": 3, "b": 1}},
+        rewards={"changes": [], "failures": {"a": 3, "b": 1}},
+        evaluations=[],
         lag0_logprob_difference=None,
         checkpoint=None,
     )

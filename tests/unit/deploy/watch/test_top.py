@@ -63,6 +63,9 @@ SHOWN = """
 │ length       1,234.6 tokens on average, 3 to 2,048; 6.2% cut off                                 │
 │ policy       entropy 0.988, learning rate 2.5e-06                                                │
 │ dead groups  12.5%, without any signal                                                           │
+│ heldout      version 20: format 0.750, correctness -                                             │
+│ greedy       version 20: format 1.000, correctness 0.500, pass@1 0.625                           │
+│ evaluating   version 40: 12 of 256 prompts                                                       │
 │ buffer       17 groups, 1.5 MB (a batch takes 32)                                                │
 │ actors       3 live, 3 would do                                                                  │
 │ idle         actors 5%, learner 40%                                                              │
@@ -113,6 +116,11 @@ def test_an_epoch_that_has_ended_says_why():
     text = text_of(WATCHED | {"weights": WEIGHTS | {"epochs": ended, "push_every": 4}})
     assert "none; the last one, 6, ended: actor 5 late" in text
     assert "every 4 steps" in text
+
+
+def test_an_actor_that_is_behind_because_it_evaluates_is_marked():
+    actors = [ACTORS[0], ACTORS[1] | {"evaluates": True}]
+    assert "4, evaluates" in text_of(WATCHED | {"actors": actors})
 
 
 def test_an_actor_that_is_ahead_of_the_status_is_not_behind():

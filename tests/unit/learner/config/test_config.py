@@ -15,6 +15,7 @@ from learner.config.algorithm import (
     EstimatorName,
     KlName,
 )
+from learner.config.data import HeldoutSet
 from learner.config.file import load_config
 from learner.config.run import RunConfig
 from protocol.errors import ConfigError
@@ -225,6 +226,71 @@ def test_every_problem_is_named_at_once(tmp_path):
     assert "unknown key sed" in message
 
 
+# ---- Sets of held-out prompts ------------------------------------------------------------------
+
+SETS = """
+[eval]
+num_rollouts = 8
+pass_when = { reward = "length", at_least = 1 }
+pass_at = [8, 1, 4]
+[[eval.sets]]
+name = "greedy"
+temperature = 0
+[[eval.sets]]
+name = "hard"
+data = "hard.jsonl"
+split = "test"
+prompts = 20
+num_rollouts = 4
+pass_at = [2]
+"""
+
+
+def test_a_set_takes_from_eval_and_data_what_it_does_not_say(tmp_path):
+    (tmp_path / "hard.jsonl").write_text("")
+    text = MINIMAL + SETS
+    heldout, greedy, hard = load(tmp_path, "data.heldout=h", text=text).heldout_sets
+    assert heldout == HeldoutSet("heldout", "h", "train", 128, 8, 1.0, (1, 4, 8))
+    # All greedy rollouts of a prompt are the same; of the k that is asked for, 1 is left.
+    assert greedy == HeldoutSet("greedy", "h", "train", 128, 1, 0.0, (1,))
+    assert hard == HeldoutSet("hard", str(tmp_path / "hard.jsonl"), "test", 20, 4, 1.0, (2,))
+
+
+def test_sets_are_written_into_the_resolved_configuration(tmp_path):
+    config = load(tmp_path, "data.heldout=h", text=MINIMAL + SETS)
+    assert load(tmp_path, text=config.to_toml()) == config
+
+
+def test_a_set_goes_by_its_name_in_overrides(tmp_path):
+    overrides = ("data.heldout=h", "eval.sets.hard.prompts=3")
+    assert load(tmp_path, *overrides, text=MINIMAL + SETS).heldout_sets[2].prompts == 3
+
+
+def test_without_a_reward_to_pass_by_there_is_no_pass_at_k(tmp_path):
+    assert load(tmp_path, "data.heldout=h").heldout_sets[0].pass_at == ()
+
+
+def test_sets_that_vllm_cannot_sample_are_refused(tmp_path):
+    overrides = ("data.heldout=h", "actor.engine=vllm", "eval.sets.hard.temperature=5")
+    message = refusal(tmp_path, *overrides, text=MINIMAL + SETS)
+    assert "eval.sets.hard.temperature = 5: vLLM takes 0.01 to 2" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("eval.num_rollouts=4", "eval.pass_at = 8 needs eval.num_rollouts of at least as many"),
+        ("eval.sets.hard.pass_at=[9]", "eval.sets.hard.pass_at = 9 needs eval.sets.hard.num_roll"),
+        ("eval.sets.hard.name=heldout", "the name 'heldout' (which is that of data.heldout)"),
+        ("eval.sets.hard.pass_at=[0]", "eval.sets.1.pass_at.0: "),
+        ("eval.sets.hard.rollouts=2", "unknown key eval.sets.1.rollouts"),
+        ("eval.sets.soft.prompts=2", "nothing is named 'soft'; there are greedy, hard"),
+    ],
+)
+def test_sets_that_do_not_fit_are_refused(tmp_path, override, problem):
+    assert problem in refusal(tmp_path, "data.heldout=h", override, text=MINIMAL + SETS)
+
+
 # ---- Invalid values ----------------------------------------------------------------------------
 
 
@@ -257,6 +323,22 @@ def test_every_problem_is_named_at_once(tmp_path):
         ("sampling.top_p=0.9", "top_p cannot be set: the learner computes the log-probabilities"),
         ("buffer.lag=5", "buffer.lag = 5 is above training.max_staleness = 4"),
         ("buffer.max_groups=3", "can never hold"),
+        ("eval.every_steps=-1", "eval.every_steps: "),
+        ("eval.every_steps=5", "there is nothing to evaluate on: set data.heldout or eval.sets"),
+        ("eval.sets=[{name='Hard', data='x'}]", "eval.sets.0.name: "),
+        ("eval.sets=[{name='hard'}]", "eval.sets.hard: neither its data nor data.heldout is set"),
+        (
+            "eval.sets=[{name='a', data='x'}, {name='a', data='y'}]",
+            "two of eval.sets have the name 'a'; give each its own",
+        ),
+        (
+            "eval.pass_when={reward='speed', at_least=1}",
+            "eval.pass_when names 'speed'; the rewards are format, length",
+        ),
+        (
+            "eval.sets=[{name='a', data='x', pass_at=[2]}]",
+            "eval.sets.a.pass_at needs eval.pass_when: which rollouts pass?",
+        ),
         ("weights.push_every=0", "weights.push_every: "),
         ("weights.push_every=6", "push_every = 6 needs training.max_staleness of at least 5"),
         (

@@ -255,7 +255,7 @@ def test_whatever_makes_room_for_leases_wakes_intake_which_issues_them():
     cluster.coordinator.issue()
     assert woken == []
     events: list[Callable[[], object]] = [
-        lambda: cluster.coordinator.start_evaluation([make_work("h", "eval")], version=0),
+        lambda: cluster.coordinator.start_evaluation({"heldout": [make_work("h", "eval")]}, due=0),
         cluster.coordinator.open_training,
         cluster.coordinator.make_room,
         lambda: cluster.coordinator.advance(1),

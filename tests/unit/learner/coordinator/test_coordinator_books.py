@@ -1,11 +1,14 @@
-"""Guarantee 3 over any order of events: the books of leases, groups and evaluation balance."""
+"""Guarantee 3 over any order of events: the books of leases, groups and evaluation balance.
+
+And every evaluation is of one version.
+"""
 
 from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.messages import PROTOCOL_VERSION, Ack, Failed, Goodbye, Pong
+from protocol.messages import PROTOCOL_VERSION, Ack, Failed, Goodbye, Lease, Pong
 from tests.unit.factories import Cluster, make_config, make_work
 
 
@@ -17,8 +20,13 @@ class Chaos:
         self.cluster.open_training()
         self.received: dict[str, list[int]] = {session: [] for session in "abc"}
         self.accepted: Counter[int] = Counter()
-        self.evaluation = self.cluster.coordinator.start_evaluation([], version=0)
-        self.num_evaluated = 0
+        self.prompts: dict[int, str] = {}
+        self.sent: dict[int, int] = {}
+        """Version of the group that was sent last, by lease."""
+        self.versions: dict[str, int] = {}
+        """Version of the group that was accepted, by prompt."""
+        self.evaluation = self.cluster.coordinator.start_evaluation({}, due=0)
+        self.num_evaluated = self.num_evaluations = 0
 
     def join(self, session, number):
         self.cluster.join(session, capacity=number)
@@ -35,11 +43,16 @@ class Chaos:
     def send_group(self, session, number):
         self._send(session, number)
 
+    def send_group_of_its_own_version(self, session, number):
+        actors = {actor.session: actor.version for actor in self.cluster.coordinator.actors()}
+        self._send(session, number, version=max(0, actors.get(session, 0)))
+
     def send_invalid_group(self, session, number):
         self._send(session, number, lengths=(1, 9))
 
     def _send(self, session, number, **group):
         lease = ([0, *self.received[session]])[-1 - number % (len(self.received[session]) + 1)]
+        self.sent[lease] = group.get("version", self.cluster.version)
         self.cluster.say(session, *self.cluster.group_message(lease, **group))
 
     def report_failure(self, session, number):
@@ -62,17 +75,23 @@ class Chaos:
 
     def evaluate(self, session, number):
         if self.evaluation.done.is_set():
-            works = [make_work(f"h{i}", "eval") for i in range(number)]
+            self.num_evaluations += 1
+            names = [f"h{self.num_evaluations}/{i}" for i in range(number)]
+            works = [make_work(name, "eval") for name in names]
             version = self.cluster.version
-            self.evaluation = self.cluster.coordinator.start_evaluation(works, version)
+            self.evaluation = self.cluster.coordinator.start_evaluation({"heldout": works}, version)
             self.num_evaluated = number
 
     def check(self):
         coordinator, books = self.cluster.coordinator, self.cluster.coordinator.leases.counts
         for session, leases in self.received.items():
-            leases += self.cluster.leases(session)
+            for lease in self.cluster.heard(session, Lease):
+                leases.append(lease.lease)
+                self.prompts[lease.lease] = lease.prompt_id
             for ack in self.cluster.heard(session, Ack):
                 self.accepted[ack.lease] += ack.verdict == "accepted"
+                if ack.verdict == "accepted":
+                    self.versions[self.prompts[ack.lease]] = self.sent[ack.lease]
             self.cluster.heard(session, Pong)
         actors = {actor.session: actor for actor in coordinator.actors()}
         for session, actor in actors.items():
@@ -85,10 +104,15 @@ class Chaos:
         assert self.cluster.buffer.counts.balanced
         # (2 + 1) batches of 2
         assert outstanding["train"] + len(self.cluster.buffer) <= 6
-        ended = self.evaluation.num_prompts + self.evaluation.num_failed
-        waiting = len(self.evaluation.waiting) + outstanding["eval"]
-        assert ended + waiting == self.num_evaluated
-        assert self.evaluation.done.is_set() == (waiting == 0)
+        evaluation = self.evaluation
+        ended = sum(len(found.scores) + found.num_failed for found in evaluation.sets.values())
+        assert ended + evaluation.num_missing == self.num_evaluated
+        scored = [prompt for found in evaluation.sets.values() for prompt in found.scores]
+        assert all(self.versions[prompt] == evaluation.version for prompt in scored)
+        if not evaluation.done.is_set():
+            out = sum(map(evaluation.wants, coordinator.leases.open_works("eval")))
+            assert len(evaluation.waiting) + out == evaluation.num_missing > 0
+        assert not any(actor.evaluates for actor in actors.values()) or not evaluation.done.is_set()
 
 
 NAMES = [name for name in vars(Chaos) if not name.startswith("_") and name != "check"]

@@ -1,4 +1,4 @@
-"""The coordinator without sockets: weights for the actors, and evaluation by them."""
+"""The coordinator without sockets: weights for the actors."""
 
 import math
 from threading import Timer
@@ -10,15 +10,13 @@ from learner.weights.offers import OFFER_AGAIN_S
 from protocol.chunk_codec import checksum
 from protocol.framing import encode
 from protocol.messages import (
-    Failed,
     Goodbye,
-    Lease,
     Weights,
     WeightsChunk,
     WeightsPull,
     WeightsReady,
 )
-from tests.unit.factories import Cluster, joined, make_config, make_snapshot, make_work
+from tests.unit.factories import Cluster, joined, make_config, make_snapshot
 
 NAN = math.nan
 
@@ -243,80 +241,3 @@ def test_announcements_go_to_live_actors_only():
     cluster.coordinator.announce("gone", offer, snapshot)
     assert cluster.heard_with_payloads("a", Weights) == [(offer, (snapshot.digests,))]
     assert cluster.heard("gone", Weights) == []
-
-
-# ---- Evaluation --------------------------------------------------------------------------------
-
-
-def test_evaluation_leases_go_only_to_actors_that_have_the_version():
-    cluster = Cluster()
-    cluster.join("old")
-    cluster.snapshots.publish(make_snapshot(1))
-    cluster.join("new")
-    cluster.weights_ready("new", version=1)
-    cluster.coordinator.start_evaluation([make_work(f"h{i}", "eval") for i in range(3)], version=1)
-    cluster.coordinator.tick()
-    assert cluster.leases("old") == []
-    assert [lease.purpose for lease in cluster.heard("new", Lease)] == ["eval"] * 3
-    cluster.weights_ready("old", version=1)
-    assert cluster.leases("old") == []  # none are left
-
-
-def test_an_evaluation_ends_with_the_means_over_the_rollouts_that_a_reward_applies_to():
-    cluster = Cluster()
-    cluster.join("a")
-    works = [make_work(f"h{i}", "eval") for i in range(2)]
-    evaluation = cluster.coordinator.start_evaluation(works, version=0)
-    cluster.coordinator.tick()
-    first, second = cluster.leases("a")
-    cluster.finish("a", first, scores=[[1, NAN], [0, NAN]], lengths=(3, 2))
-    assert not evaluation.done.is_set()
-    cluster.finish("a", second, scores=[[1, 4], [1, NAN]], lengths=(8, 7))
-    assert evaluation.done.is_set()
-    # format: (1 + 0 + 1 + 1) / 4; correctness: 4 / 1; tokens: (3 + 2 + 8 + 7) / 4.
-    assert evaluation.means(("format", "correctness")) == {"format": 0.75, "correctness": 4.0}
-    assert (evaluation.mean_tokens, evaluation.num_prompts, evaluation.num_failed) == (5, 2, 0)
-    assert len(cluster.buffer) == 0
-    assert cluster.coordinator.leases.counts["eval"].received == 2
-
-
-def test_a_prompt_that_always_fails_is_left_out_of_the_evaluation():
-    cluster = Cluster(make_config(training={"batch_groups": 4}))
-    cluster.join("a", capacity=1)
-    works = [make_work(f"h{i}", "eval") for i in range(2)]
-    evaluation = cluster.coordinator.start_evaluation(works, version=0)
-    cluster.coordinator.tick()
-    while leases := cluster.heard("a", Lease):
-        [lease] = leases
-        if lease.prompt_id == "h0":
-            cluster.say("a", Failed(lease=lease.lease, kind="prompt", cause="x"))
-        else:
-            cluster.finish("a", lease.lease, scores=[[1, NAN], [0, NAN]])
-    assert evaluation.done.is_set()
-    assert (evaluation.num_prompts, evaluation.num_failed) == (1, 1)
-    assert evaluation.means(("format", "correctness")) == {"format": 0.5, "correctness": None}
-
-
-def test_what_is_left_of_an_ended_evaluation_does_not_count_in_the_next():
-    cluster = Cluster()
-    cluster.join("a", capacity=2)
-    cluster.coordinator.start_evaluation([make_work(f"old{i}", "eval") for i in range(2)], 0)
-    cluster.coordinator.tick()
-    late, lost = cluster.leases("a")
-    cluster.coordinator.end_evaluation()
-    evaluation = cluster.coordinator.start_evaluation([make_work("new", "eval")], version=0)
-    cluster.finish("a", late, scores=[[0, 0], [0, 0]])
-    assert (evaluation.num_prompts, evaluation.done.is_set()) == (0, False)
-    cluster.say("a", Failed(lease=lost, kind="prompt", cause="x"))
-    new, *others = cluster.heard("a", Lease)
-    assert (new.prompt_id, others) == ("new", [])
-    cluster.finish("a", new.lease, scores=[[1, 1], [1, 1]])
-    assert evaluation.done.is_set()
-    assert evaluation.means(("format", "correctness")) == {"format": 1, "correctness": 1}
-
-
-def test_an_evaluation_of_nothing_is_done_at_once():
-    evaluation = Cluster().coordinator.start_evaluation([], version=0)
-    assert evaluation.done.is_set()
-    assert evaluation.means(("format",)) == {"format": None}
-    assert evaluation.mean_tokens == 0

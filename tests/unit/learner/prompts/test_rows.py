@@ -118,7 +118,9 @@ def test_the_same_seed_gives_the_same_work_and_another_seed_another_order():
 def test_no_two_pieces_of_work_share_a_seed():
     streams = [make_stream(20, seed) for seed in (0, 1)]
     works = [stream.next() for stream in streams for _ in range(60)]
-    works += evaluation_work([{"prompt": "p"}] * 20, make_config(), version=0)
+    config = make_config(data={"heldout": "h"}, eval={"sets": [{"name": "more"}]})
+    for heldout in evaluation_work([[{"prompt": "p"}] * 20] * 2, config, due=0).values():
+        works += heldout
     seeds = {work.seed for work in works}
     assert len(seeds) == len(works)
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -136,10 +138,28 @@ def test_an_empty_stream_is_refused():
 
 
 def test_evaluations_are_the_same_every_time():
-    config = make_config(eval={"prompts": 3, "num_rollouts": 5, "temperature": 0.5})
+    config = make_config(
+        data={"heldout": "h"},
+        eval={
+            "prompts": 3,
+            "num_rollouts": 5,
+            "temperature": 0.5,
+            "sets": [{"name": "greedy", "prompts": 9, "temperature": 0}],
+        },
+    )
     rows = [{"prompt": f"p{i}"} for i in range(9)]
-    works = evaluation_work(rows, config, version=0)
-    assert works == evaluation_work(rows, config, version=0)
-    assert [work.row for work in works] == rows[:3]
-    assert {work.purpose for work in works} == {"eval"}
-    assert {(w.num_rollouts, w.temperature, w.max_tokens) for w in works} == {(5, 0.5, 8)}
+    works = evaluation_work([rows, rows], config, due=0)
+    later = evaluation_work([rows, rows], config, due=7)
+    assert works.keys() == later.keys() == {"heldout", "greedy"}
+    for name, of_set in works.items():
+        assert [work.seed for work in of_set] == [work.seed for work in later[name]]
+        assert {work.purpose for work in of_set} == {"eval"}
+    assert [work.row for work in works["heldout"]] == rows[:3]
+    assert [work.row for work in works["greedy"]] == rows
+    sampled = {name: works[name][0] for name in works}
+    found = {n: (w.num_rollouts, w.temperature, w.max_tokens) for n, w in sampled.items()}
+    assert found == {"heldout": (5, 0.5, 8), "greedy": (1, 0.0, 8)}
+    assert [works["heldout"][0].prompt_id, later["greedy"][8].prompt_id] == [
+        "heldout/0/0",
+        "greedy/7/8",
+    ]

@@ -130,7 +130,9 @@ def test_the_evaluation_after_the_last_step_finds_its_version_pushed():
             cluster.finish("a", lease, version=cluster.snapshots.latest.version)
         assert cluster.train()
         cluster.weights_ready("a", cluster.snapshots.latest.version)
-    evaluation = cluster.coordinator.start_evaluation([make_work("h", "eval")], cluster.version)
+    evaluation = cluster.coordinator.start_evaluation(
+        {"heldout": [make_work("h", "eval")]}, cluster.version
+    )
     cluster.coordinator.tick()
     [lease] = cluster.leases("a")
     cluster.finish("a", lease, version=4)

@@ -29,6 +29,8 @@ FAST = (
     "deadlines.actor_timeout_s=3",
     "deadlines.rank_timeout_s=6",
     "weights.timeout_s=2",
+    # The number of steps changes at a resume: the learning rate must not follow it.
+    "optimizer.lr_schedule=constant",
 )
 
 
@@ -83,7 +85,7 @@ def test_a_run_goes_on_from_two_ranks_to_one_and_back(system: System):
     again = losses(system)
     for step, loss in before.items():
         # The same groups in the same order; sums in another order.
-        assert again[step] == pytest.approx(loss, rel=1e-3, abs=1e-5)
+        assert again[step] == pytest.approx(loss, rel=1e-4, abs=1e-5)
     assert not system.summary_after_stop()["completed"]
     reached = max(losses(system))
 
@@ -153,8 +155,8 @@ def test_whatever_a_rank_was_doing_the_run_goes_on(system: System, point: str, d
     assert actor.wait(20) == 0, actor.output
     after = losses(system)
     assert list(after) == list(range(1, reached + 5))
-    for step, loss in before.items():
-        assert after[step] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    # The same number of ranks: bit for bit.
+    assert before.items() <= after.items()
     assert_books_balance(system.summary)
 
 

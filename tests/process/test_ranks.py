@@ -83,10 +83,10 @@ def test_the_same_ranks_make_the_same_bits(recipe: Path, tmp_path: Path):
     torch.multiprocessing.spawn(be_repeated, (recipe, tmp_path), nprocs=2)
 
 
-def be_rank(rank: int, size: int, recipe: Path, tmp_path: Path) -> None:
-    ranks, lines = joined(rank, size, tmp_path), []
+def be_rank(rank: int, size: int, recipe: Path, tmp_path: Path, backend: str = "gloo") -> None:
+    ranks, lines = joined(rank, size, tmp_path, backend), []
     for name, case in CASES.items():
-        config = configured(recipe, case)
+        config = configured(recipe, case, "cpu" if backend == "gloo" else "cuda")
         together = Run.of(config, case, ranks)
         if together is not None:
             lines.append(compare(name, case, config, Run.alone(config, case), together))
@@ -126,11 +126,11 @@ def be_repeated(rank: int, recipe: Path, tmp_path: Path) -> None:
     dist.destroy_process_group()
 
 
-def joined(rank: int, size: int, tmp_path: Path) -> Ranks:
+def joined(rank: int, size: int, tmp_path: Path, backend: str = "gloo") -> Ranks:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{tmp_path / 'rendezvous'}",
         rank=rank,
         world_size=size,
@@ -139,11 +139,9 @@ def joined(rank: int, size: int, tmp_path: Path) -> Ranks:
     return Ranks(rank, size)
 
 
-def configured(recipe: Path, case: Case) -> RunConfig:
-    return load_config(
-        recipe,
-        [f"training.batch_groups={NUM_PROMPTS}", "training.minibatches=2", *case.overrides],
-    )
+def configured(recipe: Path, case: Case, device: str = "cpu") -> RunConfig:
+    batch = (f"training.batch_groups={NUM_PROMPTS}", "training.minibatches=2")
+    return load_config(recipe, [*batch, f"model.device={device}", *case.overrides])
 
 
 @dataclass

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Condition
+from threading import Condition, main_thread
 
 from torch.distributed import Store
 
@@ -107,10 +107,19 @@ class Pulse:
                     self._look(_SOON_S)
         if self._lost is None and "timed out" in str(error).lower():
             return TrainingError(
-                "a rank of the learner hangs: all give signs of life, and one took no part in a "
-                f"call for deadlines.rank_timeout_s = {self._timeout_s:g}"
+                f"{self._who_hangs()}: no call of all ranks came about within "
+                f"deadlines.rank_timeout_s = {self._timeout_s:g}, though all give signs of life"
             )
         return self._lost or error
+
+    def _who_hangs(self) -> str:
+        """Name those that compute, or do anything else, while all others wait for them."""
+        found = []
+        for other in self._watched:
+            with suppress(RuntimeError):
+                if place := self._store.get(f"place/{other}").decode(errors="replace"):
+                    found.append(f"{self._names[other]} hangs in {one_line(place)}")
+        return "; ".join(found) or "a rank of the learner hangs"
 
     # --- the thread -----------------------------------------------------------------------------
 
@@ -137,6 +146,7 @@ class Pulse:
             self._changed.wait(BEAT_S)
 
     def _beat(self, number: int) -> None:
+        self._store.set(f"place/{self._rank}", "" if self._noticed else _place())
         self._store.set(f"pulse/{self._rank}", str(number))
 
     def _listen(self) -> None:
@@ -170,3 +180,17 @@ class Pulse:
         self._lost = TrainingError(str(error))
         log.error("%s", error)
         self._on_lost(self._lost)
+
+
+def _place() -> str:
+    """Where the thread that trains is in this program; empty while it waits for other ranks."""
+    frame = sys._current_frames().get(main_thread().ident or 0)
+    place = ""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.distributed"):
+            return ""
+        if not place and module.startswith("learner."):
+            place = f"{module}:{frame.f_lineno}"
+        frame = frame.f_back
+    return place

@@ -178,3 +178,16 @@ def test_two_machines_train_together(system: System):
     assert actor.wait(20) == 0, actor.output
     assert system.summary["completed"]
     assert len(list((system.folder / "runs").iterdir())) == 1
+
+
+def test_torchrun_that_is_told_to_end_ends_the_run_in_order(system: System):
+    ranks = start_ranks(system, "two", 2, str(RECIPE), *QUICK, *FAST, "training.steps=400")
+    actor = system.start_actor("actor")
+    system.wait_for_step(2)
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait(40) != 0  # As a process that was told to end.
+    assert actor.wait(20) == 0, actor.output
+    summary = system.summary
+    assert summary["ended_because"] == "SIGTERM"
+    assert summary["checkpoint"].endswith(f"step-{summary['steps']:08}/model")
+    assert_books_balance(summary)

@@ -47,7 +47,7 @@ class DeadlinesConfig(StrictModel):
     """Longest time in seconds from an actor's hello to its first weights."""
     wait_for_actors_s: PositiveFloat = 600.0
     """Seconds without any live actor after which the run ends with an error."""
-    rank_timeout_s: PositiveFloat = 120.0
+    ranks_timeout_s: PositiveFloat = 120.0
     """Longest wait of a learner on several ranks for one of them, in seconds: for a sign that its
     process lives, and for its part in what they compute together. Then the run ends, to be
     resumed."""

@@ -24,7 +24,7 @@ log = logging.getLogger("learner")
 
 _MEET = timedelta(minutes=10)
 """For all ranks to have started."""
-_TIMEOUT = "rank_timeout_s"
+_TIMEOUT = "ranks_timeout_s"
 _LATER_S = 5.0
 """By which calls break off later than a silent rank is noticed, which says more."""
 
@@ -44,7 +44,7 @@ def joined(config: RunConfig | None) -> Iterator[Ranks]:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=_MEET))  # type: ignore[no-untyped-call]
         if config is not None:
-            store.set(_TIMEOUT, str(config.deadlines.rank_timeout_s))
+            store.set(_TIMEOUT, str(config.deadlines.ranks_timeout_s))
         timeout_s = float(store.get(_TIMEOUT).decode())
     except RuntimeError as error:
         raise TrainingError(f"rank {rank} does not reach rank 0: {brief(error)}") from error

@@ -108,7 +108,7 @@ class Pulse:
         if self._lost is None and "timed out" in str(error).lower():
             return TrainingError(
                 f"{self._who_hangs()}: no call of all ranks came about within "
-                f"deadlines.rank_timeout_s = {self._timeout_s:g}, though all give signs of life"
+                f"deadlines.ranks_timeout_s = {self._timeout_s:g}, though all give signs of life"
             )
         return self._lost or error
 

@@ -27,7 +27,7 @@ TORCHRUN = "torch.distributed.run"
 FAST = (
     "checkpoints.every_steps=4",
     "deadlines.actor_timeout_s=3",
-    "deadlines.rank_timeout_s=6",
+    "deadlines.ranks_timeout_s=6",
     "weights.timeout_s=2",
     # The number of steps changes at a resume: the learning rate must not follow it.
     "optimizer.lr_schedule=constant",

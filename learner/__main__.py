@@ -1,5 +1,7 @@
 """``python -m learner CONFIG [key.sub=value ...]``, also under torchrun; plain lines only.
 
+    torchrun --nproc-per-node 8 -m learner CONFIG       a learner on eight GPUs
+
 ``--resume FOLDER`` in the place of CONFIG continues a run.
 """
 
@@ -10,7 +12,7 @@ from pathlib import Path
 from learner.config.file import load_config
 from learner.run_folder import RunFolder
 from protocol.errors import AsyncGdpoError, ConfigError
-from protocol.process import leave
+from protocol.process import leave, torchrun_rank
 
 
 def main(arguments: list[str]) -> int:
@@ -25,6 +27,12 @@ def main(arguments: list[str]) -> int:
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
+        if torchrun_rank()[0] > 0:
+            # Rank 0 says what to load.
+            from learner.run.follower import run_follower
+
+            run_follower()
+            return 0
         if resume:
             folder, config = RunFolder.resume(Path(arguments[0]), arguments[1:])
         else:

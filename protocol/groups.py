@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 _DTYPES = ("<i4", "<i4", "<i4", "<f4", "<i4", "<f4")
+NUM_PAYLOADS = len(_DTYPES)
 _NAMES = ("prompt_tokens", "lengths", "tokens", "logprobs", "spans", "scores")
 
 

@@ -1,10 +1,16 @@
-"""The end of a process of the system."""
+"""The place of a process among others, and its end."""
 
 import atexit
 import contextlib
 import os
 import sys
 from typing import NoReturn
+
+
+def torchrun_rank() -> tuple[int, int]:
+    """Which of the processes that torchrun started this one is, and how many there are; 0 of 1."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
 
 
 def leave(code: int) -> NoReturn:

@@ -15,6 +15,7 @@ from deploy.commands.options import (
 )
 from deploy.logs import start_logging
 from protocol.errors import ConfigError
+from protocol.process import torchrun_rank
 
 if TYPE_CHECKING:
     from deploy.commands.options import Commands
@@ -110,6 +111,11 @@ def _run(options: Any) -> int:
 def _learner(options: Any) -> int:
     from learner.run_folder import RunFolder
 
+    if torchrun_rank()[1] > 1:
+        raise ConfigError(
+            "this is a learner of one process; start one on several ranks with: "
+            "torchrun --nproc-per-node N -m learner CONFIG"
+        )
     if options.resume:
         config, folder = _resumed(options)
     else:

@@ -36,7 +36,7 @@ class EndpointsConfig(StrictModel):
 
 
 class DeadlinesConfig(StrictModel):
-    """How long the learner waits for its actors."""
+    """How long the learner waits for its actors, and for its own ranks."""
 
     lease_timeout_s: PositiveFloat = 600.0
     """Seconds without a token of its actor after which a prompt is leased to another. An actor that
@@ -47,6 +47,10 @@ class DeadlinesConfig(StrictModel):
     """Longest time in seconds from an actor's hello to its first weights."""
     wait_for_actors_s: PositiveFloat = 600.0
     """Seconds without any live actor after which the run ends with an error."""
+    ranks_timeout_s: PositiveFloat = 120.0
+    """Longest wait of a learner on several ranks for one of them, in seconds: for a sign that its
+    process lives, and for its part in what they compute together. Then the run ends, to be
+    resumed."""
 
 
 class AdmissionConfig(StrictModel):

@@ -39,6 +39,9 @@ class TrainingConfig(StrictModel):
     compile: bool = False
     """Whether the model's layers are compiled by ``torch.compile``: faster on GPUs, after some
     minutes."""
+    shard_ranks: NonNegativeInt = 0
+    """Ranks of a learner on several GPUs that share one copy of the weights out, such as those of a
+    machine: less has to travel between machines, and the copies take their memory. 0: all ranks."""
     pause_per_step_s: NonNegativeFloat = 0.0
     """Seconds of sleep after every step: to watch back-pressure work, and to test it."""
 

@@ -53,17 +53,24 @@ class Budget:
 
 
 def token_budget(
-    model: Any, forward: Forward, longest: int, *, recomputed_bytes: float = 0.0
+    model: Any,
+    forward: Forward,
+    longest: int,
+    *,
+    recomputed_bytes: float = 0.0,
+    masters: bool = True,
+    ranks: int = 1,
 ) -> Budget:
     """Tokens of a pass: powers of two, so that they are the same in every run on a machine.
 
     One pass over a few tokens shows what a token keeps; the share of the memory that this may take
     is divided by it, and by what the backward pass computes again for a token at once,
-    ``recomputed_bytes``. On GPUs, gradients and optimiser are left room for.
+    ``recomputed_bytes``. On GPUs, gradients, optimiser and, unless not, ``masters`` of a bfloat16
+    model are left room for. ``ranks`` are going to share weights and all of these, or the memory.
     """
     device = next(model.parameters()).device
     per_token = bytes_per_token(model, forward, longest) + recomputed_bytes
-    tokens = _memory(model, device) / (_BACKWARD * per_token)
+    tokens = _memory(model, device, masters, ranks) / (_BACKWARD * per_token)
     most = int(max(_SMALLEST, min(_LARGEST, 2 ** math.floor(math.log2(max(tokens, 1))))))
     return Budget(most, quick=min(most, _QUICK.get(device.type, most)))
 
@@ -92,14 +99,18 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _memory(model: Any, device: torch.device) -> float:
+def _memory(model: Any, device: torch.device, masters: bool, ranks: int) -> float:
     if device.type != "cuda":
-        return _SHARE_OF_MEMORY * _total_memory()
+        return _SHARE_OF_MEMORY * _total_memory() / ranks
     free: float = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Gradient and two moments in float32.
-    return _SHARE_OF_FREE * max(0.0, free - 12 * trained)
+    for parameter in model.parameters():
+        free += parameter.nbytes * (1 - 1 / ranks)
+        if parameter.requires_grad:
+            # Gradient and two moments in float32.
+            has_master = masters and parameter.dtype != torch.float32
+            free -= parameter.numel() * (16 if has_master else 12) / ranks
+    return _SHARE_OF_FREE * max(0.0, free)
 
 
 def _total_memory() -> int:

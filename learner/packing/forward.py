@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gdpo
 from learner.packing.attention import LAYOUT
@@ -27,6 +27,21 @@ class Way:
     """Head and softmax chunk by chunk; else by the model itself, with all its logits."""
     max_sequences: int | None = None
     """Sequences that may be in one pass; None for any number."""
+
+
+class Root(nn.Module):
+    """The root of a model whose weights are shared out over ranks.
+
+    FSDP gathers what stands outside of the layers, the head too, while this module is called.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], rows: Rows, **options: Any) -> Any:
+        """Compute with the model while its weights are there."""
+        return compute(self.model, rows, **options)
 
 
 class Forward:
@@ -48,6 +63,9 @@ class Forward:
 
     def logprobs(self, model: Any, rows: Rows) -> Tensor:
         """Log-probability [N] of each trained token."""
+        if isinstance(model, Root):
+            whole_N: Tensor = model(self.logprobs, rows)
+            return whole_N
         if self._way.fused_head:
             return gdpo.head_logprobs(
                 self._hidden(model, rows),
@@ -71,6 +89,14 @@ class Forward:
 
         `gdpo.head_logprobs_and_entropy` says what the arguments are.
         """
+        if isinstance(model, Root):
+            whole: tuple[Tensor, Tensor] = model(
+                self.logprobs_and_entropy,
+                rows,
+                entropy_gradient=entropy_gradient,
+                loss_gradient=loss_gradient,
+            )
+            return whole
         if self._way.fused_head:
             return gdpo.head_logprobs_and_entropy(
                 self._hidden(model, rows),

@@ -35,16 +35,35 @@ class Work:
 
 
 def split(
-    trees: Sequence[TokenTree], way: Way, budget: Budget, cost: Callable[[TokenTree], float]
+    trees: Sequence[TokenTree],
+    way: Way,
+    budget: Budget,
+    cost: Callable[[TokenTree], float],
+    ranks: int = 1,
 ) -> list[list[TokenTree]]:
-    """Share trees out to passes within a budget, one sequence at least in each."""
+    """Share trees out to passes within a budget, one sequence at least in each.
+
+    For several ranks, which wait for each other in every pass: as many for each, what costs alike
+    side by side. So rank r takes every ``ranks``-th from the r-th on. Some may be empty.
+    """
     if way.packed:
-        return microbatches(trees, budget.of(trees), cost)
+        fair = -(-sum(tree.num_tokens for tree in trees) // ranks)
+        parts = microbatches(trees, min(budget.of(trees), fair), cost, ranks)
+        if ranks > 1:
+            parts.sort(key=lambda part: sum(map(cost, part)), reverse=True)
+        return parts
+    parts = _padded(trees, way, budget, ranks)
+    return parts + [[]] * (-len(parts) % ranks)
+
+
+def _padded(
+    trees: Sequence[TokenTree], way: Way, budget: Budget, ranks: int
+) -> list[list[TokenTree]]:
     chains = [chain for tree in trees for chain in tree.chains()]
     # Of similar length together: less padding to compute.
     chains.sort(key=lambda chain: chain.num_tokens, reverse=True)
     parts: list[list[TokenTree]] = []
-    limit = way.max_sequences or len(chains)
+    limit = min(way.max_sequences or len(chains), -(-len(chains) // ranks))
     for chain in chains:
         rows = len(parts[-1]) + 1 if parts else limit + 1
         if rows > limit or rows * parts[-1][0].num_tokens > budget.quick:

@@ -127,6 +127,10 @@ class TokenTree:
         )
 
 
+NOTHING = TokenTree((Segment(-1, np.zeros(1, dtype=np.int32)),))
+"""Nothing to train: for whoever has to take part in a pass that others need."""
+
+
 def tree_of(group: Group, first_sequence: int) -> TokenTree:
     """The prompt, and each rollout behind it; they are sequences from ``first_sequence`` on."""
     prompt = Segment(-1, group.prompt_tokens)
@@ -149,9 +153,14 @@ def tree_of(group: Group, first_sequence: int) -> TokenTree:
 
 
 def microbatches(
-    trees: Iterable[TokenTree], max_tokens: int, cost: Callable[[TokenTree], float]
+    trees: Iterable[TokenTree],
+    max_tokens: int,
+    cost: Callable[[TokenTree], float],
+    multiple_of: int = 1,
 ) -> list[list[TokenTree]]:
     """Share trees out to as few parts of at most ``max_tokens`` as will do, of similar cost.
+
+    Their number is a multiple of ``multiple_of``; if that is more than 1, some may be empty.
 
     The dearest first, each to the cheapest part that has room: within 4/3 of the best there is
     where room does not matter (Graham, "Bounds on multiprocessing timing anomalies", 1969).
@@ -159,9 +168,10 @@ def microbatches(
     pieces = [piece for tree in trees for piece in tree.pieces(max_tokens)]
     pieces.sort(key=cost, reverse=True)
     number = max(1, -(-sum(piece.num_tokens for piece in pieces) // max_tokens))
+    number += -number % multiple_of
     while (parts := _share_out(pieces, number, max_tokens, cost)) is None:
-        number += 1
-    return [part for part in parts if part]
+        number += multiple_of
+    return [part for part in parts if part or multiple_of > 1]
 
 
 def _share_out(

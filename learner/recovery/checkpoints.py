@@ -43,6 +43,7 @@ from learner.run_folder import how_to_go_on
 from learner.state import RunState
 from learner.threads import Worker
 from learner.training.policy import Policy
+from learner.training.shards import gathered
 from protocol.errors import AsyncGdpoError, ConfigError, TrainingError, brief
 
 log = logging.getLogger("learner")
@@ -137,12 +138,13 @@ class Checkpoints:
     def begin(self, state: RunState, trainer: Tensors) -> None:
         """Copy everything now and write it on a thread; waits for the one before.
 
+        Of a model that is shared out, all ranks take part (`learner.training.shards.gathered`).
+
         Raises `TrainingError` if that one could not be written.
         """
         self.finish()
-        contents = _Contents(
-            state, _copies(dict(self._policy.model.state_dict())), _copies(trainer)
-        )
+        model = self._policy.model.state_dict()
+        contents = _Contents(state, gathered(model, keep=True), gathered(trainer, keep=True))
         with self._worker.adding():
             self._idle.clear()
             self._waiting = contents
@@ -206,9 +208,9 @@ def newest(folder: Path) -> Checkpoint | None:
     A damaged one is named in the log and passed over. Raises `ConfigError` if all are damaged.
     """
     problems = []
-    for version, path in sorted(_complete(folder), reverse=True):
+    for _, path in sorted(_complete(folder), reverse=True):
         try:
-            return _opened(version, path)
+            return _opened(path)
         except ConfigError as error:
             problems.append(str(error))
             log.warning("%s; passed over", error)
@@ -220,16 +222,22 @@ def newest(folder: Path) -> Checkpoint | None:
 def oldest(folder: Path) -> Checkpoint | None:
     """The oldest checkpoint; None if there is none. Raises `ConfigError` if it is damaged."""
     found = sorted(_complete(folder))
-    return _opened(*found[0]) if found else None
+    return _opened(found[0][1]) if found else None
 
 
-def _opened(version: int, path: Path) -> Checkpoint:
+def verified(path: Path) -> Checkpoint:
+    """The checkpoint in a folder that another process has found undamaged."""
+    state = msgspec.json.decode((path / "state.json").read_bytes(), type=RunState)
+    return Checkpoint(path, state.version, state)
+
+
+def _opened(path: Path) -> Checkpoint:
     try:
         _verify(path)
-        state = msgspec.json.decode((path / "state.json").read_bytes(), type=RunState)
+        checkpoint = verified(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"checkpoint {path.name} is damaged: {brief(error)}") from error
-    return Checkpoint(path, version, state)
+    return checkpoint
 
 
 def load_tensors(checkpoint: Checkpoint, tensors: Tensors) -> None:
@@ -263,18 +271,6 @@ def _alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _copies(tensors: Tensors) -> Tensors:
-    """Copy to CPU memory; what shares memory still does, so that tied weights are written once."""
-    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True)
-        result[name] = copies[key]
-    return result
 
 
 def _complete(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -18,6 +18,7 @@ from learner.replay.journal_reader import JournalReader, RecordedBatch
 from learner.run_folder import RunFolder
 from learner.state import OpenPrompts, RunState
 from learner.training.policy import Policy, load_model, load_policy
+from learner.training.ranks import ALONE, Ranks
 from learner.training.reward_settings import RewardSchedule, RewardSetting
 from learner.training.trainer import StepResult, Trainer
 from protocol.errors import BadMessage, ConfigError
@@ -177,22 +178,25 @@ def load_trainer(
     config: RunConfig,
     checkpoint: Checkpoint | None,
     on_progress: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Policy, Trainer]:
     """Policy and trainer, as the configuration says or as they were at a checkpoint.
 
+    Of several ``ranks``, all call it; those that made the checkpoint may have been another number.
     Raises `ConfigError`.
     """
     policy = load_policy(config, checkpoint.model if checkpoint else None)
     # The KL term is to the model that training began with, not to where it continues.
     first = checkpoint is not None and config.algorithm.kl_coefficient
     reference = load_model(config, policy.folder) if first else None
-    trainer = Trainer(policy, config, reference=reference, on_progress=on_progress)
+    trainer = Trainer(policy, config, reference=reference, ranks=ranks, on_progress=on_progress)
     if checkpoint is not None:
         trainer.load_state(checkpoint.version, partial(load_tensors, checkpoint))
         state = checkpoint.state
         trainer.batch_std = state.batch_std
         if state.batch_std_setting is not None:
             trainer.batch_std_setting = RewardSetting.from_json(state.batch_std_setting)
+    ranks.meet()
     return policy, trainer
 
 

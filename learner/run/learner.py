@@ -17,13 +17,14 @@ Every loop has a thread of its own:
 | reading    | completions    | batches      | a batch         | training         | texts in files |
 | self-check | self-check     | some groups  | such a group    | intake           | verdicts       |
 | pages      | http           | requests     | a request       | clients          | pages          |
+| ranks      | pulse          | other pulses | a second        | the clock        | lost ranks     |
 | broadcast  | broadcast      | one version  | its members     | members, clock   | sent buckets   |
 | call       | collective     | one call     | its peers       | peers            | its result     |
 | abort      | nccl-abort     | one epoch    | CUDA kernels    | CUDA             | freed memory   |
 
-The last three live as long as the one thing that they were made for. A call is one to
-torch.distributed with a deadline, after which nobody waits for its thread any more. Every HTTP
-request has a thread besides, which Python names.
+That of ranks is there if torchrun started several. The last three live as long as the one thing
+that they were made for. A call is one to torch.distributed with a deadline, after which nobody
+waits for its thread any more. Every HTTP request has a thread besides, which Python names.
 """
 
 import logging
@@ -41,6 +42,7 @@ from learner.run.resumption import resume as resume_run
 from learner.run.saving import save
 from learner.run_folder import RunFolder
 from learner.status import Status
+from learner.training.ranks import ALONE, Ranks
 from protocol.errors import TrainingError, brief
 
 log = logging.getLogger("learner")
@@ -52,14 +54,18 @@ DRAIN_TIMEOUT_S = 3.0
 class Learner:
     """One training run; `run` returns when it is done or `stop` was called."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, *, resume: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, *, resume: bool = False, ranks: Ranks = ALONE
+    ) -> None:
         """Build everything and open the ports; raises `ConfigError`.
 
-        ``resume`` continues where the learner before in this folder ended, or was killed.
+        ``resume`` continues where the learner before in this folder ended, or was killed. The other
+        ``ranks``, if any, follow this one.
         """
         folder.claim()
         checkpoint = newest(folder.checkpoints) if resume else None
-        self.parts = assemble(load(config, folder, checkpoint))
+        self.parts = assemble(load(config, folder, checkpoint, ranks))
+        ranks.doctor.when_lost(self.parts.coordinator.fail)
         self.parts.completions.start()
         if resume:
             resume_run(self.parts, checkpoint)
@@ -89,7 +95,10 @@ class Learner:
             failure = failure or error
             progress.completed = False
             progress.stop(brief(error))
-        self._leave()
+        if self.parts.trainer.ranks.are_whole:
+            self._leave()
+        else:
+            log.info("actors are not sent away: they wait for the learner to be resumed")
         # Nothing changes the books any more.
         self.connections.intake.close()
         self.parts.history.close()
@@ -122,6 +131,7 @@ class Learner:
             self.parts.self_check.close()
         self.endpoints.close()
         self.connections.context.term()
+        self.parts.trainer.ranks.dismiss()
         self.parts.folder.close()
 
     def _train_and_evaluate(self) -> None:

@@ -28,10 +28,12 @@ from learner.recovery.checkpoints import Checkpoint
 from learner.recovery.history import History
 from learner.recovery.resume import load_trainer
 from learner.replay.buffer import ReplayBuffer, TrainingBatch
+from learner.run.follower import describe
 from learner.run.progress import Progress
 from learner.run.throughput import Throughput
 from learner.run_folder import RunFolder
 from learner.training.policy import Policy, load_tokenizer, with_dtype
+from learner.training.ranks import Order, Ranks
 from learner.training.reward_settings import RewardSchedule
 from learner.training.trainer import StepResult, Trainer
 from learner.weights.chunks import ChunkSource
@@ -99,8 +101,13 @@ class Parts(Materials):
         )
 
 
-def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> Materials:
-    """Load model and data, the model as it was at ``checkpoint``; raises `ConfigError`."""
+def load(
+    config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None, ranks: Ranks
+) -> Materials:
+    """Load model and data, the model as it was at ``checkpoint``; raises `ConfigError`.
+
+    All other ranks are told to load it too.
+    """
     config = with_dtype(config)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
@@ -111,7 +118,9 @@ def load(config: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None) ->
     heldout = load_heldout(config.heldout_sets)
     prompts = PromptStream(rows, config)
     heartbeat = Heartbeat("trainer", limit_s=120.0)
-    policy, trainer = load_trainer(config, checkpoint, heartbeat.beat)
+    if ranks.size > 1:
+        ranks.order(Order.LOAD, [describe(config, checkpoint)])
+    policy, trainer = load_trainer(config, checkpoint, heartbeat.beat, ranks)
     return Materials(
         config=config,
         folder=folder,
@@ -193,4 +202,6 @@ def _greeting(given: Materials) -> Greeting:
 
 
 def _packed(trainer: Trainer, policy: Policy, memory: MemoryPool) -> Snapshot:
-    return pack(trainer.version, policy.model, policy.specs, memory)
+    trainer.ranks.order(Order.GATHER_WEIGHTS)
+    with trainer.ranks.explained():
+        return pack(trainer.version, policy.model, policy.specs, memory)

@@ -1,15 +1,15 @@
 """Running a learner in this process, from a configuration to an exit code."""
 
 import logging
-import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from learner.config.run import RunConfig
 from learner.records import Summary
 from learner.run.learner import Learner
+from learner.run.torchrun import joined
 from learner.run_folder import RunFolder
 from protocol.errors import ConfigError
 
@@ -25,29 +25,31 @@ def run_learner(
 ) -> Summary:
     """Train until done, or until SIGTERM or SIGINT; returns the summary.
 
-    ``resume`` continues the run of ``folder``. ``on_start`` is called once, when actors can
-    join. Raises the errors of `protocol.errors`.
+    Under torchrun this is rank 0. ``resume`` continues the run of ``folder``. ``on_start`` is
+    called once, when actors can join. Raises the errors of `protocol.errors`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("the learner is one process; start it with --nproc-per-node=1")
-    try:
-        learner = Learner(config, folder, resume=resume)
-    except ConfigError:
-        if folder.is_new:
-            folder.discard()
-        raise
-    try:
-        with _stopped_by_signals(learner):
-            keys = " --key ACTOR.key_secret --learner-key LEARNER.key" if config.keys.secret else ""
-            log.info(
-                "actors join with: gdpo actor --learner %s%s", learner.connections.join_url, keys
-            )
-            log.info("metrics: %s", learner.endpoints.metrics_url)
-            log.info("run folder: %s", folder.path)
-            on_start(learner)
-            return learner.run()
-    finally:
-        learner.close()
+    with _started(config, folder, resume) as learner, _stopped_by_signals(learner):
+        keys = " --key ACTOR.key_secret --learner-key LEARNER.key" if config.keys.secret else ""
+        log.info("actors join with: gdpo actor --learner %s%s", learner.connections.join_url, keys)
+        log.info("metrics: %s", learner.endpoints.metrics_url)
+        log.info("run folder: %s", folder.path)
+        on_start(learner)
+        return learner.run()
+
+
+@contextmanager
+def _started(config: RunConfig, folder: RunFolder, resume: bool) -> Iterator[Learner]:
+    """A learner, closed in the end; one that could not be made leaves no new folder behind."""
+    with ExitStack() as stack:
+        try:
+            ranks = stack.enter_context(joined(config))
+            learner = Learner(config, folder, resume=resume, ranks=ranks)
+        except ConfigError:
+            if folder.is_new:
+                folder.discard()
+            raise
+        stack.callback(learner.close)
+        yield learner
 
 
 @contextmanager

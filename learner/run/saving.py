@@ -2,6 +2,7 @@
 
 from learner.run.parts import Parts
 from learner.state import RunState
+from learner.training.ranks import Order
 
 
 def checkpoint(parts: Parts) -> None:
@@ -10,8 +11,11 @@ def checkpoint(parts: Parts) -> None:
     Raises `TrainingError` if the one before could not be written.
     """
     parts.completions.write_soon()
+    ranks = parts.trainer.ranks
     with parts.history.copying():
-        parts.history.checkpoints.begin(run_state(parts), parts.trainer.state_tensors())
+        ranks.order(Order.GATHER_STATE)
+        with ranks.explained():
+            parts.history.checkpoints.begin(run_state(parts), parts.trainer.state_tensors())
 
 
 def save(parts: Parts) -> None:

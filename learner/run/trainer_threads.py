@@ -57,10 +57,14 @@ class TrainerThreads:
 
 
 def automatic_threads(parts: Parts) -> TrainerThreads | None:
-    """Threads that follow the actors; None where numbers must not depend on them, and on GPUs."""
+    """Threads that follow the actors; None where numbers must not depend on them.
+
+    Neither on GPUs, nor where several ranks wait for each other.
+    """
     config = parts.config
     device = next(parts.policy.model.parameters()).device
-    if config.training.threads or config.buffer.lag is not None or device.type != "cpu":
+    fixed = config.training.threads or config.buffer.lag is not None
+    if fixed or device.type != "cpu" or parts.trainer.ranks.size > 1:
         return None
     return TrainerThreads(len(os.sched_getaffinity(0)), torch.get_num_threads())
 

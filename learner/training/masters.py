@@ -18,10 +18,11 @@ gradient. Of the gradient in bfloat16 there is never more than what the backward
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _SMALL = (torch.bfloat16, torch.float16)
 _HALF_STEP = 1 << 15
@@ -92,16 +93,23 @@ def _master_of(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parame
     """Float32 weights that round to those of the parameter; zeros stay zeros."""
     master = parameter.detach().float()
     if parameter.dtype == torch.bfloat16:
-        local = master.to_local() if isinstance(master, DTensor) else master
         # Bfloat16 is the upper half of float32: what is added to the lower half is rounded away.
         lower = torch.randint(
             1 - _HALF_STEP,
             _HALF_STEP,
-            local.shape,
+            master.shape,
             generator=generator,
-            device=local.device,
+            device=master.device,
             dtype=torch.int16,
         )
+        local = master
+        if isinstance(master, DTensor):
+            # The same of the whole parameter on all ranks, so that it does not depend on how many
+            # there are. Nothing travels.
+            shared: Any = distribute_tensor(
+                lower, master.device_mesh, master.placements, src_data_rank=None
+            )
+            local, lower = master.to_local(), shared.to_local()
         local.view(torch.int32).add_(lower.mul_(local != 0))
     return nn.Parameter(master)
 

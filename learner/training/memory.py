@@ -19,19 +19,31 @@ from learner.packing.forward import Forward
 from protocol.errors import ConfigError
 
 
-def prepared(model: Any, forward: Forward, longest: int, training: TrainingConfig) -> Budget:
+def prepared(
+    model: Any,
+    forward: Forward,
+    longest: int,
+    training: TrainingConfig,
+    *,
+    masters: bool = True,
+    ranks: int = 1,
+) -> Budget:
     """Do to the layers what the configuration says; returns the tokens of a pass.
+
+    ``masters`` and ``ranks`` are those of `token_budget`: none of them has memory yet.
 
     Raises `ConfigError` for a model whose layers are not told apart.
     """
     recomputed = 0.0
     if training.activation_checkpointing:
         # The backward pass computes one layer after the other again.
-        recomputed = bytes_per_token(model, forward, longest) / len(_layers(model))
+        recomputed = bytes_per_token(model, forward, longest) / len(layers_of(model))
     prepare_layers(model, checkpointed=training.activation_checkpointing, compiled=training.compile)
     if tokens := training.microbatch_tokens:
         return Budget(most=tokens, quick=tokens)
-    return token_budget(model, forward, longest, recomputed_bytes=recomputed)
+    return token_budget(
+        model, forward, longest, recomputed_bytes=recomputed, masters=masters, ranks=ranks
+    )
 
 
 def prepare_layers(model: Any, *, checkpointed: bool, compiled: bool) -> None:
@@ -46,7 +58,7 @@ def prepare_layers(model: Any, *, checkpointed: bool, compiled: bool) -> None:
 
     Raises `ConfigError` for a model whose layers are not told apart.
     """
-    for layer in _layers(model) if checkpointed or compiled else ():
+    for layer in layers_of(model) if checkpointed or compiled else ():
         if compiled:
             # First: a checkpoint that is compiled may call nothing that is not, as attention is.
             forward = torch.compile(type(layer).forward, dynamic=True)
@@ -58,8 +70,11 @@ def prepare_layers(model: Any, *, checkpointed: bool, compiled: bool) -> None:
             )
 
 
-def _layers(model: Any) -> list[nn.Module]:
-    """The layers that transformers itself would checkpoint, outermost ones only."""
+def layers_of(model: Any) -> list[nn.Module]:
+    """The layers that transformers itself would checkpoint, outermost ones only.
+
+    Raises `ConfigError` for a model whose layers are not told apart.
+    """
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -69,6 +84,6 @@ def _layers(model: Any) -> list[nn.Module]:
     if not found:
         raise ConfigError(
             f"{type(model).__name__} has no layers that transformers can checkpoint; turn "
-            "training.activation_checkpointing and training.compile off"
+            "training.activation_checkpointing and training.compile off, and train it on one rank"
         )
     return found

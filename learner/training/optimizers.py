@@ -37,9 +37,8 @@ class PolicyOptimizer:
 
     def clip(self) -> float:
         """Scale the gradient to the configured norm if it is larger; returns its norm before."""
-        return nn.utils.clip_grad_norm_(
-            self._masters.parameters(), self._config.max_grad_norm
-        ).item()
+        norm = nn.utils.clip_grad_norm_(self._masters.parameters(), self._config.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def step(self) -> None:
         """Update the weights by their gradient."""

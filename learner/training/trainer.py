@@ -20,17 +20,28 @@ from torch import Tensor
 
 import gdpo
 from learner.config.run import RunConfig
+from learner.packing.budget import Budget
 from learner.packing.choice import choose
 from learner.packing.forward import Forward
 from learner.packing.rows import Rows
-from learner.packing.split import Work, split
+from learner.packing.split import Work
 from learner.training.batch import Batch
+from learner.training.batch_tensors import to_tensors
 from learner.training.completion_metrics import completion_metrics
-from learner.training.memory import prepared
-from learner.training.microbatches import Microbatch, lag0_difference, step_metrics, whole_ess
+from learner.training.memory import layers_of, prepared
+from learner.training.microbatches import (
+    Microbatch,
+    lag0_difference,
+    of_all_ranks,
+    step_metrics,
+    whole_ess,
+)
 from learner.training.optimizers import PolicyOptimizer
+from learner.training.passes import Passes
 from learner.training.policy import Policy
+from learner.training.ranks import ALONE, Order, Ranks
 from learner.training.reward_settings import RewardSetting
+from learner.training.shards import shard
 from protocol.errors import TrainingError
 from protocol.groups import Group
 
@@ -68,20 +79,31 @@ class Trainer:
         config: RunConfig,
         *,
         reference: Any = None,
+        ranks: Ranks = ALONE,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """``reference`` is the model of the KL term, if not the policy as it is now."""
+        """``reference`` is the model of the KL term, if not the policy as it is now.
+
+        Of several ``ranks``, all make a trainer of the same model; its weights are shared out.
+        """
         self._model = policy.model
         self._config = config
+        self.ranks = ranks
         self._device = next(self._model.parameters()).device
-        self._optimizer = PolicyOptimizer(self._model, config.optimizer, seed=config.seed)
         self._random = torch.Generator().manual_seed(config.seed)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
         self.way = choose(self._model, longest)
         """How sequences go through the model."""
         self._forward = Forward(self.way, config.sampling.temperature, on_progress)
-        self._budget = prepared(self._model, self._forward, longest, config.training)
-        self._work = Work.of(self._model)
+        budget = prepared(
+            self._model,
+            self._forward,
+            longest,
+            config.training,
+            masters=config.optimizer.master_weights,
+            ranks=min(config.training.shard_ranks or ranks.size, ranks.size),
+        )
+        work = Work.of(self._model)
         self._correction = config.algorithm.make_correction()
         self.batch_std: float | None = None
         """Scale of the batches before, which were weighed by ``batch_std_setting``."""
@@ -91,9 +113,23 @@ class Trainer:
             self._reference = (reference or copy.deepcopy(policy.model)).requires_grad_(False)
             # The same family: what the check found holds for it too.
             self._reference.set_attn_implementation(self._model.config._attn_implementation)
+        if ranks.size > 1:
+            budget = self._share_out(budget)
+        self._passes = Passes(self._forward, self.way, budget, work, self._device, ranks)
+        self._optimizer = PolicyOptimizer(policy.model, config.optimizer, seed=config.seed)
         self.version = 0
         self.in_step = False
         """Whether the weights are between two versions, which is so after a step that failed."""
+
+    def _share_out(self, budget: Budget) -> Budget:
+        """Become one of several ranks, that all compute in the same way; returns their budget."""
+        self.ranks.meet()
+        self.ranks.check_equal("the way of computing the model", repr(self.way))
+        each = self._config.training.shard_ranks
+        self._model = shard(self._model, layers_of(self._model), each)
+        if self._reference is not None:
+            self._reference = shard(self._reference, layers_of(self._reference), each)
+        return Budget(*map(self.ranks.smallest, (budget.most, budget.quick)))
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Optimiser and random generator: what a checkpoint needs besides the weights.
@@ -112,13 +148,12 @@ class Trainer:
 
     def step(self, groups: list[Group], setting: RewardSetting) -> StepResult:
         """Train on a batch; raises `TrainingError` when loss or gradient is not finite."""
-        self.in_step = True
         batch = Batch(groups, self._config.algorithm.overlong)
         advantages = self._advantages(batch.scores_PGK, setting)
         staleness = [self.version - group.oldest_version for group in groups]
-        metrics, difference = self._update(batch, advantages.advantages)
-        self.version += 1
-        self.in_step = False
+        if self.ranks.size > 1:
+            self.ranks.order(Order.TRAIN, to_tensors(groups, advantages.advantages))
+        metrics, difference = self.update(batch, advantages.advantages)
         names = list(setting.weights)
         metrics |= gdpo.reward_diagnostics(batch.scores_PGK, advantages, names)
         metrics |= completion_metrics(groups, metrics)
@@ -153,16 +188,31 @@ class Trainer:
         self.batch_std = advantages.batch_std
         return advantages
 
-    def _update(self, batch: Batch, advantages_PG: Tensor) -> tuple[dict[str, float], float | None]:
-        """All optimiser steps of one batch."""
+    def update(self, batch: Batch, advantages_PG: Tensor) -> tuple[dict[str, float], float | None]:
+        """All optimiser steps of one batch, on every rank: metrics, and the difference at lag 0.
+
+        Raises as `step` does.
+        """
+        self.in_step = True
+        with self.ranks.explained():
+            result = self._minibatches(batch, advantages_PG)
+        self.version += 1
+        self.in_step = False
+        return result
+
+    def _minibatches(
+        self, batch: Batch, advantages_PG: Tensor
+    ) -> tuple[dict[str, float], float | None]:
         order = torch.randperm(len(batch.groups), generator=self._random)
         learns_P = (advantages_PG != 0).any(1) | self._all_learn
         advantages_B = advantages_PG.flatten().to(self._device, torch.float32)
         minibatches = [
-            _Minibatch(batch, places_p, self._passes(batch, places_p[learns_P[places_p]]))
+            _Minibatch(batch, places_p, self._passes.of(batch, places_p[learns_P[places_p]]))
             for places_p in order.tensor_split(self._config.training.minibatches)
         ]
-        parts = self._without_gradient(self._passes(batch, order[~learns_P[order]]), advantages_B)
+        parts = self._without_gradient(
+            self._passes.of(batch, order[~learns_P[order]]), advantages_B
+        )
         difference = lag0_difference(parts, self.version)
         # Before the first update: after it, the policy is another one.
         later = [self._proximal(minibatch) for minibatch in minibatches[1:]]
@@ -186,21 +236,14 @@ class Trainer:
         metrics["learning_rate"] = self._optimizer.lr
         return metrics, difference
 
-    def _passes(self, batch: Batch, places_p: Tensor) -> list[Rows]:
-        """Lay groups of a batch out as passes that fit into memory."""
-        trees = [batch.trees[p] for p in places_p.tolist()]
-        parts = split(trees, self.way, self._budget, self._work) if trees else []
-        passes = [self._forward.rows(part, self._device) for part in parts]
-        # A prompt alone teaches nothing.
-        return [rows for rows in passes if len(rows.target_N)]
-
     @torch.no_grad()
     def _without_gradient(self, passes: list[Rows], advantages_B: Tensor) -> list[Microbatch]:
         """What groups that have no gradient leave for the metrics."""
-        return [
+        parts = [
             Microbatch(self._loss(rows, advantages_B, None, None).record, rows.versions_N)
             for rows in passes
         ]
+        return of_all_ranks(parts, self.ranks)
 
     @property
     def _all_learn(self) -> bool:
@@ -226,7 +269,10 @@ class Trainer:
     def _backward(
         self, minibatch: "_Minibatch", advantages_B: Tensor, proximal: list[Tensor] | None
     ) -> tuple[list[Microbatch], float]:
-        """Gradient of a minibatch, summed over passes that fit into memory; returns its loss."""
+        """Gradient of a minibatch, summed over passes that fit into memory; returns its loss.
+
+        Passes, loss and gradient are those of all ranks.
+        """
         self._optimizer.zero_grad()
         denominator = gdpo.loss_denominator(
             minibatch.lengths_b.to(self._device),
@@ -241,7 +287,7 @@ class Trainer:
             loss.loss.backward()  # type: ignore[no-untyped-call]
             total += loss.loss.detach()
             parts.append(Microbatch(loss.record, rows.versions_N))
-        return parts, total.item()
+        return of_all_ranks(parts, self.ranks), self.ranks.sum(total).item()
 
     def _loss(
         self,

@@ -11,7 +11,7 @@ gone: a frame that ZeroMQ still sends, the check of a new actor, a broadcast tha
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, cast, overload
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -65,40 +65,13 @@ class MemoryPool:
         return Memory(torch.from_numpy(array), memory.path)
 
 
-@overload
 def pack(
     version: int, model: torch.nn.Module, specs: Sequence[TensorSpec], pool: MemoryPool
-) -> Snapshot: ...
-
-
-@overload
-def pack(
-    version: int,
-    model: torch.nn.Module,
-    specs: Sequence[TensorSpec],
-    pool: MemoryPool,
-    *,
-    keep: bool,
-) -> Snapshot | None: ...
-
-
-def pack(
-    version: int,
-    model: torch.nn.Module,
-    specs: Sequence[TensorSpec],
-    pool: MemoryPool,
-    *,
-    keep: bool = True,
-) -> Snapshot | None:
+) -> Snapshot:
     """Copy the model's parameters, cast to the types of ``specs``, into memory of ``pool``.
 
-    Of a sharded model every rank calls this, with the same ``specs``: the parameters are gathered
-    one after the other, and a rank that does not ``keep`` them holds one at a time (while it is
-    put together, twice) and gets None.
+    Of a sharded model every other rank calls `help_to_pack` meanwhile, with the same ``specs``.
     """
-    if not keep:
-        _help_to_gather(model, specs)
-        return None
     packed, path = pool.take()
     digests = pack_into(packed, model, specs)
     return Snapshot(version, packed, digests, whole_digest(digests, specs), specs, path)
@@ -140,7 +113,11 @@ def _copy_whole(
     return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
 
-def _help_to_gather(model: torch.nn.Module, specs: Sequence[TensorSpec]) -> None:
+def help_to_pack(model: torch.nn.Module, specs: Sequence[TensorSpec]) -> None:
+    """Take part in `pack` of another rank: the parameters are gathered one after the other.
+
+    Whoever does so holds one at a time, and while it is put together, twice.
+    """
     parameters = dict(model.named_parameters())
     for spec in specs:
         _whole(parameters[spec.name], spec)

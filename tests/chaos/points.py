@@ -62,6 +62,12 @@ POINTS = {
     "learner.save.half": Point("transformers:PreTrainedModel.save_pretrained", "after"),
     "learner.save.done": Point("learner.recovery.checkpoints:Checkpoints._write", "after"),
     "learner.leave": Point("learner.run.learner:Learner._leave", "before"),
+    # A rank of the learner that is not the first.
+    "rank.waits": Point("learner.training.ranks:Ranks.next_order", "before"),
+    "rank.forward": Point("learner.packing.forward:Forward._call", "before"),
+    "rank.reduced": Point("learner.training.optimizers:PolicyOptimizer.clip", "before"),
+    "rank.gather": Point("learner.weights.pack:_whole", "before"),
+    "rank.checkpoint": Point("learner.training.shards:_helped", "before"),
 }
 
 Deed = Literal["kill", "stop", "term", "hang"]

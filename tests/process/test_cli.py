@@ -150,6 +150,13 @@ def test_what_stands_first_after_resume_is_an_override_as_it_was_written(
     assert "'tcp://127.0.0.1:99999'" in capsys.readouterr().err
 
 
+def test_a_learner_of_one_process_is_not_one_of_several(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["learner", str(recipe)]) == USER_ERROR
+    assert "torchrun --nproc-per-node N -m learner CONFIG" in capsys.readouterr().err
+
+
 def test_a_process_prints_no_traceback_for_an_error_of_the_user(tmp_path):
     result = python("-m", "deploy", "check", str(tmp_path / "none.toml"))
     assert result.returncode == 2

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from learner.weights.pack import MemoryPool, pack
+from learner.weights.pack import MemoryPool, help_to_pack, pack
 from protocol.weights import TensorSpec, layout, total_bytes
 
 WORLD = 2
@@ -75,9 +75,10 @@ def pack_odd_model(rank: int) -> None:
         pool = MemoryPool(total_bytes(specs))
         # Every rank keeps a version in turn.
         for version in range(2 * WORLD):
-            snapshot = pack(version, model, specs, pool, keep=rank == version % WORLD)
-            assert (snapshot is not None) == (rank == version % WORLD)
-            if snapshot is not None:
+            if rank != version % WORLD:
+                help_to_pack(model, specs)
+            else:
+                snapshot = pack(version, model, specs, pool)
                 assert torch.equal(snapshot.packed, expected.packed)
                 assert (snapshot.version, snapshot.digests) == (version, expected.digests)
 
@@ -93,7 +94,7 @@ def measure_memory(rank: int) -> None:
 
     pool.take().packed.zero_()  # So that the bytes that are kept are not counted.
     for keep in (rank == 0, False):
-        call = partial(pack, 0, model, specs, pool, keep=keep)
+        call = partial(pack, 0, model, specs, pool) if keep else partial(help_to_pack, model, specs)
         # What pack holds itself it holds every time; gloo's thread may let go of what it gathered
         # a moment after the next parameter is on its way.
         extra = min(extra_memory(call) for _ in range(3))

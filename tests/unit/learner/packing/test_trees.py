@@ -63,6 +63,26 @@ def test_a_split_loses_nothing_and_keeps_to_its_budget(forest, max_tokens, packe
         assert tokens <= max_tokens or (len(part) == 1 and num_sequences(part[0]) == 1)
 
 
+@given(
+    st.lists(trees(), min_size=1, max_size=5),
+    st.integers(1, 60),
+    st.booleans(),
+    st.integers(2, 4),
+)
+def test_ranks_get_as_many_parts_each_that_cost_alike(forest, max_tokens, packed, ranks):
+    way = Way(packed=True, fused_head=True) if packed else PADDED
+    cost = Work(pair=0.01)
+    parts = split(forest, way, Budget(max_tokens, max_tokens), cost, ranks)
+    assert len(parts) % ranks == 0
+    assert all_contexts([tree for part in parts for tree in part]) == all_contexts(forest)
+    if packed:
+        costs = [sum(map(cost, part)) for part in parts]
+        assert costs == sorted(costs, reverse=True)
+    # Nobody waits for a rank that has all of it, where there is something to share.
+    if sum(map(num_sequences, forest)) > 1:
+        assert sum(1 for part in parts[:ranks] if part) > 1
+
+
 @given(st.lists(trees(), min_size=1, max_size=5), st.integers(1, 60), st.integers(0, 60))
 def test_a_pass_is_quick_unless_that_repeats_too_much(forest, quick, more):
     """The smallest number of tokens with little to compute twice; or what the memory holds."""

@@ -21,7 +21,6 @@ from learner.recovery import checkpoints as module
 from learner.recovery.checkpoints import (
     Checkpoint,
     Checkpoints,
-    _copies,
     load_tensors,
     newest,
     oldest,
@@ -30,6 +29,7 @@ from learner.recovery.resume import load_trainer
 from learner.state import GroupState, LeaseState, OpenPrompts, RewardState, RunState
 from learner.training.policy import Policy, load_policy
 from learner.training.reward_settings import RewardSchedule
+from learner.training.shards import gathered
 from learner.training.trainer import Trainer
 from protocol.errors import ConfigError, TrainingError
 from tests.unit.learner.training.test_trainer import make_groups, train
@@ -416,12 +416,12 @@ def copies(monkeypatch) -> list[weakref.ref[torch.Tensor]]:
     """What checkpoints have copied since the test began."""
     copies: list[weakref.ref[torch.Tensor]] = []
 
-    def copied(tensors):
-        result = _copies(tensors)
+    def copied(tensors, *, keep):
+        result = gathered(tensors, keep=keep)
         copies.extend(weakref.ref(tensor) for tensor in result.values())
         return result
 
-    monkeypatch.setattr(module, "_copies", copied)
+    monkeypatch.setattr(module, "gathered", copied)
     return copies
 
 

@@ -59,7 +59,7 @@ def test_it_is_plain_attention(mask, extra, rows, key_heads, groups, queries, le
     softcap = 0.7 if extra == "softcap" else None
     sinks_H = torch.randn(heads) if extra == "sinks" else None
     module = torch.nn.Module()
-    module.num_key_value_groups = groups  # type: ignore[assignment]
+    module.num_key_value_groups = groups
     found, _ = cached_attention(
         module,
         query,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from protocol.config import StrictModel, When
+from protocol.config import StrictModel
 from protocol.messages import MAX_TEMPERATURE
 
 HELDOUT = "heldout"
@@ -44,6 +44,15 @@ class DataConfig(StrictModel):
 SetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
+class PassWhen(StrictModel):
+    """Which rollouts pass, for pass@k."""
+
+    reward: str
+    """Name of the reward that decides."""
+    at_least: float
+    """Score from which a rollout passes."""
+
+
 class EvalSet(StrictModel):
     """A set of held-out prompts beside ``data.heldout``, or those sampled in another way.
 
@@ -80,8 +89,8 @@ class EvalConfig(StrictModel):
     """Sampling temperature; 0 takes the likeliest token."""
     timeout_s: PositiveFloat = 600.0
     """Seconds that one evaluation may take; what is missing by then is left out."""
-    pass_when: When | None = None
-    """The rollouts that pass: those whose reward reaches a score. None: no pass@k is computed."""
+    pass_when: PassWhen | None = None
+    """None: no pass@k is computed."""
     pass_at: tuple[PositiveInt, ...] = (1,)
     """The k of pass@k, the chance that one of k rollouts of a prompt passes: without bias if
     ``num_rollouts`` is k at least."""

@@ -12,8 +12,8 @@ from threading import Event
 
 import numpy as np
 
+from learner.config.data import PassWhen
 from learner.prompts.pass_at_k import pass_at_k
-from protocol.config import When
 from protocol.groups import Floats, Group
 from protocol.leases import Work
 
@@ -49,7 +49,7 @@ class SetScores:
             for name, column in zip(names, scores_NK.T, strict=True)
         }
 
-    def passes(self, ks: Sequence[int], when: When, names: Sequence[str]) -> dict[int, float]:
+    def passes(self, ks: Sequence[int], when: PassWhen, names: Sequence[str]) -> dict[int, float]:
         """Mean pass@k over the prompts with k rollouts to which the reward applies, by k.
 
         A k for which there is no such prompt is left out.

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from learner.config.data import PassWhen
 from learner.prompts.evaluation import Evaluation
-from protocol.config import When
 from protocol.messages import Ack, Failed, Goodbye, Lease, Weights
 from tests.unit.factories import REWARDS, Cluster, joined, make_config, make_work
 
@@ -321,7 +321,7 @@ def test_passes_are_counted_over_the_rollouts_that_the_reward_applies_to():
     for lease, rows in zip(cluster.leases("a"), scores, strict=True):
         cluster.finish("a", lease, scores=rows)
     passes = evaluation.sets["heldout"].passes(
-        (1, 2), When(reward="correctness", at_least=1.0), REWARDS
+        (1, 2), PassWhen(reward="correctness", at_least=1.0), REWARDS
     )
     # pass@1: 1 of 2 and 1 of 1; pass@2: only the first prompt has two such rollouts.
     assert passes == {1: 0.75, 2: 1.0}

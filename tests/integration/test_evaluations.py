@@ -15,7 +15,7 @@ from tests.integration.processes import (
     wait_for,
 )
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 SETS = (
     "eval.sets=[{name='greedy', temperature=0, prompts=16}]",

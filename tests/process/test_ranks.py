@@ -65,7 +65,7 @@ CASES = {
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_steps_of_several_ranks_are_those_of_one(size: int, recipe: Path, tmp_path: Path):
     # The errors of the processes are raised here.
     torch.multiprocessing.spawn(be_rank, (size, recipe, tmp_path), nprocs=size)
@@ -73,7 +73,7 @@ def test_steps_of_several_ranks_are_those_of_one(size: int, recipe: Path, tmp_pa
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_any_number_of_ranks(dtype: str, recipe: Path, tmp_path: Path):
     torch.multiprocessing.spawn(be_resumed, (dtype, recipe, tmp_path), nprocs=2)
     print((tmp_path / "table").read_text())

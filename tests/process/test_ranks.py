@@ -64,8 +64,9 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 4])
 def test_steps_of_several_ranks_are_those_of_one(size: int, recipe: Path, tmp_path: Path):
     # The errors of the processes are raised here.
     torch.multiprocessing.spawn(be_rank, (size, recipe, tmp_path), nprocs=size)
@@ -79,6 +80,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(dtype: str, recipe: Path, tmp_pa
     print((tmp_path / "table").read_text())
 
 
+@pytest.mark.slow
 def test_the_same_ranks_make_the_same_bits(recipe: Path, tmp_path: Path):
     torch.multiprocessing.spawn(be_repeated, (recipe, tmp_path), nprocs=2)
 

@@ -121,9 +121,9 @@ class Publisher:
         """
         audience = self._audience
         self._waited_for &= audience.sessions
-        late = audience.catching_up() - self._waited_for
-        if self._epochs is None or not self.history or not late:
+        if self._epochs is None or not self.history:
             return
+        late = audience.catching_up() - self._waited_for
         self._waited_for |= late
         audience.wait_until(
             lambda: audience.draining or not late & audience.catching_up(),
